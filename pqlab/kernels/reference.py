@@ -1,0 +1,158 @@
+"""Plain torch of every fused operation: slow, short, and what the kernels are tested against.
+
+Sums are in float32 (float64 when the query is float64), whatever the dtype of the inputs. Layouts are those of
+`paging.layout`; the operations are described in `kernels.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..paging.layout import TILE, read_pages, write_pages
+
+IDENTITY_NBITS = 32
+"""The identity codec: a code is the bit pattern of a float32, M is the head size, and no codebook is read."""
+
+_CHUNK_BYTES = 64 << 20  # of the largest temporary
+
+
+def decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    k_books: Tensor,
+    v_books: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    k_nbits: int,
+    v_nbits: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q over sinks, coded tokens and window; see `kernels.ops.decode`. Codes are dequantized first."""
+    batch, _, _, head_dim = q.shape
+    page_size = k_pages.shape[2] * TILE
+    sinks, coded, window = lengths.long().unbind(1)  # each [B]
+    offset = torch.arange(sink_k.shape[2], device=q.device)
+    out, lse = attend_dense(q, sink_k, sink_v, offset < sinks[:, None], scale, keep_precision=True)
+
+    slots = window_k.shape[2]
+    if slots:
+        age = (torch.arange(slots, device=q.device) - coded[:, None]) % slots  # 0 is the oldest window token
+        part = attend_dense(q, window_k, window_v, age < window[:, None], scale, keep_precision=True)
+        out, lse = merge(out, lse, *part)
+
+    num_pages = page_table.shape[1]
+    if q.device.type == "cpu" and batch:  # reading the lengths costs nothing here, on a GPU it would stop the stream
+        num_pages = min(num_pages, -(-int(coded.max()) // page_size))
+    heads = k_pages.shape[1]
+    page_floats = batch * heads * page_size * head_dim
+    step = max(1, _CHUNK_BYTES // (4 * max(1, page_floats)))
+    for first in range(0, num_pages, step):
+        ids = page_table[:, first : min(first + step, num_pages)].clamp_min(0)
+        k = dequantize(read_pages(k_pages, ids, k_nbits), k_books)
+        v = dequantize(read_pages(v_pages, ids, v_nbits), v_books)
+        token = first * page_size + torch.arange(k.shape[2], device=q.device)
+        part = attend_dense(q, k, v, token < coded[:, None], scale, keep_precision=True)
+        out, lse = merge(out, lse, *part)
+    return out.to(q.dtype), lse
+
+
+def dequantize(codes: Tensor, books: Tensor) -> Tensor:
+    """float32 [..., H, n, d] of codes [..., H, n, M]; books [H, M, C, dm] (not read for int32 identity codes)."""
+    if codes.dtype == torch.int32:
+        return codes.contiguous().view(torch.float32)
+    heads, m, _, _ = books.shape
+    head = torch.arange(heads, device=codes.device)[:, None, None]
+    subspace = torch.arange(m, device=codes.device)
+    return books[head, subspace, codes.long()].flatten(-2)  # [..., H, n, M, dm] -> [..., H, n, d]
+
+
+def attend_dense(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float, *, keep_precision: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over exact keys, with the log-sum-exp that `merge` needs.
+
+    Args:
+        q: [B, Hq, S, d]; k, v: [B, H, n, d], where H divides Hq.
+        valid: bool [B, n], or [B, S, n] for a mask per query; None means all. What is invalid is never read
+            into a sum, so it may hold anything (NaN too) where a whole key is invalid.
+        scale: factor of the scores.
+        keep_precision: return `out` in the precision of the sums instead of q's dtype.
+
+    Returns:
+        out [B, Hq, S, d] and lse [B, Hq, S] (natural logarithm). A query with no valid key: out 0, lse -inf.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, query_heads, steps, head_dim = q.shape
+    heads, n = k.shape[1], k.shape[2]
+    group = query_heads // heads
+    k, v = k.to(dtype), v.to(dtype)
+    grouped = q.to(dtype).reshape(batch, heads, group * steps, head_dim)
+    scores = grouped @ k.mT * scale  # [B, H, group * S, n]
+    if valid is not None:
+        per_query = valid if valid.dim() == 3 else valid[:, None]  # [B, S or 1, n]
+        used = per_query.any(1)
+        v = v.masked_fill(~used[:, None, :, None], 0)
+        scores = scores.view(batch, heads, group, steps, n)
+        scores = scores.masked_fill(~per_query[:, None, None], float("-inf")).view(batch, heads, group * steps, n)
+    if n:
+        top = scores.amax(-1, keepdim=True)
+        top = top.masked_fill(top == float("-inf"), 0)
+    else:
+        top = scores.new_zeros(*scores.shape[:-1], 1)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ v) / total.masked_fill(total == 0, 1)
+    lse = (total.log() + top).view(batch, query_heads, steps)
+    out = out.view(batch, query_heads, steps, head_dim)
+    return (out if keep_precision else out.to(q.dtype)), lse
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys from the attention over each.
+
+    out = (e^lse_a out_a + e^lse_b out_b) / (e^lse_a + e^lse_b), lse = log(e^lse_a + e^lse_b); out [..., d],
+    lse [...]. Both sides empty (-inf): out 0, lse -inf. `out` has out_a's dtype.
+    """
+    top = torch.maximum(lse_a, lse_b)
+    top = top.masked_fill(top == float("-inf"), 0)
+    weight_a, weight_b = (lse_a - top).exp(), (lse_b - top).exp()
+    total = weight_a + weight_b
+    norm = total.masked_fill(total == 0, 1)
+    out = (weight_a / norm)[..., None] * out_a + (weight_b / norm)[..., None] * out_b
+    return out.to(out_a.dtype), total.log() + top
+
+
+def encode(x: Tensor, books: Tensor) -> Tensor:
+    """Nearest centroid of every subvector by squared distance; see `kernels.ops.encode`.
+
+    The differences are squared and summed as they are: |c|^2 - 2xc would save time but loses the small distances
+    to rounding, and a vector that is a centroid must find itself.
+    """
+    groups, n, _ = x.shape
+    _, m, num_centroids, dm = books.shape
+    codes = torch.empty(groups, n, m, dtype=torch.uint8, device=x.device)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    columns = books.to(dtype)[:, None].unbind(-1)  # dm times [G, 1, M, C]
+    step = max(1, _CHUNK_BYTES // (8 * max(1, groups * m * num_centroids)))
+    for first in range(0, n, step):
+        part = x[:, first : first + step].to(dtype).unflatten(-1, (m, dm)).unbind(-1)  # dm times [G, step, M]
+        distance = (part[0][..., None] - columns[0]).square_()
+        for values, column in zip(part[1:], columns[1:], strict=True):
+            distance += (values[..., None] - column).square_()
+        codes[:, first : first + step] = distance.argmin(-1)
+    return codes
+
+
+def encode_pages_(pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, first_slot: int, nbits: int) -> None:
+    """Encode x [H, n, d] and write the codes into consecutive slots of pages; see `kernels.ops.encode_pages_`."""
+    if nbits == IDENTITY_NBITS:
+        codes = x.float().contiguous().view(torch.int32)
+    else:
+        codes = encode(x, books)
+    write_pages(pages, codes, page_ids, first_slot, nbits)
