@@ -1,0 +1,217 @@
+"""What a code is: codecs turn the head vectors of one (layer, side) into codes and back.
+
+A codec may put a linear map in front of the quantizer. Then there are two spaces, per kv head h::
+
+    code space   y = x @ forward[h]          what is quantized
+    head space   x = y @ backward[h]         what the model computes, backward = forward^-1
+
+Attention never has to leave code space: q . x = (q @ backward^T) . y for keys, and for values the output
+sum_t p_t x_t = (sum_t p_t y_t) @ backward. So a cache keeps its exact tokens in code space too (`to_code_space`), asks
+with `map_query(q)` and brings the output home with `from_code_space`. Without a map all three return their argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+from ..paging.layout import PageLayout
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Codes of the head vectors of one (layer, side). H kv heads, d head size, M codes a vector, nbits a code.
+
+    Tensors are [..., H, n, d] in head space or code space and [..., H, n, M] as codes (uint8; int32 at nbits 32).
+    """
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def num_subspaces(self) -> int: ...
+    @property
+    def nbits(self) -> int: ...
+    @property
+    def centroids(self) -> Tensor:
+        """float32 [H, M, C, d/M], what the kernels read; C is 0 for the identity codec."""
+        ...
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes [..., H, n, M] of head-space vectors x [..., H, n, d]."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Head-space float32 vectors [..., H, n, d] of codes [..., H, n, M]."""
+        ...
+
+    def quantize(self, y: Tensor) -> Tensor:
+        """`encode` for vectors that are in code space already, as in a cache's window."""
+        ...
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """`decode` that stays in code space."""
+        ...
+
+    def to_code_space(self, x: Tensor) -> Tensor:
+        """x [..., H, n, d] mapped, in x's dtype; x itself (no copy) without a map."""
+        ...
+
+    def from_code_space(self, y: Tensor) -> Tensor:
+        """Inverse of `to_code_space`; also takes [..., Hq, n, d] of query heads, Hq a multiple of H."""
+        ...
+
+    def map_query(self, q: Tensor) -> Tensor:
+        """Queries [..., Hq, S, d] such that map_query(q) . to_code_space(k) = q . k; q itself without a map."""
+        ...
+
+    def page_layout(self, page_size: int) -> PageLayout: ...
+    def to(self, device: torch.device | str) -> Codec: ...
+
+
+class _Spaces:
+    """Code space is head space: what codecs without a map share."""
+
+    num_heads: int
+    num_subspaces: int
+    nbits: int
+
+    def to_code_space(self, x: Tensor) -> Tensor:
+        return x
+
+    def from_code_space(self, y: Tensor) -> Tensor:
+        return y
+
+    def map_query(self, q: Tensor) -> Tensor:
+        return q
+
+    def page_layout(self, page_size: int) -> PageLayout:
+        return PageLayout(page_size, self.num_heads, self.num_subspaces, self.nbits)
+
+
+@dataclass(frozen=True, eq=False)
+class PQCodec(_Spaces):
+    """Product quantization (Jegou, Douze, Schmid 2011, section II-B), a codebook per kv head.
+
+    The code of subspace m of y is the index of the nearest of C = 2**nbits centroids (squared Euclidean distance, ties
+    to the lowest index); `dequantize(codes)[..., m*dm:(m+1)*dm] = centroids[h, m, code]`.
+
+    Args:
+        centroids: float32 [H, M, C, dm], C a power of two from 2 to 256.
+        forward, backward: float32 [H, d, d] with d = M * dm and backward[h] the inverse of forward[h]; both or neither.
+    """
+
+    centroids: Tensor
+    forward: Tensor | None = None
+    backward: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.centroids.dim() != 4 or self.centroids.dtype != torch.float32:
+            shape, dtype = list(self.centroids.shape), self.centroids.dtype
+            raise ValueError(f"centroids must be float32 [heads, M, C, d/M], got {dtype} {shape}")
+        count = self.centroids.shape[2]
+        if count not in [2**nbits for nbits in range(1, 9)]:
+            raise ValueError(f"a codebook holds 2**nbits centroids, nbits 1 to 8; got {count}")
+        if (self.forward is None) != (self.backward is None):
+            raise ValueError("a map needs both directions: give forward and backward, or neither")
+        for name, matrix in (("forward", self.forward), ("backward", self.backward)):
+            want = (self.num_heads, self.head_dim, self.head_dim)
+            if matrix is not None and (tuple(matrix.shape) != want or matrix.dtype != torch.float32):
+                raise ValueError(f"{name} must be float32 {list(want)}, got {matrix.dtype} {list(matrix.shape)}")
+
+    @property
+    def num_heads(self) -> int:
+        return self.centroids.shape[0]
+
+    @property
+    def num_subspaces(self) -> int:
+        return self.centroids.shape[1]
+
+    @property
+    def nbits(self) -> int:
+        return self.centroids.shape[2].bit_length() - 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.centroids.shape[1] * self.centroids.shape[3]
+
+    def quantize(self, y: Tensor) -> Tensor:
+        *batch, heads, n, d = self._checked(y, self.head_dim).shape
+        rows = y.movedim(-3, 0).reshape(heads, -1, d)  # [H, batch * n, d]
+        codes = reference.encode(rows, self.centroids)
+        return codes.view(heads, *batch, n, self.num_subspaces).movedim(0, -3)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        return reference.dequantize(self._checked(codes, self.num_subspaces), self.centroids)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.quantize(self.to_code_space(x))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.from_code_space(self.dequantize(codes))
+
+    def to_code_space(self, x: Tensor) -> Tensor:
+        return x if self.forward is None else _apply(x, self.forward)
+
+    def from_code_space(self, y: Tensor) -> Tensor:
+        return y if self.backward is None else _apply(y, self.backward)
+
+    def map_query(self, q: Tensor) -> Tensor:
+        return q if self.backward is None else _apply(q, self.backward.mT)
+
+    def to(self, device: torch.device | str) -> PQCodec:
+        tensors = {"centroids": self.centroids, "forward": self.forward, "backward": self.backward}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+
+    def _checked(self, x: Tensor, last: int) -> Tensor:
+        if x.dim() < 3 or x.shape[-3] != self.num_heads or x.shape[-1] != last:
+            raise ValueError(f"expected [..., {self.num_heads} heads, n, {last}], got {list(x.shape)}")
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class IdentityCodec(_Spaces):
+    """Exact storage in the same pages: M = d codes of 32 bits, the bit patterns of the float32 values.
+
+    The round trip is bit-exact for float32, bfloat16 and float16 input (not for float64). It exists to test the cache
+    against an exact one.
+    """
+
+    num_heads: int
+    head_dim: int
+    device: torch.device | str = "cpu"
+    nbits = 32
+
+    @property
+    def num_subspaces(self) -> int:
+        return self.head_dim
+
+    @property
+    def centroids(self) -> Tensor:
+        return torch.empty(self.num_heads, self.head_dim, 0, 1, device=self.device)
+
+    def quantize(self, y: Tensor) -> Tensor:
+        return y.float().contiguous().view(torch.int32)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        return codes.contiguous().view(torch.float32)
+
+    encode = quantize
+    decode = dequantize
+
+    def to(self, device: torch.device | str) -> IdentityCodec:
+        return replace(self, device=device)
+
+
+def _apply(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [..., g*H, n, d] times matrix [H, d, d]; the g query heads of a group follow each other, as in transformers."""
+    heads, d, _ = matrix.shape
+    if x.dim() < 3 or x.shape[-3] % heads or x.shape[-1] != d:
+        raise ValueError(f"expected [..., a multiple of {heads} heads, n, {d}], got {list(x.shape)}")
+    grouped = x.unflatten(-3, (heads, -1)).to(matrix.dtype)  # [..., H, g, n, d]
+    return (grouped @ matrix[:, None]).flatten(-4, -3).to(x.dtype)
