@@ -1,0 +1,197 @@
+"""The page pool: every page there is, allocated once. Hands out and takes back page ids in O(1), counts references.
+
+A page id stands for the same slot in every layer, K and V (`PoolLayout`). A page is free, owned by one holder
+(reference count 1), or shared (> 1); holders are rows of `PageTable`s.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, PageAllocationError
+from ..memory import require_memory
+from .layout import PoolLayout
+from .policy import make_policy
+
+if TYPE_CHECKING:
+    from .table import PageTable
+
+ALIGNMENT = 64
+"""The buffer starts at a multiple of a cache line and of a vector register."""
+
+
+class PagePool:
+    """Ids, reference counts and, with a layout, the one buffer of all codes.
+
+    Args:
+        max_pages: number of pages; capacity is `page_size * max_pages` tokens over all sequences.
+        layout: where bytes lie; None makes a pool of bare ids (simulations, tests).
+        device: where the buffer lives.
+        policy: name of a `PagePolicy`.
+
+    Raises:
+        OutOfMemoryError: PQC004, the buffer does not fit into free memory; raised before anything is allocated.
+        ConfigError: max_pages below 1 or unequal to the layout's, unknown policy.
+    """
+
+    max_pages: int
+    layout: PoolLayout | None
+    buffer: torch.Tensor | None  # uint8 [layout.num_bytes], zero at first
+
+    def __init__(
+        self,
+        max_pages: int,
+        layout: PoolLayout | None = None,
+        device: str | torch.device = "cpu",
+        policy: str = "lifo",
+    ) -> None:
+        if max_pages < 1:
+            raise ConfigError(f"max_pages = {max_pages} is out of range (at least 1); the nearest good value is 1")
+        if layout is not None and layout.max_pages != max_pages:
+            raise ConfigError(
+                f"max_pages = {max_pages}, but the layout is made for {layout.max_pages}; make them equal"
+            )
+        self.max_pages = max_pages
+        self.layout = layout
+        self.device = torch.device(device)
+        self._free = make_policy(policy, max_pages)
+        self._refcounts = array("i", bytes(4 * max_pages))
+        self.buffer = None
+        self._views: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+        if layout is not None:
+            require_memory(layout.num_bytes, layout.page_bytes, self.device)
+            self.buffer = _zeros(layout.num_bytes, self.device)
+            self._views = tuple(
+                (layout.view(self.buffer, layer, 0), layout.view(self.buffer, layer, 1))
+                for layer in range(len(layout.layers))
+            )
+
+    @property
+    def policy(self) -> str:
+        return self._free.name
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.max_pages - len(self._free)
+
+    def can_allocate(self, n: int = 1) -> bool:
+        return n <= len(self._free)
+
+    def allocate(self, n: int = 1) -> list[int]:
+        """Take n pages, one reference each. O(1) a page. All or nothing: PQC001 before anything is changed."""
+        if n < 0:
+            raise ValueError(f"cannot allocate {n} pages")
+        free = self._free
+        if n > len(free):
+            raise PageAllocationError(
+                f"Page allocation failed: {n} pages are needed, {len(free)} of {self.max_pages} are free.",
+                f"Raise max_pages to at least {self.num_used + n}, or free or crop sequences.",
+            )
+        pages = [free.take() for _ in range(n)]
+        for page in pages:
+            self._refcounts[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add one reference to each page; all of them must be in use, else ValueError before anything is changed."""
+        pages = list(pages)
+        for page in pages:
+            self._require_used(page)
+        for page in pages:
+            self._refcounts[page] += 1
+
+    def free(self, pages: Iterable[int]) -> list[int]:
+        """Drop one reference from each page; returns those that became free. O(1) a page.
+
+        A page with no reference left to drop is a ValueError, and nothing is changed.
+        """
+        pages = list(pages)
+        counts = self._refcounts
+        freed: list[int] = []
+        for done, page in enumerate(pages):
+            try:
+                self._require_used(page)
+            except ValueError:
+                for other in pages[:done]:
+                    counts[other] += 1
+                raise
+            counts[page] -= 1
+            if not counts[page]:
+                freed.append(page)
+        for page in freed:
+            self._free.give(page)
+        return freed
+
+    def refcount(self, page: int) -> int:
+        """Holders of a page; 0 is free."""
+        if not 0 <= page < self.max_pages:
+            raise ValueError(f"page {page} is outside [0, {self.max_pages})")
+        return self._refcounts[page]
+
+    def view(self, layer: int, side: int) -> torch.Tensor:
+        """uint8 [max_pages, heads, tiles, M, tile_bytes]: all pages of (layer, side), a view of the buffer."""
+        if self.buffer is None:
+            raise ValueError("this pool has no layout, so it has ids but no bytes")
+        return self._views[layer][side]
+
+    def copy_page(self, src: int, dst: int) -> None:
+        """Copy the bytes of one page id, all layers and sides; does nothing in a pool of bare ids."""
+        for sides in self._views:
+            for pages in sides:
+                pages[dst].copy_(pages[src])
+
+    def free_pages(self) -> list[int]:
+        """The free ids, the next one to be handed out first. O(n): for pictures and checks."""
+        return list(self._free)
+
+    def check_integrity(self, tables: Iterable[PageTable] = ()) -> None:
+        """Raise AssertionError when ids and counts contradict each other. O(n), for tests.
+
+        With `tables`, these must be the pool's only holders: every reference is then accounted for.
+        """
+        free = self.free_pages()
+        require(len(free) == self.num_free, f"the policy says {self.num_free} free pages and lists {len(free)}")
+        require(len(set(free)) == len(free), "a page is in the free list twice")
+        require(all(0 <= page < self.max_pages for page in free), "the free list holds an id that is no page")
+        unused = {page for page, count in enumerate(self._refcounts) if not count}
+        require(set(free) == unused, f"free list and reference counts disagree on {sorted(set(free) ^ unused)}")
+        require(all(count >= 0 for count in self._refcounts), "a reference count is negative")
+        tables = list(tables)
+        if not tables:
+            return
+        held = Counter(page for table in tables for seq in range(table.num_seqs) for page in table.pages(seq))
+        for page, count in enumerate(self._refcounts):
+            require(count == held[page], f"page {page} has {count} references, the tables hold it {held[page]} times")
+
+    def _require_used(self, page: int) -> None:
+        if not self.refcount(page):
+            raise ValueError(f"page {page} is free: it has no reference to share or drop")
+
+    def __repr__(self) -> str:
+        size = "bare ids" if self.layout is None else f"{self.layout.num_bytes:,} bytes on {self.device}"
+        return f"PagePool({self.num_used} of {self.max_pages} pages used, {self.policy}, {size})"
+
+
+def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """uint8 [num_bytes], zero and aligned; on a CPU the system commits a page's memory when it is first written."""
+    if device.type != "cpu":
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    buffer = torch.from_numpy(np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8))
+    start = -buffer.data_ptr() % ALIGNMENT
+    return buffer[start : start + num_bytes]
+
+
+def require(condition: bool, message: str) -> None:
+    """An assertion that `python -O` keeps."""
+    if not condition:
+        raise AssertionError(message)

@@ -1,0 +1,71 @@
+"""The page table as a tensor, kept up to date entry by entry: what the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+NO_PAGE = -1
+"""Fills unused entries."""
+
+
+class PageRows:
+    """int32 [row capacity, page capacity] of page ids that grows by doubling; a copy per device, made when stale."""
+
+    def __init__(self) -> None:
+        self._replace(torch.full((0, 0), NO_PAGE, dtype=torch.int32))
+        self._version = 0  # counts changes, so that a copy on a device knows whether it is stale
+        self._copies: dict[torch.device, tuple[torch.Tensor, int]] = {}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, width = self._host.shape
+        return rows, width
+
+    def write(self, row: int, start: int, pages: Sequence[int]) -> None:
+        """Set entries [start, start + len(pages)) of a row; room is made for them."""
+        self.reserve(row + 1, start + len(pages))
+        self._array[row, start : start + len(pages)] = pages
+        self._version += 1
+
+    def erase(self, row: int, start: int, stop: int) -> None:
+        self._array[row, start:stop] = NO_PAGE
+        self._version += 1
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row `rows[i]` was; rows past the last are erased."""
+        chosen = self._host[list(rows)]  # a copy
+        self._host.fill_(NO_PAGE)
+        self.reserve(len(rows), 0)
+        self._host[: len(rows)] = chosen
+        self._version += 1
+
+    def reserve(self, num_rows: int, width: int) -> None:
+        """Make room for so many rows and pages a row. Doubles, so that growing by one costs O(1) on average."""
+        rows, columns = self.shape
+        if num_rows <= rows and width <= columns:
+            return
+        rows = max(num_rows, 2 * rows) if num_rows > rows else rows
+        columns = max(width, 2 * columns, 8) if width > columns else columns
+        grown = torch.full((rows, columns), NO_PAGE, dtype=torch.int32)
+        grown[: self._host.shape[0], : self._host.shape[1]] = self._host
+        self._replace(grown)
+        self._version += 1
+
+    def as_tensor(self, num_rows: int, device: str | torch.device) -> torch.Tensor:
+        """int32 [num_rows, page capacity]: the live tensor on a CPU, else the device's copy, brought up to date."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self._host[:num_rows]
+        copy, version = self._copies.get(device, (None, -1))
+        if copy is None or copy.shape != self._host.shape:
+            copy, version = torch.empty_like(self._host, device=device), -1
+        if version != self._version:
+            copy.copy_(self._host)
+            self._copies[device] = (copy, self._version)
+        return copy[:num_rows]
+
+    def _replace(self, host: torch.Tensor) -> None:
+        self._host = host
+        self._array = host.numpy()  # the same memory; entries are set faster through numpy
