@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
 from pqlab.errors import ConfigError, OutOfMemoryError, PageAllocationError
 from pqlab.paging import POLICIES, PageLayout, PagePolicy, PagePool, PageTable, PoolLayout
@@ -156,6 +155,6 @@ def test_integrity_check_sees_damage():
         pool.check_integrity()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_buffer_lives_on_the_device():
     assert PagePool(8, layout(), device="cuda").view(0, 0).is_cuda

@@ -1,0 +1,1 @@
+"""How good, how fast: measurements that end in records."""
