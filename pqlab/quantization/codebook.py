@@ -1,0 +1,283 @@
+"""Codebooks of a whole model: a codec per (layer, side), where they come from, and the file they live in.
+
+The file is one safetensors file. Its metadata holds a JSON text under "pqlab" (`Codebooks.header`); its tensors are
+named `layers.<layer>.<k|v>.<centroids|forward|backward>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import PQConfig
+from ..paging.layout import SIDES, PageLayout
+from .codebook_file import CodebookError, read, write
+from .codec import Codec, IdentityCodec, PQCodec
+from .geometry import Geometry, PQSpec, attention_geometry, describe, num_layers, setting
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_PARTS = ("centroids", "forward", "backward")
+_DEFAULT = PQConfig()
+
+
+@dataclass(frozen=True)
+class LayerCodec:
+    """The two codecs of one layer."""
+
+    k: Codec
+    v: Codec
+
+    @property
+    def geometry(self) -> tuple[int, int]:
+        return self.k.num_heads, self.k.head_dim
+
+    def to(self, device: torch.device | str) -> LayerCodec:
+        return LayerCodec(self.k.to(device), self.v.to(device))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What codebooks were made for and from. `fingerprint` is `pqlab.models.fingerprint`; "" means unknown."""
+
+    model: str = ""
+    fingerprint: str = ""
+    num_layers: int = 0  # of the model, sliding and other layers included
+    text: str = ""
+    text_sha256: str = ""
+    num_samples: int = 0  # vectors per (layer, kv head, side)
+    num_sinks: int = 0  # first tokens of every window, left out of the samples
+    window: int = 0
+    iterations: int = 0
+    seed: int = 0
+    pqlab_version: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Codebooks:
+    """Codecs of the full-attention layers of one model, by the model's layer index."""
+
+    layers: Mapping[int, LayerCodec]
+    origin: Origin = field(default_factory=Origin)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+        if not self.layers:
+            raise CodebookError("codebooks of no layer at all")
+        for i, layer in self.layers.items():
+            if layer.geometry != (layer.v.num_heads, layer.v.head_dim):
+                raise CodebookError(f"layer {i}: K has (heads, d) = {layer.geometry}, V differs")
+
+    @classmethod
+    def identity(cls, model: Any, num_heads: int | None = None, head_dim: int | None = None) -> Codebooks:
+        """Exact codecs, for a model or config, or as `identity(num_layers, num_heads, head_dim)`. Cannot be saved."""
+        geometry, origin = _target(model, num_heads, head_dim)
+        return cls({i: LayerCodec(IdentityCodec(*hd), IdentityCodec(*hd)) for i, hd in geometry.items()}, origin)
+
+    @classmethod
+    def random(
+        cls,
+        model: Any,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        config: PQSpec = _DEFAULT,
+        seed: int = 0,
+        maps: bool = False,
+    ) -> Codebooks:
+        """Normally distributed centroids (and maps), seeded: lossy codecs for tests, without calibration."""
+        geometry, origin = _target(model, num_heads, head_dim)
+        generator = torch.Generator().manual_seed(seed)
+
+        def codec(pq: PQConfig, heads: int, d: int) -> PQCodec:
+            m = pq.num_subspaces(d)
+            centroids = torch.randn(heads, m, 2**pq.nbits, d // m, generator=generator)
+            if not maps:
+                return PQCodec(centroids)
+            rotation = torch.linalg.qr(torch.randn(heads, d, d, generator=generator)).Q
+            stretch = torch.rand(heads, 1, d, generator=generator) + 0.5
+            return PQCodec(centroids, rotation * stretch, (rotation / stretch).mT.contiguous())
+
+        layers = {}
+        for i, (heads, d) in geometry.items():
+            k, v = setting(config, i)
+            layers[i] = LayerCodec(codec(k, heads, d), codec(v, heads, d))
+        return cls(layers, replace(origin, seed=seed))
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        return tuple(self.layers)
+
+    @property
+    def geometry(self) -> Geometry:
+        return {i: layer.geometry for i, layer in self.layers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model constants: centroids and maps, those that codecs share counted once."""
+        return sum({t.data_ptr(): _stored_bytes(t) for t in self.tensors().values()}.values())
+
+    @property
+    def bits_per_element(self) -> float:
+        """Token bits (codes only), averaged over layers and sides."""
+        codecs = [codec for layer in self.layers.values() for codec in (layer.k, layer.v)]
+        bits = sum(codec.num_heads * codec.num_subspaces * codec.nbits for codec in codecs)
+        return bits / sum(codec.num_heads * codec.head_dim for codec in codecs)
+
+    def layer(self, index: int) -> LayerCodec:
+        """Codecs of a layer by the model's layer index."""
+        if index not in self.layers:
+            raise CodebookError(f"no codebook for layer {index}; these are for {describe(self.geometry)}")
+        return self.layers[index]
+
+    def layouts(self, page_size: int) -> tuple[tuple[PageLayout, PageLayout], ...]:
+        """A (K, V) page layout per layer, in the order of `layer_ids`, as `PoolLayout` takes them."""
+        return tuple((c.k.page_layout(page_size), c.v.page_layout(page_size)) for c in self.layers.values())
+
+    def to(self, device: torch.device | str) -> Codebooks:
+        return Codebooks({i: layer.to(device) for i, layer in self.layers.items()}, self.origin)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every stored tensor by its name in the file."""
+        found = {}
+        for i, layer in self.layers.items():
+            for side, codec in zip(SIDES, (layer.k, layer.v), strict=True):
+                found |= {f"layers.{i}.{side}.{name}": tensor for name, tensor in _parts(codec).items()}
+        return found
+
+    def fits(self, model_or_config: Any) -> bool:
+        """Whether these are codebooks for the layers and heads of a model or config; `check_fits` says why not."""
+        try:
+            self.check_fits(model_or_config)
+        except CodebookError:
+            return False
+        return True
+
+    def check_fits(self, model_or_config: Any, name: str = "codebooks") -> None:
+        """Raise `CodebookError`, naming both sides, unless layers, kv heads and head size are those of the model."""
+        wanted = attention_geometry(model_or_config)
+        if self.geometry != wanted:
+            made_for = f" for {self.origin.model}" if self.origin.model else ""
+            raise CodebookError(
+                f"{name} made{made_for} for {describe(self.geometry)}, but the model has {describe(wanted)}; "
+                "calibrate codebooks for this model"
+            )
+
+    def header(self) -> dict[str, Any]:
+        """What the file says about itself, as JSON types."""
+        layers = []
+        for i, layer in self.layers.items():
+            heads, d = layer.geometry
+            sides = {s: {"M": c.num_subspaces, "nbits": c.nbits} for s, c in (("k", layer.k), ("v", layer.v))}
+            layers.append({"layer": i, "heads": heads, "head_dim": d, **sides})
+        return {"origin": asdict(self.origin), "layers": layers}
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; an existing file is replaced at once, never left half written."""
+        if not all(isinstance(codec, PQCodec) for layer in self.layers.values() for codec in (layer.k, layer.v)):
+            raise CodebookError("only product-quantization codebooks are saved; identity codecs need no file")
+        write(path, self.header(), self.tensors())
+
+    @classmethod
+    def load(cls, path: str | Path, model_or_fingerprint: Any = None) -> Codebooks:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            model_or_fingerprint: refuse codebooks that were not made for this model (weights and shape), for the model
+                of this fingerprint, or for a model of this config's shape; None takes any.
+
+        Raises:
+            CodebookError: damaged, foreign, of another schema, or made for another model.
+        """
+        name = Path(path).name
+        header, tensors = read(path)
+        try:
+            layers = {entry["layer"]: _layer(entry, tensors) for entry in header["layers"]}
+            books = cls(layers, Origin(**header["origin"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CodebookError(f"{name}: header and tensors do not belong together ({error!r})") from error
+        if isinstance(model_or_fingerprint, str):
+            books._check_fingerprint(model_or_fingerprint, name)
+        elif model_or_fingerprint is not None:
+            books.check_fits(model_or_fingerprint, name)
+            if hasattr(model_or_fingerprint, "parameters"):  # a config has a shape but no weights
+                from ..models import fingerprint
+
+                books._check_fingerprint(fingerprint(model_or_fingerprint), name)
+        return books
+
+    def _check_fingerprint(self, expected: str, name: str) -> None:
+        if self.origin.fingerprint != expected:
+            made_for = f"{self.origin.model or 'a model'} (fingerprint {self.origin.fingerprint or 'unknown'})"
+            raise CodebookError(
+                f"{name} was made for {made_for}, but the model has fingerprint {expected}; "
+                "calibrate codebooks for this model"
+            )
+
+    def summary(self) -> pd.DataFrame:
+        """One row per (layer, side): heads, head_dim, M, nbits, bits per element, map, bytes of model constants."""
+        import pandas as pd
+
+        rows = []
+        for i, layer in self.layers.items():
+            for side, codec in zip(SIDES, (layer.k, layer.v), strict=True):
+                parts = _parts(codec)
+                rows.append(
+                    {
+                        "layer": i,
+                        "side": side,
+                        "heads": codec.num_heads,
+                        "head_dim": codec.head_dim,
+                        "M": codec.num_subspaces,
+                        "nbits": codec.nbits,
+                        "bits_per_element": codec.num_subspaces * codec.nbits / codec.head_dim,
+                        "map": "forward" in parts,
+                        "bytes": sum(_stored_bytes(t) for t in parts.values()),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        bits = f"{self.bits_per_element:.3g} bits per element"
+        return f"Codebooks({describe(self.geometry)}, {bits}, {self.nbytes / 2**20:.1f} MiB of constants)"
+
+
+def _parts(codec: Codec) -> dict[str, torch.Tensor]:
+    if not isinstance(codec, PQCodec):
+        return {}
+    return {name: tensor for name in _PARTS if (tensor := getattr(codec, name)) is not None}
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes in memory: dimensions of stride 0 (one codebook expanded to all heads) count once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return prod(sizes) * tensor.element_size()
+
+
+def _layer(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> LayerCodec:
+    """One layer of a file; its tensors have to be what its header entry says."""
+    pair = []
+    for side in SIDES:
+        prefix = f"layers.{entry['layer']}.{side}."
+        codec = PQCodec(**{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        have = (codec.num_heads, codec.head_dim, codec.num_subspaces, codec.nbits)
+        said = (entry["heads"], entry["head_dim"], entry[side]["M"], entry[side]["nbits"])
+        if have != said:
+            raise ValueError(f"{prefix} header says (heads, d, M, nbits) = {said}, tensors say {have}")
+        pair.append(codec)
+    return LayerCodec(*pair)
+
+
+def _target(model: Any, num_heads: int | None, head_dim: int | None) -> tuple[Geometry, Origin]:
+    if isinstance(model, int):
+        if num_heads is None or head_dim is None:
+            raise TypeError("give a model or config, or num_layers, num_heads and head_dim")
+        return dict.fromkeys(range(model), (num_heads, head_dim)), Origin(num_layers=model)
+    return attention_geometry(model), Origin(num_layers=num_layers(model))
