@@ -1,0 +1,278 @@
+"""`Panel`: state, controls, one figure and a status line. Every view is a subclass that adds no arithmetic.
+
+A subclass declares its state as traits tagged `state=True`, builds its controls once in `controls()`, and returns from
+`draw()` what a pure function of `pqlab.figures` made of that state. The base keeps one `FigureWidget` and changes it in
+place. In JupyterLab an exception in a callback vanishes in a log; here it is shown in the status line and kept in
+`error`, and the figure stays as it was.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import ipywidgets as widgets
+import plotly.graph_objects as go
+import traitlets
+
+from ..figures.theme import THEMES, retheme
+from .follow import Follow
+from .latest import Latest
+from .patch import Drawn, patch, snapshot
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Panel(traitlets.HasTraits):
+    """One view: display it in a cell, or read and set its state as values.
+
+    Args:
+        **state: starting values of the state's traits (and `theme`).
+
+    Attributes:
+        theme: "light" or "dark"; in JupyterLab it follows the theme of the page.
+        error: the exception of the last callback, or None. The status line shows it.
+    """
+
+    title: ClassVar[str] = ""
+    dear: ClassVar[bool] = False
+    """True where `draw()` takes longer than a drag can wait: it then runs in the background, latest wins."""
+    sweep: ClassVar[str] = ""
+    """Name of the state that gets a slider in the file that `to_html` writes."""
+
+    theme = traitlets.Enum(THEMES, default_value="light")
+
+    def __init__(self, **state: Any) -> None:
+        self._known(state, also=("theme",))
+        self._holding = True  # the subclass is not ready for observers yet
+        self._closed = False
+        self._drawn: Drawn | None = None
+        self._figure: go.FigureWidget | None = None
+        self._widget: widgets.Widget | None = None
+        self._latest = Latest()
+        self.error: BaseException | None = None
+        self._status = widgets.HTML(layout=widgets.Layout(min_height="1.6em"))
+        self._status.add_class("pqlab-status")
+        super().__init__(**state)
+        self._holding = False
+        self.observe(lambda _: self.redraw(), names=self.state_names())
+        self.observe(lambda _: self._retheme(), names=["theme"])
+
+    # what a subclass gives
+
+    def controls(self) -> list[widgets.Widget]:
+        """The controls, built once; see `pqlab.panels.controls`."""
+        return []
+
+    def below(self) -> list[widgets.Widget]:
+        """Widgets under the figure, built once; `refresh` keeps them right."""
+        return []
+
+    def draw(self) -> go.Figure:
+        """The figure of the present state; always the same traces in the same order."""
+        raise NotImplementedError(f"{type(self).__name__} has no draw()")
+
+    def refresh(self) -> None:
+        """Called after every drawing: bring the widgets of `below()` up to date."""
+
+    def frame(self) -> pd.DataFrame:
+        """What the figure shows, as a table."""
+        raise NotImplementedError(f"{type(self).__name__} has no frame()")
+
+    def sweep_values(self, name: str) -> Iterable[Any]:
+        """Values that the slider of `to_html` runs over."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which values {name} takes")
+
+    # state
+
+    @classmethod
+    def state_names(cls) -> list[str]:
+        """Names of the state's traits, in the order of their declaration."""
+        own = ((name, trait) for kind in reversed(cls.__mro__) for name, trait in vars(kind).items())
+        return list(dict.fromkeys(n for n, t in own if isinstance(t, traitlets.TraitType) and t.metadata.get("state")))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All settings of the panel as a dict; assign one (or a part of one) to set them with one redraw."""
+        return {name: getattr(self, name) for name in self.state_names()}
+
+    @state.setter
+    def state(self, values: dict[str, Any]) -> None:
+        self._known(values)
+        before = self.state
+        with self.paused():
+            try:
+                for name, value in values.items():
+                    setattr(self, name, value)
+            except traitlets.TraitError:
+                for name, value in before.items():  # all of them or none
+                    setattr(self, name, value)
+                raise
+        self.redraw()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Settings may change inside the block without a drawing; controls follow at its end."""
+        held, self._holding = self._holding, True
+        try:
+            with self.hold_trait_notifications():
+                yield
+        finally:
+            self._holding = held
+
+    def _known(self, values: Iterable[str], also: tuple[str, ...] = ()) -> None:
+        unknown = [name for name in values if name not in (*self.state_names(), *also)]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no state {', '.join(unknown)}; it has {', '.join(self.state_names())}"
+            )
+
+    # view
+
+    @property
+    def figure(self) -> go.FigureWidget:
+        """The one figure of the panel; built when first asked for, changed in place from then on."""
+        if self._figure is None:
+            drawn = retheme(self.draw(), self.theme)
+            self._drawn = snapshot(drawn)
+            self._figure = go.FigureWidget(drawn)
+            self._figure._config = {"displaylogo": False, "responsive": True}
+        return self._figure
+
+    @property
+    def widget(self) -> widgets.Widget:
+        """The whole panel as one widget, to be placed into layouts of your own."""
+        if self._widget is None:
+            follow = Follow()
+            traitlets.dlink((follow, "theme"), (self, "theme"), lambda found: found or self.theme)
+            self._follow = follow
+            row = widgets.Box(self.controls(), layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+            heading = [widgets.HTML(f"<b>{html.escape(self.title)}</b>")] if self.title else []
+            self._widget = widgets.VBox(
+                [*heading, row, self.figure, self._status, *self.below(), follow],
+                layout=widgets.Layout(width="100%"),
+            )
+            self._widget.add_class("pqlab-panel")
+            with self.guarded():
+                self.refresh()
+        return self._widget
+
+    def redraw(self) -> None:
+        """Draw the present state anew; errors go to the status line."""
+        if self._holding or self._closed or self._figure is None:
+            return
+        if self.dear:
+            self.background(self.draw, self._show, busy="drawing")
+        else:
+            with self.guarded():
+                self._show(self.draw())
+
+    def _show(self, figure: go.Figure) -> None:
+        assert self._drawn is not None
+        self._drawn = patch(self.figure, self._drawn, figure)
+        self.refresh()
+
+    def _retheme(self) -> None:
+        if self._figure is not None and not self._closed:
+            retheme(self._figure, self.theme)
+
+    # callbacks
+
+    def set(self, **values: Any) -> None:
+        """What a control calls: set state; a bad value goes to the status line and changes nothing."""
+        with self.guarded():
+            self.state = values
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Errors of the block are shown in the status line and kept in `error`, instead of being raised."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            self.say(f"{type(error).__name__}: {error}", kind="error")
+        else:
+            if self.error is not None:
+                self.error = None
+                self.say("")
+
+    def background(self, work: Callable[[], Any], done: Callable[[Any], None], busy: str) -> None:
+        """Run `work()` in the background, then `done(result)`; a newer call replaces one that waits."""
+
+        def finish(result: Any, error: BaseException | None) -> None:
+            if self._closed:
+                return
+            self.say("")
+            with self.guarded():
+                if error is not None:
+                    raise error
+                done(result)
+
+        self.say(f"{busy} …", kind="busy")
+        self._latest.submit(work, finish)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the background work is done and shown; False if `timeout` seconds were too short."""
+        return self._latest.wait(timeout)
+
+    def say(self, text: str, kind: str = "note") -> None:
+        """Write the status line; kind is "note", "busy" or "error"."""
+        mark, colour = {
+            "note": ("", "inherit"),
+            "busy": ("⏳ ", "inherit"),
+            "error": ("⚠ ", "var(--jp-error-color1, #c62828)"),
+        }[kind]
+        self._status.value = (
+            f'<span role="status" class="pqlab-{kind}" style="color: {colour}">{mark}{html.escape(text)}</span>'
+        )
+
+    @property
+    def status(self) -> str:
+        """The status line as HTML."""
+        return self._status.value
+
+    # life
+
+    def close(self) -> None:
+        """Remove the panel's widgets from the page and from the kernel. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._latest.cancel()
+        if self._figure is not None:
+            self._figure.close()
+        if self._widget is not None:
+            _close_all(self._widget)
+        self._status.close()
+        self.unobserve_all()
+
+    def to_html(self, path: str | os.PathLike[str], sweep: str | None = None) -> Path:
+        """Write one self-contained HTML file (plotly.js inlined) that needs neither a server nor a kernel.
+
+        Args:
+            sweep: name of the state that the file's slider moves; default the panel's `sweep`, "" for none.
+        """
+        from .export import write_html
+
+        return write_html(self, Path(path), self.sweep if sweep is None else sweep)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        if os.environ.get("PQLAB_PANELS") == "static":  # notebooks that are executed into HTML files
+            from .export import fragment
+
+            return {"text/plain": repr(self), "text/html": fragment(self, self.sweep)}
+        return self.widget._repr_mimebundle_(**kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
+
+
+def _close_all(widget: widgets.Widget) -> None:
+    for child in getattr(widget, "children", ()):
+        _close_all(child)
+    widget.close()
