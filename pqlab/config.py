@@ -6,10 +6,49 @@ of the report (`REPORT_RANGES`), which hold for the command line and the presets
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Whole numbers from low to high (both included) that are multiples of step."""
+
+    low: int
+    high: int
+    step: int = 1
+
+    def nearest(self, value: float) -> int:
+        """The good value closest to `value`; the smaller of two."""
+        steps = -int((self.step / 2 - value) // self.step)  # rounds halves down
+        return min(max(steps * self.step, self.low), self.high)
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int) and self.nearest(value) == value
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high}" + (f", a multiple of {self.step}" if self.step > 1 else "")
+
+
+REPORT_RANGES: Mapping[str, Range] = MappingProxyType(
+    {
+        "page_size": Range(16, 512, 16),
+        "extended_residual": Range(32, 1024),
+        "max_pages": Range(100, 10_000),
+        "M": Range(16, 128),
+        "nbits": Range(4, 8),
+    }
+)
+"""The report's ranges (its appendix A) under the names of its command line."""
+
+DEFAULTS: Mapping[str, int] = MappingProxyType(
+    {"page_size": 64, "extended_residual": 128, "max_pages": 1000, "M": 64, "nbits": 8}
+)
+"""The report's defaults. The library's own are those of the configs: M = d/2, pages as context and memory ask."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +114,72 @@ class CacheConfig:
     def window_length(self) -> int:
         """Tokens the window's buffer holds: R plus the page that waits to be flushed."""
         return self.residual_length + self.page_size
+
+
+@dataclass(frozen=True)
+class RangeProblem:
+    """A setting outside the report's range, or an M that does not divide the head size."""
+
+    name: str
+    value: int
+    low: int
+    high: int
+    nearest: int
+    message: str
+
+
+def check_report_ranges(*, head_dim: int | None = None, **params: int | None) -> list[RangeProblem]:
+    """What is wrong with settings under the report's names, in the order given; empty when all is well.
+
+    Settings that are None are left to a default and not checked. With `head_dim`, M also has to divide it.
+
+    Raises:
+        ConfigError: a name that the report does not have.
+    """
+    problems = []
+    for name, value in params.items():
+        if name not in REPORT_RANGES:
+            raise ConfigError(f"{name} is no parameter of the report; it has {', '.join(REPORT_RANGES)}")
+        if value is None:
+            continue
+        bounds = REPORT_RANGES[name]
+        nearest = bounds.nearest(value)
+        reason = f"is outside the report's range ({bounds})" if value not in bounds else ""
+        if name == "M" and head_dim is not None:
+            divisors = [m for m in range(1, head_dim + 1) if head_dim % m == 0]
+            good = [m for m in divisors if m in bounds] or divisors
+            nearest = min(good, key=lambda m: abs(m - value))
+            if value not in divisors:
+                reason = f"does not divide the head size {head_dim}" + (f" and {reason}" if reason else "")
+        if reason:
+            text = f"{name} = {value} {reason}; the nearest good value is {nearest}"
+            problems.append(RangeProblem(name, value, bounds.low, bounds.high, nearest, text))
+    return problems
+
+
+def report_params(cache: CacheConfig, pq: PQConfig) -> dict[str, int | None]:
+    """The settings under the report's names."""
+    return {
+        "page_size": cache.page_size,
+        "extended_residual": cache.residual_length,
+        "max_pages": cache.max_pages,
+        "M": pq.M,
+        "nbits": pq.nbits,
+    }
+
+
+def from_report(**params: int | None) -> tuple[CacheConfig, PQConfig]:
+    """Configs from settings under the report's names; what is not given (or None) keeps the report's default.
+
+    Raises:
+        ConfigError: everything that `check_report_ranges` finds, one line each.
+    """
+    problems = check_report_ranges(**params)
+    if problems:
+        raise ConfigError("\n".join(problem.message for problem in problems))
+    p = {**DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
+    cache = CacheConfig(page_size=p["page_size"], residual_length=p["extended_residual"], max_pages=p["max_pages"])
+    return cache, PQConfig(M=p["M"], nbits=p["nbits"])
 
 
 def _require_int(name: str, value: object, low: int, high: int | None, step: int = 1) -> None:
