@@ -1,0 +1,242 @@
+"""`PagedPQCache`: a transformers `Cache` whose older tokens are product-quantization codes in pages."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..config import CacheConfig
+from ..errors import UnsupportedModelError
+from ..paging import PagePool
+from ..paging.layout import PoolLayout
+from ..quantization import Codebooks
+from .layer import PagedPQLayer
+from .sequences import SequenceGroup
+
+DEFAULT_CONTEXT = 8192
+"""Tokens the default pool is sized for where a model's config names no limit."""
+
+
+class PagedPQCache(Cache):
+    """KV cache with paged, product-quantized storage, for `model.generate(..., past_key_values=cache)`.
+
+    Full-attention layers keep their first tokens and the newest ones exact and everything between as codes in pages
+    (MILLION, DAC'25; its PagedPQCache extension). Other layers (sliding windows) keep transformers' own exact layer;
+    `layer_kinds()` says which is which. The model should run with `model.set_attn_implementation("pqlab")`, which
+    reads the codes; with any other attention the cache dequantizes itself at each step (correct, slow, and said).
+
+    Args:
+        model: the model, or its config (then the cache lives on the CPU).
+        codebooks: from `calibrate`, `Codebooks.load` or `Codebooks.identity`.
+        config: page size, residual window, sinks, pages.
+        pool: a pool to share with other caches of the same model and codebooks; default: its own.
+        context: tokens a sequence may reach, for the default pool size; default: the model's own limit.
+        max_batch: sequences at a time, for the default pool size.
+
+    Raises:
+        UnsupportedModelError: the model needs something this cache does not do; raised here, before generation.
+        OutOfMemoryError: PQC004, the pages do not fit; the message says which setting would.
+        PageAllocationError: PQC001, while generating, when the pool runs out; nothing is changed then.
+
+    A cache holds one set of sequences: `reset()` it, or make another, for the next unrelated prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        codebooks: Codebooks,
+        config: CacheConfig | None = None,
+        *,
+        pool: PagePool | None = None,
+        context: int | None = None,
+        max_batch: int = 1,
+    ) -> None:
+        whole = getattr(model, "config", model)
+        device = getattr(model, "device", torch.device("cpu"))
+        text = whole.get_text_config(decoder=True)
+        layers = _exact_layers(whole, text)
+        quantized = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not quantized:
+            raise UnsupportedModelError(
+                f"{whole.model_type} has no full-attention layer (all have sliding windows or other states): "
+                "there is nothing to quantize; use transformers' DynamicCache"
+            )
+        codebooks.check_fits(model)
+        self.codebooks = codebooks.to(device)
+        self.settings = config if config is not None else CacheConfig()
+        if self.settings.mode == "static":
+            raise UnsupportedModelError('mode = "static" needs the CUDA kernels, which are not there yet; set "eager"')
+        self.pool = pool if pool is not None else self._make_pool(text, device, context, max_batch)
+        self._check_pool()
+        self.group = SequenceGroup(self.pool, self.settings, device)
+        for position, index in enumerate(quantized):
+            layers[index] = PagedPQLayer(
+                index,
+                self.group,
+                self.codebooks.layer(index),
+                self.pool.view(position, 0),
+                self.pool.view(position, 1),
+                text,
+            )
+        self._quantized = [layers[index] for index in quantized]
+        self._warned = False
+        super().__init__(layers=layers)
+
+    # -- what a user looks at -----------------------------------------------------------------------------------
+
+    @property
+    def table(self):
+        """The page table: which pages each sequence holds, in token order."""
+        return self.group.table
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int32 [B, 3]: sinks, coded and window tokens of each sequence."""
+        return self.group.lengths
+
+    @property
+    def quantized_layers(self) -> list[PagedPQLayer]:
+        return list(self._quantized)
+
+    def layer_kinds(self) -> list[str]:
+        """For every model layer "paged pq", or the name of the exact layer it keeps."""
+        return ["paged pq" if isinstance(x, PagedPQLayer) else f"exact {type(x).__name__}" for x in self.layers]
+
+    def as_frame(self):
+        """DataFrame of the pages in use: page, sequence, first token, tokens, fill, bytes, address."""
+        return self.table.as_frame(first_token=self.settings.num_sinks)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held: codes in used pages, the whole pool, exact buffers, exact layers, page table, constants."""
+        exact = [x for x in self.layers if not isinstance(x, PagedPQLayer)]
+        return {
+            "codes": self.pool.num_used * self.pool.layout.page_bytes,
+            "pool": self.pool.layout.num_bytes,
+            "exact_tokens": sum(layer.exact_nbytes for layer in self._quantized),
+            "exact_layers": sum(x.keys.nbytes + x.values.nbytes for x in exact if x.is_initialized),
+            "page_table": self.table.as_tensor("cpu").nbytes,
+            "model_constants": self.codebooks.nbytes,
+        }
+
+    def announce_mask(self, attention_mask: torch.Tensor) -> None:
+        """Tell the cache which columns are tokens, [B, columns]; only needed when the attention is not "pqlab".
+
+        The "pqlab" attention sees the mask by itself. Another attention does not pass it on, and pads would then be
+        kept as tokens (hidden by the mask, yet among the sinks and the codes).
+        """
+        self.group.announce_mask(attention_mask)
+
+    # -- transformers' side -------------------------------------------------------------------------------------
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PagedPQLayer) and not self._warned:
+            self._say_fallback(layer, key_states.shape[0])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything; the pages go back to the pool, the codebooks stay."""
+        self.group.reset()
+        for layer in self.layers:
+            layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` columns (transformers' sign: zero or negative).
+
+        They go from the exact window first, then from the last page. Tokens that were coded stay coded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number, "
+                f"here crop({min(0, tokens_to_remove - self.get_seq_length())}) to keep {tokens_to_remove} tokens"
+            )
+        if tokens_to_remove and self.group.num_rows:
+            self.group.crop(-tokens_to_remove)
+        for layer in self.layers:
+            if isinstance(layer, PagedPQLayer):
+                layer.columns, layer.pending = self.group.columns, None
+            else:
+                layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i continues what row beam_idx[i] has so far; pages are shared, only exact tokens are copied."""
+        self._select(beam_idx)
+        for layer in self._exact:
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.group.num_rows).repeat_interleave(repeats)
+        self._select(rows)
+        for layer in self._exact:
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows = torch.arange(self.group.num_rows)[indices.to("cpu")]
+        self._select(rows)
+        for layer in self._exact:
+            layer.batch_select_indices(indices)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    @property
+    def _exact(self):
+        return [layer for layer in self.layers if not isinstance(layer, PagedPQLayer)]
+
+    def _select(self, rows: torch.Tensor) -> None:
+        order = rows.tolist()
+        if not self.group.num_rows or order == list(range(self.group.num_rows)):
+            return
+        self.group.select(order)
+        for layer in self._quantized:
+            layer.select_rows(rows)
+
+    def _say_fallback(self, layer: PagedPQLayer, batch: int) -> None:
+        self._warned = True
+        implementation = layer.config._attn_implementation
+        if implementation == "pqlab":
+            return
+        pads = ""
+        if batch > 1 and self.group._announced is None:
+            pads = " Rows padded to one length also need cache.announce_mask(attention_mask) before generation."
+        warnings.warn(
+            f'Falling back to standard implementation: the model\'s attention is "{implementation}", so every step '
+            f'dequantizes the whole cache. model.set_attn_implementation("pqlab") reads the codes directly.{pads}',
+            stacklevel=3,
+        )
+
+    def _make_pool(self, text: PreTrainedConfig, device: torch.device, context: int | None, max_batch: int) -> PagePool:
+        layouts = self.codebooks.layouts(self.settings.page_size)
+        pages = self.settings.max_pages
+        if pages is None:
+            context = context or getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
+            pages = max_batch * -(-context // self.settings.page_size)
+        return PagePool(pages, PoolLayout(layouts, pages), device=device, policy=self.settings.policy)
+
+    def _check_pool(self) -> None:
+        layouts = self.codebooks.layouts(self.settings.page_size)
+        if self.pool.layout is None or self.pool.layout.layers != layouts:
+            raise ValueError(
+                "the given pool's pages are laid out for other codebooks or another page size; "
+                "share pools only among caches of one model, one set of codebooks and one page_size"
+            )
+
+
+def _exact_layers(whole: PreTrainedConfig, text: PreTrainedConfig) -> list:
+    """transformers' own layers for this model, or an error that names what stands in the way."""
+    reasons = {
+        "is an encoder-decoder": getattr(whole, "is_encoder_decoder", False),
+        "compresses its KV into latents (MLA)": getattr(text, "kv_lora_rank", None),
+        "caps its attention scores (attn_logit_softcapping)": getattr(text, "attn_logit_softcapping", None),
+        "shares K and V among layers (num_kv_shared_layers)": getattr(text, "num_kv_shared_layers", None),
+        "adds learned attention sinks to the softmax": text.model_type in ("gpt_oss",),
+        "uses position biases in its attention (ALiBi)": getattr(text, "alibi", False),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UnsupportedModelError(
+                f"{whole.model_type} {reason}, which PagedPQCache does not do; use DynamicCache"
+            )
+    return DynamicCache(config=whole).layers

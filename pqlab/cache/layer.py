@@ -1,0 +1,346 @@
+"""One quantized layer: its exact buffers, its pages, and how attention reads them.
+
+The layer keeps everything in code space (the space the codec's map leads to; the head space itself when there is no
+map), so one kernel reads sinks, codes and window with one query::
+
+    sinks   [B, H, num_sinks, d]   the first tokens of each row, exact
+    pages   [max_pages, H, T, M, 2 * nbits] uint8, K and V: views of the pool
+    window  [B, H, W, d]           ring of the newest tokens, exact; the token with code index u lies in slot u % W
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from ..kernels import ops
+from ..kernels.reference import attend_dense, merge
+from ..paging.layout import read_pages
+from .sequences import Flush, SequenceGroup, StepPlan
+
+if TYPE_CHECKING:
+    from ..quantization import LayerCodec
+
+FEW_QUERIES = 16
+"""Up to this many new tokens each reads the codes with the fused kernel; beyond it dequantizing once is cheaper."""
+
+
+class _Handover(NamedTuple):
+    """New tokens between `update` (which is not given the mask) and `attend` (which is)."""
+
+    keys: torch.Tensor  # [B, H, S, d]
+    values: torch.Tensor
+
+
+class PagedPQLayer(CacheLayerMixin):
+    """Cache layer whose older tokens are PQ codes in pages; see `PagedPQCache`, which makes and owns it.
+
+    Args:
+        index: the model's layer index.
+        group: the token counts and the page table shared with the other quantized layers.
+        codec: K and V codecs of this layer.
+        k_pages, v_pages: uint8 [max_pages, H, T, M, tile bytes], views of the pool.
+        config: the model's config; read at each step to see which attention is set.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(
+        self,
+        index: int,
+        group: SequenceGroup,
+        codec: LayerCodec,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        config: PreTrainedConfig,
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.group = group
+        self.codec = codec
+        self.k_pages, self.v_pages = k_pages, v_pages
+        self.config = config
+        self.columns = 0
+        self.pending: _Handover | None = None
+        self.sink_k = self.sink_v = self.window_k = self.window_v = None
+
+    # -- transformers' side -------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate sinks and window for the batch, dtype and device of the first tokens, [B, H, S, d]."""
+        batch, heads, _, head_dim = key_states.shape
+        wanted = (self.codec.k.num_heads, self.codec.k.head_dim, self.codec.v.head_dim)
+        if wanted != (heads, head_dim, value_states.shape[-1]):
+            raise ValueError(
+                f"layer {self.index} brings {heads} kv heads of size {head_dim} (K) and {value_states.shape[-1]} (V), "
+                f"its codebooks are for {wanted[0]} heads of size {wanted[1]} and {wanted[2]}; calibrate on this model"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        sinks, window = self.group.config.num_sinks, self.group.config.window_length
+        self.sink_k, self.window_k = (key_states.new_zeros(batch, heads, n, head_dim) for n in (sinks, window))
+        self.sink_v, self.window_v = (value_states.new_zeros(batch, heads, n, wanted[2]) for n in (sinks, window))
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Take the new K and V [B, H, S, d] of a step.
+
+        Under the "pqlab" attention they are only handed over (`attend` stores them: it has the mask). Under any other
+        attention they are stored now, and the whole K and V [B, H, columns, d] are dequantized and returned: the
+        fallback, correct with every attention and recorded in `backend_report()`.
+        """
+        if self.pending is not None:
+            raise RuntimeError(
+                f"layer {self.index} got new tokens twice without an attention in between: the model does not pass its "
+                'keys through transformers\' attention interface; use model.set_attn_implementation("sdpa") instead'
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.config._attn_implementation == "pqlab":
+            self.pending = _Handover(key_states, value_states)
+            marked = key_states.view_as(key_states)
+            marked.pqlab_layer = self
+            return marked, value_states
+        ops.record("attention", "dequantize", f'attention is "{self.config._attn_implementation}", not "pqlab"')
+        real = self.group.take_announced(self.columns, key_states.shape[2])
+        return self._store_and_dequantize(key_states, value_states, real)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Drop the exact buffers; the pages go back through `PagedPQCache.reset`."""
+        self.columns, self.pending, self.is_initialized = 0, None, False
+        self.sink_k = self.sink_v = self.window_k = self.window_v = None
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row i of the exact buffers becomes the old row rows[i]."""
+        if self.is_initialized:
+            rows = rows.to(self.device)
+            for name in ("sink_k", "sink_v", "window_k", "window_v"):
+                setattr(self, name, getattr(self, name).index_select(0, rows))
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of the exact buffers (sinks and window, K and V)."""
+        buffers = (self.sink_k, self.sink_v, self.window_k, self.window_v)
+        return sum(b.nbytes for b in buffers if b is not None)
+
+    # -- attention's side ---------------------------------------------------------------------------------------
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """Attention of the handed-over step, and its tokens stored.
+
+        A single new token is stored first and then read back with everything else. A chunk sees itself exactly and
+        what was stored before it as the cache keeps it; then it is stored.
+
+        Args:
+            query: [B, Hq, S, d].
+            mask: bool [B, 1, S, columns + S] as transformers' `sdpa_mask` makes it, or None without pads.
+            scaling: factor on the scores.
+
+        Returns:
+            [B, Hq, S, d].
+        """
+        keys, values = self._take_pending()
+        batch, _, steps, _ = keys.shape
+        start = self.columns
+        real = None if mask is None else mask[:, 0, :, start:].diagonal(dim1=-2, dim2=-1)
+        plan = self.group.plan_step(start, steps, batch, real)
+        if mask is not None:
+            self.group.check_mask(plan, mask)
+        if steps == 1:
+            self._store(plan, keys, values)
+            out, _ = self._attend_stored(query, plan.after, scaling)
+        elif plan.starts_empty:
+            out = _attend_chunk(query, keys, values, mask, scaling)
+            self._store(plan, keys, values)
+        elif steps <= FEW_QUERIES:
+            old = self._attend_stored(query, plan.before, scaling)
+            new = attend_dense(query, keys, values, _chunk_mask(mask, start, keys), scaling)
+            out, _ = merge(*old, *new)
+            self._store(plan, keys, values)
+        else:
+            old_k, old_v, valid = self.stored(plan.before)
+            seen = valid[:, None].expand(batch, steps, -1)
+            joint = torch.cat([seen, _chunk_mask(mask, start, keys)], -1)[:, None]
+            out = _attend_chunk(query, torch.cat([old_k, keys], 2), torch.cat([old_v, values], 2), joint, scaling)
+            self._store(plan, keys, values)
+        if self.group.probe is not None:
+            self.group.probe(self, plan, query, keys, values, out, scaling)
+        return out
+
+    def stored(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a reader of the cache sees, dequantized, in token order.
+
+        Args:
+            lengths: int32 [B, 3]: (sinks, coded, window) of each row.
+
+        Returns:
+            K and V [B, H, n, d] in the cache's dtype, n = the longest row; bool [B, n], True where a row has a token.
+        """
+        rows = lengths.tolist()
+        n = max((sum(row) for row in rows), default=0)
+        valid = torch.arange(n, device=self.device) < lengths.sum(1, keepdim=True).to(self.device)
+        k = self._gather(rows, n, self.codec.k, self.k_pages, self.sink_k, self.window_k)
+        v = self._gather(rows, n, self.codec.v, self.v_pages, self.sink_v, self.window_v)
+        return k, v, valid
+
+    def codes(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [H, coded, M] of a row's pages, K and V, in token order."""
+        coded = self.group.table.num_tokens(row)
+        page_ids = self.group.page_table()[row, : -(-coded // self.group.config.page_size)]
+        sides = ((self.k_pages, self.codec.k), (self.v_pages, self.codec.v))
+        return tuple(read_pages(pages, page_ids, codec.nbits)[:, :coded] for pages, codec in sides)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _take_pending(self) -> _Handover:
+        if self.pending is None:
+            raise RuntimeError(
+                f"layer {self.index} is asked for attention without new tokens: the model shares one layer's keys "
+                'among several layers; use model.set_attn_implementation("sdpa") with this cache'
+            )
+        pending, self.pending = self.pending, None
+        return pending
+
+    def _attend_stored(self, query: torch.Tensor, lengths: torch.Tensor, scaling: float):
+        """(out [B, Hq, S, d], lse [B, Hq, S]) over everything stored."""
+        out, lse = ops.decode(
+            self.codec.k.map_query(query), self.k_pages, self.v_pages, self.group.page_table(), lengths,
+            self.codec.k.centroids, self.codec.v.centroids, self.sink_k, self.sink_v, self.window_k, self.window_v,
+            self.codec.k.nbits, self.codec.v.nbits, scaling,
+        )  # fmt: skip
+        return self.codec.v.from_code_space(out), lse
+
+    def _store(self, plan: StepPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the new tokens of a step, flushing what the plan says. Nothing is encoded twice."""
+        keys, values = self.codec.k.to_code_space(keys), self.codec.v.to_code_space(values)
+        if plan.num_columns == 1:
+            self._store_one(plan, keys, values)
+            for flush in plan.flushes:
+                self._encode(flush, self._ring(self.window_k, flush), self._ring(self.window_v, flush))
+        else:
+            by_row = {flush.row: flush for flush in plan.flushes}
+            for row, count in enumerate(plan.counts):
+                if count:
+                    self._store_row(plan, row, keys[row], values[row], by_row.get(row))
+        self.columns = plan.start + plan.num_columns
+
+    def _store_one(self, plan: StepPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        num_sinks, ring = self.group.config.num_sinks, self.group.config.window_length
+        for row, (token, count) in enumerate(zip(plan.tokens, plan.counts, strict=True)):
+            if not count:
+                continue
+            if token < num_sinks:
+                self.sink_k[row, :, token] = keys[row, :, 0]
+                self.sink_v[row, :, token] = values[row, :, 0]
+            else:
+                slot = (token - num_sinks) % ring
+                self.window_k[row, :, slot] = keys[row, :, 0]
+                self.window_v[row, :, slot] = values[row, :, 0]
+
+    def _store_row(self, plan: StepPlan, row: int, k: torch.Tensor, v: torch.Tensor, flush: Flush | None) -> None:
+        """Store a row's part [H, S, d] of a chunk: sinks, then codes straight from the chunk, then the ring."""
+        num_sinks, ring = self.group.config.num_sinks, self.group.config.window_length
+        if plan.real is not None:
+            keep = plan.real[row].to(k.device)
+            k, v = k[:, keep], v[:, keep]
+        token = plan.tokens[row]
+        new_sinks = min(max(0, num_sinks - token), k.shape[1])
+        if new_sinks:
+            self.sink_k[row, :, token : token + new_sinks] = k[:, :new_sinks]
+            self.sink_v[row, :, token : token + new_sinks] = v[:, :new_sinks]
+            k, v = k[:, new_sinks:], v[:, new_sinks:]
+        if not k.shape[1]:
+            return
+        first = token + new_sinks - num_sinks  # code index of k's first token
+        keep_from = first
+        if flush is not None:
+            old = first - flush.first  # so many of the flushed tokens wait in the ring
+            end = flush.first + flush.count
+            from_ring = replace(flush, count=min(old, flush.count)) if old > 0 else None
+            fresh = slice(0, max(0, end - first))
+            parts_k = [k[:, fresh]] if from_ring is None else [self._ring(self.window_k, from_ring), k[:, fresh]]
+            parts_v = [v[:, fresh]] if from_ring is None else [self._ring(self.window_v, from_ring), v[:, fresh]]
+            self._encode(flush, torch.cat(parts_k, 1), torch.cat(parts_v, 1))
+            keep_from = max(first, end)
+        slots = torch.arange(keep_from, first + k.shape[1], device=k.device) % ring
+        self.window_k[row, :, slots] = k[:, keep_from - first :]
+        self.window_v[row, :, slots] = v[:, keep_from - first :]
+
+    def _ring(self, window: torch.Tensor, flush: Flush) -> torch.Tensor:
+        """[H, count, d]: the ring's tokens with code indexes [first, first + count) of the flush's row."""
+        slots = torch.arange(flush.first, flush.first + flush.count, device=window.device)
+        return window[flush.row].index_select(1, slots % self.group.config.window_length)
+
+    def _encode(self, flush: Flush, k: torch.Tensor, v: torch.Tensor) -> None:
+        for codec, pages, x in ((self.codec.k, self.k_pages, k), (self.codec.v, self.v_pages, v)):
+            ops.encode_pages_(pages, x, codec.centroids, flush.page_ids, flush.first_slot, codec.nbits)
+
+    def _gather(self, rows, n, codec, pages, sink, window) -> torch.Tensor:
+        """[B, H, n, d] in the head space: sinks, decoded pages and ring of each row, in token order."""
+        batch, heads, ring, head_dim = window.shape
+        out = window.new_zeros(batch, heads, n, head_dim)
+        table = self.group.page_table()
+        for row, (sinks, coded, exact) in enumerate(rows):
+            out[row, :, :sinks] = sink[row, :, :sinks]
+            if coded:
+                page_ids = table[row, : -(-coded // self.group.config.page_size)]
+                codes = read_pages(pages, page_ids, codec.nbits)[:, :coded]
+                out[row, :, sinks : sinks + coded] = codec.dequantize(codes).to(out.dtype)
+            slots = torch.arange(coded, coded + exact, device=out.device) % ring
+            out[row, :, sinks + coded : sinks + coded + exact] = window[row].index_select(1, slots)
+        return codec.from_code_space(out)
+
+    def _store_and_dequantize(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None):
+        """The fallback's step: K and V [B, H, columns, d] as a plain cache would return them, pads where they were."""
+        start, steps = self.columns, keys.shape[2]
+        plan = self.group.plan_step(start, steps, keys.shape[0], real)
+        if steps == 1:
+            self._store(plan, keys, values)
+            old_k, old_v, _ = self.stored(plan.after)
+            start = plan.start + 1
+        else:
+            old_k, old_v, _ = self.stored(plan.before)
+            self._store(plan, keys, values)
+        if self.group.has_pads:
+            index = self.group.column_to_token()[:, None, :start, None].to(self.device)
+            if old_k.shape[2] == 0:  # only pads so far: any finite vector does, the mask hides it
+                old_k, old_v = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (keys, values))
+            old_k = old_k.gather(2, index.expand(*old_k.shape[:2], -1, old_k.shape[3]))
+            old_v = old_v.gather(2, index.expand(*old_v.shape[:2], -1, old_v.shape[3]))
+        if steps == 1:
+            return old_k, old_v
+        return torch.cat([old_k, keys], 2), torch.cat([old_v, values], 2)
+
+
+def _chunk_mask(mask: torch.Tensor | None, start: int, keys: torch.Tensor) -> torch.Tensor:
+    """bool [B, S, S]: which tokens of the chunk (keys [B, H, S, d]) each of its tokens sees."""
+    batch, _, steps, _ = keys.shape
+    if mask is None:
+        return torch.ones(steps, steps, dtype=torch.bool, device=keys.device).tril().expand(batch, -1, -1)
+    return mask[:, 0, :, start:].expand(batch, -1, -1)
+
+
+def _attend_chunk(query, keys, values, mask, scaling) -> torch.Tensor:
+    """Exact attention [B, Hq, S, d], computed as transformers' sdpa path does: a first chunk is bit-equal to it."""
+    groups = query.shape[1] // keys.shape[1]
+    if mask is not None:  # a pad sees nothing: let it see everything instead of dividing by zero
+        mask = mask | ~mask.any(-1, keepdim=True)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, repeat_kv(keys, groups), repeat_kv(values, groups), attn_mask=mask, scale=scaling, is_causal=mask is None
+    )

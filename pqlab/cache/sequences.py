@@ -1,0 +1,277 @@
+"""Which token lies where: the state that all quantized layers of a cache share, and the plan of one step.
+
+Every row keeps its own real tokens; pads are counted as columns (so that transformers' masks fit) and stored nowhere::
+
+    columns      [ pad pad | t0 t1 t2 ...                                        ]   what transformers counts
+    tokens       [0, sinks) exact | [sinks, sinks+coded) codes in pages | [.., n) exact ring
+
+A token behind the sinks has the code index u = token - num_sinks. Code u lies in page `table[row, u // P]`, slot
+`u % P`; an exact token with index u lies in ring slot `u % W`, W = R + P. So neither a flush nor a crop moves a token.
+
+The layers of a model arrive one after the other. The first one to bring a step has it planned, pages and all, before
+anything is written; the others follow the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config import CacheConfig
+from ..errors import UnsupportedModelError
+from ..paging import PagePool, PageTable
+
+
+@dataclass(frozen=True)
+class Flush:
+    """Tokens of one row that leave the exact part: codes [first, first + count) go to `page_ids` from `first_slot`."""
+
+    row: int
+    first: int
+    count: int
+    page_ids: torch.Tensor  # int32 [pages]
+    first_slot: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step of `num_columns` new columns does to every row.
+
+    Attributes:
+        start: columns before the step.
+        num_columns: S, new columns.
+        real: bool [B, S], False at pads; None when there is no pad.
+        tokens: real tokens of each row before the step.
+        counts: real tokens each row gains.
+        before, after: int32 [B, 3] (sinks, coded, window) of each row before and after.
+        flushes: what leaves the window in this step.
+    """
+
+    start: int
+    num_columns: int
+    real: torch.Tensor | None
+    tokens: tuple[int, ...]
+    counts: tuple[int, ...]
+    before: torch.Tensor
+    after: torch.Tensor
+    flushes: tuple[Flush, ...]
+    mask_checked: bool = False
+
+    @property
+    def starts_empty(self) -> bool:
+        return not any(self.tokens)
+
+
+class SequenceGroup:
+    """Token counts and page table of a group of layers that keep the same tokens (all full-attention layers).
+
+    Args:
+        pool: the page pool; the group takes and returns pages, it never touches their bytes except through it.
+        config: page size, residual length, sinks.
+        device: where the length tensors live.
+    """
+
+    def __init__(self, pool: PagePool, config: CacheConfig, device: torch.device | str = "cpu") -> None:
+        self.pool = pool
+        self.config = config
+        self.device = torch.device(device)
+        self.table = PageTable(pool, config.page_size)
+        self.columns = 0
+        self.tokens: list[int] = []
+        self.plan: StepPlan | None = None
+        self.lengths = torch.zeros(0, 3, dtype=torch.int32, device=self.device)
+        self._real = torch.zeros(0, 0, dtype=torch.bool)  # [B, capacity], on the CPU; grows by doubling
+        self._any_pad = False
+        self._announced: torch.Tensor | None = None
+        self.probe: Callable | None = None
+        """Called by every layer after every step with (layer, plan, query, keys, values, output, scaling)."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def real(self) -> torch.Tensor:
+        """bool [B, columns], False at pads."""
+        return self._real[:, : self.columns]
+
+    @property
+    def has_pads(self) -> bool:
+        return self._any_pad
+
+    def split(self, tokens: int, coded: int) -> tuple[int, int, int]:
+        """(sinks, coded, window) of a row of `tokens` real tokens, `coded` of them in pages."""
+        sinks = min(tokens, self.config.num_sinks)
+        return sinks, coded, tokens - sinks - coded
+
+    def flush_count(self, coded: int, window: int) -> int:
+        """How many of the oldest window tokens leave: the most that end on a page's edge and leave R or more."""
+        if window < self.config.window_length:
+            return 0
+        spare = window - self.config.residual_length
+        return spare - (coded + spare) % self.config.page_size
+
+    def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
+        """The plan of the step that begins at column `start`; made by the first layer that asks, read by the others.
+
+        Args:
+            start: columns the asking layer has seen.
+            num_columns: S.
+            batch: B.
+            real: bool [B, S] on any device, False at pads; None when all columns are tokens.
+
+        Raises:
+            PageAllocationError: PQC001; nothing was changed, the same step may be tried again after pages were freed.
+        """
+        plan = self.plan
+        if plan is not None and plan.start == start and self.columns == start + num_columns:
+            return plan
+        if start != self.columns:
+            raise RuntimeError(
+                f"a layer stands at column {start} while the cache stands at {self.columns}: the layers of the last "
+                "step were not all run (it raised midway, or layers were skipped); call cache.reset() before going on"
+            )
+        if batch != self.num_rows:
+            if self.num_rows:
+                raise ValueError(
+                    f"the cache holds {self.num_rows} sequences and was given {batch}; select rows with "
+                    "cache.batch_select_indices / batch_repeat_interleave, or make a new cache"
+                )
+            self._add_rows(batch)
+        if real is not None:
+            real = real.to("cpu")
+            if bool(real.all()):
+                real = None
+        counts = [num_columns] * batch if real is None else real.sum(1).tolist()
+
+        flushed = []
+        for row in range(batch):
+            coded = self.table.num_tokens(row)
+            _, _, window = self.split(self.tokens[row] + counts[row], coded)
+            flushed.append(self.flush_count(coded, window))
+        first = [self.table.num_tokens(row) for row in range(batch)]
+        if any(flushed):
+            self.table.extend(flushed)  # the only thing that can fail; it changes nothing when it does
+
+        before = self.lengths
+        tokens = tuple(self.tokens)
+        self._record_columns(real, num_columns)
+        self.tokens = [n + c for n, c in zip(self.tokens, counts, strict=True)]
+        self.columns += num_columns
+        self._refresh_lengths()
+        self.plan = StepPlan(
+            start=start,
+            num_columns=num_columns,
+            real=real,
+            tokens=tokens,
+            counts=tuple(counts),
+            before=before,
+            after=self.lengths,
+            flushes=tuple(self._flush(row, first[row], count) for row, count in enumerate(flushed) if count),
+        )
+        return self.plan
+
+    def page_table(self) -> torch.Tensor:
+        """int32 [B, n]: page ids of every row in token order, -1 behind its last page."""
+        return self.table.as_tensor(self.device)
+
+    def announce_mask(self, mask: torch.Tensor) -> None:
+        """Say which columns are tokens, [B, columns so far or to come], for attentions that do not pass their mask."""
+        self._announced = mask.to("cpu").bool()
+
+    def take_announced(self, start: int, num_columns: int) -> torch.Tensor | None:
+        """bool [B, num_columns] of the announced mask from column `start`; columns it does not reach are tokens."""
+        if self._announced is None:
+            return None
+        part = self._announced[:, start : start + num_columns]
+        return torch.nn.functional.pad(part, (0, num_columns - part.shape[1]), value=True)
+
+    def check_mask(self, plan: StepPlan, mask: torch.Tensor) -> None:
+        """Refuse a mask that hides stored tokens from the new ones: every token sees all before it, or is a pad.
+
+        Args:
+            plan: the step.
+            mask: bool [B, 1, S, columns before + S].
+        """
+        if plan.mask_checked or not plan.start:
+            return
+        object.__setattr__(plan, "mask_checked", True)  # once a step, not once a layer
+        past = mask[:, 0, :, : plan.start].to("cpu")
+        expected = self.real[:, None, : plan.start]
+        pad = torch.zeros(1, 1, 1, dtype=torch.bool) if plan.real is None else ~plan.real[..., None]
+        if not bool(((past == expected) | pad).all()):
+            raise UnsupportedModelError(
+                "the attention mask hides stored tokens from new ones (a packed, block or sliding pattern), which a "
+                "paged PQ layer does not do; use a plain causal mask with padding, or an exact cache for this model"
+            )
+
+    def _flush(self, row: int, first: int, count: int) -> Flush:
+        size = self.config.page_size
+        pages = self.table.pages(row)[first // size : -(-(first + count) // size)]
+        return Flush(row, first, count, torch.tensor(pages, dtype=torch.int32, device=self.device), first % size)
+
+    def crop(self, num_columns: int) -> None:
+        """Forget the newest `num_columns` columns of every row: from the window first, then from the last pages."""
+        num_columns = min(num_columns, self.columns)
+        gone = self.real[:, self.columns - num_columns :].sum(1).tolist()
+        for row, count in enumerate(gone):
+            self.tokens[row] -= count
+            codes = max(0, self.tokens[row] - self.config.num_sinks)
+            if codes < self.table.num_tokens(row):
+                self.table.truncate(row, codes)
+        self.columns -= num_columns
+        self._after_surgery()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes a copy of the old row rows[i]: pages are shared, not copied."""
+        self.table.select(rows)
+        self.tokens = [self.tokens[row] for row in rows]
+        self._real = self._real[list(rows)]
+        self._after_surgery()
+
+    def reset(self) -> None:
+        """Forget all sequences and give their pages back."""
+        self.table.select([])
+        self.columns, self.tokens, self._any_pad, self._announced = 0, [], False, None
+        self._real = self._real.new_zeros(0, 0)
+        self._after_surgery()
+
+    def column_to_token(self) -> torch.Tensor:
+        """int64 [B, columns]: the token of each column; a pad points to the token before it (or to 0)."""
+        return (self.real.long().cumsum(1) - 1).clamp_min(0)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when counts, table and pool disagree."""
+        self.table.check_integrity()
+        assert len(self.tokens) == self.table.num_seqs, (len(self.tokens), self.table.num_seqs)
+        for row, tokens in enumerate(self.tokens):
+            sinks, coded, window = self.split(tokens, self.table.num_tokens(row))
+            assert tokens == int(self.real[row].sum()), (row, tokens)
+            assert 0 <= window < self.config.window_length, (row, sinks, coded, window)
+            assert self.lengths[row].tolist() == [sinks, coded, window], (row, self.lengths[row])
+
+    def _after_surgery(self) -> None:
+        self.plan = None
+        self._refresh_lengths()
+
+    def _refresh_lengths(self) -> None:
+        rows = [self.split(n, self.table.num_tokens(row)) for row, n in enumerate(self.tokens)]
+        self.lengths = torch.tensor(rows, dtype=torch.int32, device=self.device).view(-1, 3)
+
+    def _add_rows(self, count: int) -> None:
+        for _ in range(count):
+            self.table.add_sequence()
+        self.tokens = [0] * count
+        self._real = torch.ones(count, 64, dtype=torch.bool)
+        self._refresh_lengths()
+
+    def _record_columns(self, real: torch.Tensor | None, num_columns: int) -> None:
+        end = self.columns + num_columns
+        if end > self._real.shape[1]:
+            grown = torch.ones(self.num_rows, max(end, 2 * self._real.shape[1]), dtype=torch.bool)
+            grown[:, : self.columns] = self.real
+            self._real = grown
+        self._real[:, self.columns : end] = True if real is None else real
+        self._any_pad = self._any_pad or real is not None

@@ -1,0 +1,80 @@
+"""A plain contiguous model of the cache, for tests: no pages, no ring, no sharing. Lists of tokens per row.
+
+It is a transformers cache that works with any attention: `update` returns dequantized K and V for every column. It
+follows DESIGN's semantics (sinks, window, flush of whole pages, encode once) in the most literal way.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+class PlainPQLayer(DynamicLayer):
+    """Keeps every column's vector as it would be read, and a mark per column whether it has been quantized."""
+
+    def __init__(self, codec, page_size: int, residual: int, sinks: int, mask: torch.Tensor | None) -> None:
+        super().__init__()
+        self.codec, self.page_size, self.residual, self.sinks = codec, page_size, residual, sinks
+        self.mask = mask  # bool [B, columns], False at pads
+        self.coded: list[int] = []
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.coded = [0] * keys.shape[0]
+        if keys.shape[2] > 1:  # a chunk sees itself exactly, then is flushed
+            seen = super().update(keys, values)
+            seen = tuple(x.clone() for x in seen)
+            self._flush()
+            return seen
+        super().update(keys, values)
+        self._flush()
+        return self.keys, self.values
+
+    def _flush(self) -> None:
+        self.keys, self.values = self.keys.clone(), self.values.clone()
+        for row in range(self.keys.shape[0]):
+            columns = torch.arange(self.keys.shape[2])
+            if self.mask is not None:
+                real = torch.ones(len(columns), dtype=torch.bool)
+                known = self.mask[row, : len(columns)]
+                real[: len(known)] = known
+                columns = columns[real]
+            body = columns[self.sinks :]
+            window = len(body) - self.coded[row]
+            if window < self.residual + self.page_size:
+                continue
+            end = (len(body) - self.residual) // self.page_size * self.page_size
+            chosen = body[self.coded[row] : end]
+            for name, codec in (("keys", self.codec.k), ("values", self.codec.v)):
+                stored = getattr(self, name)
+                x = stored[row][:, chosen]
+                stored[row][:, chosen] = codec.decode(codec.encode(x)).to(x.dtype)
+            self.coded[row] = end
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        for row in range(len(self.coded)):
+            real = self.keys.shape[2]
+            if self.mask is not None:
+                real = int(self.mask[row, :real].sum()) + max(0, real - self.mask.shape[1])
+            self.coded[row] = min(self.coded[row], max(0, real - self.sinks))
+
+    def reorder_cache(self, beam_idx) -> None:
+        super().reorder_cache(beam_idx)
+        self.coded = [self.coded[i] for i in beam_idx.tolist()]
+        if self.mask is not None:
+            self.mask = self.mask[beam_idx]
+
+
+def plain_pq_cache(model, codebooks, config, attention_mask=None) -> DynamicCache:
+    """A `DynamicCache` whose full-attention layers are `PlainPQLayer`; attention_mask [B, n] marks the pads."""
+    cache = DynamicCache(config=model.config)
+    mask = None if attention_mask is None else attention_mask.bool()
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = PlainPQLayer(
+                codebooks.layer(i), config.page_size, config.residual_length, config.num_sinks, mask
+            )
+    return cache
