@@ -1,0 +1,25 @@
+"""Which model and which text: the embedded defaults, any Hugging Face id, any folder, and where things are kept."""
+
+from .defaults import default_codebooks
+from .fetch import FetchError
+from .fingerprint import fingerprint
+from .load import ModelLoadError, ensure_default_model, load_model
+from .packaged import PACKAGED, PackagedModel
+from .store import CacheDirError, cache_dir
+from .texts import Text, load_text, texts
+
+__all__ = [
+    "PACKAGED",
+    "CacheDirError",
+    "FetchError",
+    "ModelLoadError",
+    "PackagedModel",
+    "Text",
+    "cache_dir",
+    "default_codebooks",
+    "ensure_default_model",
+    "fingerprint",
+    "load_model",
+    "load_text",
+    "texts",
+]

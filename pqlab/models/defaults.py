@@ -1,0 +1,73 @@
+"""Codebooks for any model at once: calibrated on a shipped novel the first time, read from a file afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import PQConfig
+from .fingerprint import fingerprint
+from .store import build_once, cache_dir, remove
+from .texts import load_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..quantization import Codebooks
+
+CALIBRATION_TEXT = "emma"
+"""Not the text that `load_text` gives by default: a notebook should not show what was trained on."""
+
+
+def default_codebooks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pq: PQConfig = PQConfig(),  # noqa: B008 (frozen)
+    *,
+    text: str = CALIBRATION_TEXT,
+    progress: bool = True,
+) -> Codebooks:
+    """Codebooks of `model` at the setting `pq`, calibrated once and kept in the cache directory.
+
+    The file is named by the model's fingerprint, M, nbits, the text and the version of the quantizer; a damaged file
+    is made again. Several processes may ask at once: one calibrates.
+
+    Args:
+        text: what to calibrate on: the name of a shipped text, or the path of a text file.
+    """
+    from ..quantization import CodebookError, Codebooks, calibrate
+
+    path = default_codebooks_path(model, pq, text=text)
+
+    def build(target: Path) -> None:
+        books = calibrate(model, tokenizer, load_text(text), pq, text_name=Path(text).name, progress=progress)
+        books.save(target)
+
+    what = f"codebooks for {pq}"
+    build_once(path, build, what)
+    try:
+        return Codebooks.load(path, model)
+    except CodebookError:
+        remove(path)
+        return Codebooks.load(build_once(path, build, what), model)
+
+
+def default_codebooks_path(model: PreTrainedModel, pq: PQConfig, *, text: str = CALIBRATION_TEXT) -> Path:
+    """The file that `default_codebooks` keeps; it need not exist yet."""
+    from ..quantization import attention_geometry
+
+    subspaces = sorted({pq.num_subspaces(head_dim) for _, head_dim in attention_geometry(model).values()})
+    key = hashlib.sha256(_quantizer_version().encode() + load_text(text).encode()).hexdigest()[:8]
+    size = f"M{'-'.join(map(str, subspaces))}-{pq.nbits}bit"
+    return cache_dir() / "codebooks" / f"{fingerprint(model)}-{size}-{Path(text).stem}-{key}.safetensors"
+
+
+def _quantizer_version() -> str:
+    """Hash of the quantizer's source: a changed calibration must not go on with codebooks of the old one."""
+    digest = hashlib.sha256()
+    for source in sorted(files("pqlab").joinpath("quantization").iterdir(), key=lambda entry: entry.name):
+        if source.name.endswith(".py"):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
