@@ -9,12 +9,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..config import CacheConfig
+from ..cost import fit_max_pages
 from ..errors import UnsupportedModelError
 from ..paging import PagePool
 from ..paging.layout import PoolLayout
 from ..quantization import Codebooks
 from .layer import PagedPQLayer
-from .sequences import SequenceGroup
+from .sequences import SequenceGroup, plain_state
 
 DEFAULT_CONTEXT = 8192
 """Tokens the default pool is sized for where a model's config names no limit."""
@@ -44,6 +45,7 @@ class PagedPQCache(Cache):
     A cache holds one set of sequences: `reset()` it, or make another, for the next unrelated prompt.
     """
 
+    @plain_state
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
@@ -211,8 +213,11 @@ class PagedPQCache(Cache):
         layouts = self.codebooks.layouts(self.settings.page_size)
         pages = self.settings.max_pages
         if pages is None:
+            named = context is not None
             context = context or getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
-            pages = max_batch * -(-context // self.settings.page_size)
+            pages = fit_max_pages(
+                layouts, self.settings, context=context, batch=max_batch, device=device, shrink=not named
+            )
         return PagePool(pages, PoolLayout(layouts, pages), device=device, policy=self.settings.policy)
 
     def _check_pool(self) -> None:

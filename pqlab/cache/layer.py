@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from ..kernels import ops
 from ..kernels.reference import attend_dense, merge
 from ..paging.layout import read_pages
-from .sequences import Flush, SequenceGroup, StepPlan
+from .sequences import Flush, SequenceGroup, StepPlan, plain_state
 
 if TYPE_CHECKING:
     from ..quantization import LayerCodec
@@ -74,6 +74,7 @@ class PagedPQLayer(CacheLayerMixin):
 
     # -- transformers' side -------------------------------------------------------------------------------------
 
+    @plain_state
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate sinks and window for the batch, dtype and device of the first tokens, [B, H, S, d]."""
         batch, heads, _, head_dim = key_states.shape
@@ -126,6 +127,7 @@ class PagedPQLayer(CacheLayerMixin):
         self.columns, self.pending, self.is_initialized = 0, None, False
         self.sink_k = self.sink_v = self.window_k = self.window_v = None
 
+    @plain_state
     def select_rows(self, rows: torch.Tensor) -> None:
         """Row i of the exact buffers becomes the old row rows[i]."""
         if self.is_initialized:

@@ -16,12 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 
 from ..config import CacheConfig
 from ..errors import UnsupportedModelError
 from ..paging import PagePool, PageTable
+
+
+def plain_state(method: Callable) -> Callable:
+    """Let a method make ordinary tensors even inside `torch.inference_mode()`.
+
+    What a cache keeps has to be changeable inside and outside of inference mode alike: people generate in one and
+    crop in the other.
+    """
+
+    @wraps(method)
+    def wrapped(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ class SequenceGroup:
         spare = window - self.config.residual_length
         return spare - (coded + spare) % self.config.page_size
 
+    @plain_state
     def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
         """The plan of the step that begins at column `start`; made by the first layer that asks, read by the others.
 
@@ -212,6 +229,7 @@ class SequenceGroup:
         pages = self.table.pages(row)[first // size : -(-(first + count) // size)]
         return Flush(row, first, count, torch.tensor(pages, dtype=torch.int32, device=self.device), first % size)
 
+    @plain_state
     def crop(self, num_columns: int) -> None:
         """Forget the newest `num_columns` columns of every row: from the window first, then from the last pages."""
         num_columns = min(num_columns, self.columns)
@@ -224,6 +242,7 @@ class SequenceGroup:
         self.columns -= num_columns
         self._after_surgery()
 
+    @plain_state
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes a copy of the old row rows[i]: pages are shared, not copied."""
         self.table.select(rows)
@@ -231,6 +250,7 @@ class SequenceGroup:
         self._real = self._real[list(rows)]
         self._after_surgery()
 
+    @plain_state
     def reset(self) -> None:
         """Forget all sequences and give their pages back."""
         self.table.select([])

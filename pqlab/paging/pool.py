@@ -60,12 +60,13 @@ class PagePool:
         self.max_pages = max_pages
         self.layout = layout
         self.device = torch.device(device)
+        if layout is not None:
+            require_memory(layout.num_bytes, layout.page_bytes, self.device)
         self._free = make_policy(policy, max_pages)
         self._refcounts = array("i", bytes(4 * max_pages))
         self.buffer = None
         self._views: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
         if layout is not None:
-            require_memory(layout.num_bytes, layout.page_bytes, self.device)
             self.buffer = _zeros(layout.num_bytes, self.device)
             self._views = tuple(
                 (layout.view(self.buffer, layer, 0), layout.view(self.buffer, layer, 1))
@@ -94,7 +95,8 @@ class PagePool:
         free = self._free
         if n > len(free):
             raise PageAllocationError(
-                f"Page allocation failed: {n} pages are needed, {len(free)} of {self.max_pages} are free.",
+                f"Page allocation failed: {n} {'page is' if n == 1 else 'pages are'} needed, "
+                f"{len(free)} of {self.max_pages} {'is' if len(free) == 1 else 'are'} free.",
                 f"Raise max_pages to at least {self.num_used + n}, or free or crop sequences.",
             )
         pages = [free.take() for _ in range(n)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 NO_PAGE = -1
@@ -14,7 +15,7 @@ class PageRows:
     """int32 [row capacity, page capacity] of page ids that grows by doubling; a copy per device, made when stale."""
 
     def __init__(self) -> None:
-        self._replace(torch.full((0, 0), NO_PAGE, dtype=torch.int32))
+        self._replace(np.full((0, 0), NO_PAGE, dtype=np.int32))
         self._version = 0  # counts changes, so that a copy on a device knows whether it is stale
         self._copies: dict[torch.device, tuple[torch.Tensor, int]] = {}
 
@@ -35,10 +36,10 @@ class PageRows:
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was; rows past the last are erased."""
-        chosen = self._host[list(rows)]  # a copy
-        self._host.fill_(NO_PAGE)
+        chosen = self._array[list(rows)]  # a copy
+        self._array.fill(NO_PAGE)
         self.reserve(len(rows), 0)
-        self._host[: len(rows)] = chosen
+        self._array[: len(rows)] = chosen
         self._version += 1
 
     def reserve(self, num_rows: int, width: int) -> None:
@@ -48,8 +49,8 @@ class PageRows:
             return
         rows = max(num_rows, 2 * rows) if num_rows > rows else rows
         columns = max(width, 2 * columns, 8) if width > columns else columns
-        grown = torch.full((rows, columns), NO_PAGE, dtype=torch.int32)
-        grown[: self._host.shape[0], : self._host.shape[1]] = self._host
+        grown = np.full((rows, columns), NO_PAGE, dtype=np.int32)
+        grown[: self._array.shape[0], : self._array.shape[1]] = self._array
         self._replace(grown)
         self._version += 1
 
@@ -59,13 +60,14 @@ class PageRows:
         if device.type == "cpu":
             return self._host[:num_rows]
         copy, version = self._copies.get(device, (None, -1))
-        if copy is None or copy.shape != self._host.shape:
-            copy, version = torch.empty_like(self._host, device=device), -1
-        if version != self._version:
-            copy.copy_(self._host)
-            self._copies[device] = (copy, self._version)
+        with torch.inference_mode(False):  # made inside inference mode, it could not be updated outside of it
+            if copy is None or copy.shape != self._host.shape:
+                copy, version = torch.empty_like(self._host, device=device), -1
+            if version != self._version:
+                copy.copy_(self._host)
+                self._copies[device] = (copy, self._version)
         return copy[:num_rows]
 
-    def _replace(self, host: torch.Tensor) -> None:
-        self._host = host
-        self._array = host.numpy()  # the same memory; entries are set faster through numpy
+    def _replace(self, array: np.ndarray) -> None:
+        self._array = array  # all changes go through numpy: faster for single entries
+        self._host = torch.from_numpy(array)  # the same memory

@@ -1,0 +1,288 @@
+"""What the cache promises beyond equal tokens: bounds, atomic errors, sharing, refusals, and what it says."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from plain_pq import plain_pq_cache
+from transformers.cache_utils import DynamicCache
+
+from pqlab import CacheConfig, PagedPQCache, PQConfig
+from pqlab.errors import PageAllocationError, UnsupportedModelError
+from pqlab.quantization import Codebooks
+
+SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
+
+
+@pytest.fixture
+def model(make_model):
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    return model
+
+
+@pytest.fixture
+def books(model):
+    return Codebooks.random(model, config=PQConfig(M=8, nbits=4))
+
+
+def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 200, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def feed(model, cache, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, past_key_values=cache).logits[:, -1]
+
+
+def test_window_keeps_between_r_and_r_plus_page_minus_one_tokens(model, books):
+    cache = PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(3))
+    for n in range(4, 150):
+        feed(model, cache, tokens(1, seed=n))
+        sinks, coded, window = cache.lengths[0].tolist()
+        assert sinks == 3 and sinks + coded + window == n
+        assert coded % SMALL.page_size == 0
+        assert window <= SMALL.residual_length + SMALL.page_size - 1
+        assert window >= min(n - 3, SMALL.residual_length)
+    cache.group.check_integrity()
+
+
+def test_tokens_are_encoded_once(model, books):
+    cache = PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(100))
+    layer = cache.quantized_layers[0]
+    before = [codes.clone() for codes in layer.codes(0)]
+    for n in range(60):
+        feed(model, cache, tokens(1, seed=n))
+    after = layer.codes(0)
+    assert after[0].shape[1] > before[0].shape[1]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(new[:, : old.shape[1]], old)
+
+
+def test_running_out_of_pages_changes_nothing_and_goes_on_after_pages_are_freed(model, books):
+    pool_of = PagedPQCache(model, books, CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=6))
+    other = PagedPQCache(model, books, pool_of.settings, pool=pool_of.pool)
+    free = PagedPQCache(model, books, SMALL)  # enough pages: what should happen
+    feed(model, other, tokens(80, seed=9))
+    prompt = tokens(60)
+    feed(model, pool_of, prompt), feed(model, free, prompt)
+    step = 0
+    with pytest.raises(PageAllocationError, match="PQC001.*max_pages"):
+        for step in range(200):  # noqa: B007
+            state = (pool_of.get_seq_length(), pool_of.lengths.tolist(), pool_of.as_frame().to_dict())
+            feed(model, pool_of, tokens(1, seed=step))
+            feed(model, free, tokens(1, seed=step))
+    assert (pool_of.get_seq_length(), pool_of.lengths.tolist(), pool_of.as_frame().to_dict()) == state
+    pool_of.pool.check_integrity([pool_of.table, other.table])
+    other.reset()
+    for again in range(step, step + 20):
+        ours, theirs = (feed(model, c, tokens(1, seed=again)) for c in (pool_of, free))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_two_caches_live_side_by_side_on_one_pool(model, books):
+    first = PagedPQCache(model, books, SMALL)
+    second = PagedPQCache(model, books, SMALL, pool=first.pool)
+    alone = [PagedPQCache(model, books, SMALL) for _ in range(2)]
+    for n, (count, ours, theirs) in enumerate(
+        [(70, first, alone[0]), (50, second, alone[1])] + [(1, first, alone[0]), (1, second, alone[1])] * 30
+    ):
+        ids = tokens(count, seed=n)
+        torch.testing.assert_close(feed(model, ours, ids), feed(model, theirs, ids))
+    first.pool.check_integrity([first.table, second.table])
+    assert not set(first.table.pages(0)) & set(second.table.pages(0))
+
+
+@pytest.mark.parametrize("cut", [1, 15, 37, 60, 97])
+def test_crop_takes_the_window_first_then_the_last_page(model, books, cut):
+    cache, plain = PagedPQCache(model, books, SMALL), plain_pq_cache(model, books, SMALL)
+    ids = tokens(100)
+    model.set_attn_implementation("sdpa")
+    feed(model, plain, ids)
+    model.set_attn_implementation("pqlab")
+    feed(model, cache, ids)
+    coded = int(cache.lengths[0, 1])
+    cache.crop(-cut)
+    plain.crop(-cut)
+    cache.group.check_integrity()
+    assert cache.get_seq_length() == 100 - cut
+    sinks, now_coded, window = cache.lengths[0].tolist()
+    assert now_coded == min(coded, max(0, 100 - cut - 3))
+    for n, count in enumerate([1, 1, 5, 30, 1, 1, 40, 1]):  # grows over the cut again, pages' free slots first
+        new = tokens(count, seed=n)
+        ours = feed(model, cache, new)
+        model.set_attn_implementation("sdpa")
+        theirs = feed(model, plain, new)
+        model.set_attn_implementation("pqlab")
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+        cache.group.check_integrity()
+
+
+def test_crop_refuses_a_positive_number_with_the_right_call(model, books):
+    cache = PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(50))
+    with pytest.raises(ValueError, match=r"crop\(-20\) to keep 30"):
+        cache.crop(30)
+    cache.crop(0)
+    assert cache.get_seq_length() == 50
+
+
+def test_rows_selected_repeated_and_cropped_share_pages_without_corruption(model, books):
+    cache = PagedPQCache(model, books, SMALL)
+    singles = [PagedPQCache(model, books, SMALL) for _ in range(3)]
+    prompt = tokens(90)
+    for c in (cache, *singles):
+        feed(model, c, prompt)
+        c.crop(-30)  # leaves a partial last page, which the rows then share
+    cache.batch_repeat_interleave(3)
+    assert cache.pool.num_used == singles[0].pool.num_used, "copies should share pages"
+    for n in range(45):
+        ids = tokens(1, rows=3, seed=n)
+        ours = feed(model, cache, ids)
+        theirs = torch.cat([feed(model, c, ids[i : i + 1]) for i, c in enumerate(singles)])
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    cache.pool.check_integrity([cache.table])
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    ids = tokens(1, rows=2, seed=99)
+    theirs = torch.cat([feed(model, singles[2], ids[:1]), feed(model, singles[0], ids[1:])])
+    torch.testing.assert_close(feed(model, cache, ids), theirs, rtol=0, atol=1e-3)
+    cache.group.check_integrity()
+    cache.reset()
+    assert cache.pool.num_free == cache.pool.max_pages
+
+
+def test_pads_are_never_sinks_nor_codes(model, books):
+    """A left-padded row and the same row alone store the same codes and say the same."""
+    cache, alone = PagedPQCache(model, books, SMALL), PagedPQCache(model, books, SMALL)
+    row = tokens(70, seed=5)
+    both = torch.cat([tokens(100), torch.cat([torch.full((1, 30), 256), row], 1)])
+    mask = (both != 256).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.inference_mode():
+        logits = model(both, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    theirs = feed(model, alone, row)
+    torch.testing.assert_close(logits[1, -1:], theirs, rtol=0, atol=1e-4)
+    assert cache.lengths[1].tolist() == alone.lengths[0].tolist()
+    for ours, single in zip(cache.quantized_layers, alone.quantized_layers, strict=True):
+        for a, b in zip(ours.codes(1), single.codes(0), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(cache.quantized_layers[0].codes(0)[0][:, :16], cache.quantized_layers[0].codes(1)[0][:, :16])
+
+
+def test_multi_turn_reuse_goes_on_where_the_cache_stands(model, books):
+    cache, plain = PagedPQCache(model, books, SMALL), plain_pq_cache(model, books, SMALL)
+    ids = [tokens(70), tokens(25, seed=1)]
+    results = []
+    for attention, past in (("pqlab", cache), ("sdpa", plain)):
+        model.set_attn_implementation(attention)
+        out = model.generate(ids[0], past_key_values=past, max_new_tokens=20, do_sample=False)
+        out = model.generate(torch.cat([out, ids[1]], 1), past_key_values=past, max_new_tokens=20, do_sample=False)
+        results.append(out)
+    assert torch.equal(*results)
+    assert cache.get_seq_length() == results[0].shape[1] - 1
+
+
+def test_nine_query_heads_on_three_kv_heads(make_model):
+    model = make_model("llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
+    exact = model.generate(tokens(80), past_key_values=DynamicCache(config=model.config), max_new_tokens=30)
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    assert torch.equal(model.generate(tokens(80), past_key_values=cache, max_new_tokens=30), exact)
+
+
+def test_the_fallback_says_that_it_happens_and_why(model, books):
+    from pqlab.kernels import ops
+
+    model.set_attn_implementation("sdpa")
+    cache = PagedPQCache(model, books, SMALL)
+    with pytest.warns(UserWarning, match='Falling back to standard implementation.*"sdpa".*set_attn_implementation'):
+        feed(model, cache, tokens(5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        feed(model, cache, tokens(1))
+    assert any(op == "attention" and "sdpa" in reason for op, _, reason in ops.runs())
+
+
+def test_a_mask_that_hides_stored_tokens_is_refused(model, books):
+    cache = PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(40))
+    mask = torch.ones(1, 1, 5, 45, dtype=torch.bool).tril(40)
+    mask[..., :10] = False
+    with pytest.raises(UnsupportedModelError, match="hides stored tokens"), torch.inference_mode():
+        model(tokens(5), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (transformers.Gemma2Config(num_hidden_layers=2), "gemma2 caps its attention scores"),
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.DeepseekV3Config(num_hidden_layers=2), "MLA"),
+        (transformers.GptOssConfig(num_hidden_layers=2), "sinks"),
+        (transformers.MistralConfig(num_hidden_layers=2, sliding_window=64), "no full-attention layer"),
+    ],
+    ids=lambda x: getattr(x, "model_type", None),
+)
+def test_what_a_model_needs_and_the_cache_does_not_do_is_named_before_anything_runs(config, says, books):
+    with pytest.raises(UnsupportedModelError, match=says):
+        PagedPQCache(config, books, SMALL)
+
+
+def test_layers_that_are_not_quantized_are_labelled(make_model):
+    model = make_model("gemma3")
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    assert cache.layer_kinds() == ["exact DynamicSlidingWindowLayer", "paged pq"] * 2
+
+
+def test_codebooks_of_another_model_are_refused(model, make_model):
+    other = make_model("llama", num_hidden_layers=3)
+    with pytest.raises(ValueError, match="3 full-attention layers.*but the model has 2"):
+        PagedPQCache(model, Codebooks.identity(other), SMALL)
+
+
+def test_the_default_pool_follows_context_and_batch_and_is_checked_before_it_is_allocated(model, books):
+    from pqlab.errors import OutOfMemoryError
+
+    cache = PagedPQCache(model, books, CacheConfig(page_size=64), context=1000, max_batch=3)
+    assert cache.pool.max_pages == 3 * ((1000 - 4 - 128) // 64)
+    with pytest.raises(OutOfMemoryError, match="PQC004.*max_pages"):
+        PagedPQCache(model, books, CacheConfig(max_pages=10**10))
+
+
+def test_bytes_add_up(model, books):
+    cache = PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(100))
+    held = cache.nbytes()
+    sinks, coded, window = cache.lengths[0].tolist()
+    pages = -(-coded // 16)
+    assert (
+        held["codes"] == pages * 16 * (8 * 4 // 8) * 3 * 2 * 2
+    )  # tokens x bytes of 8 4-bit codes x heads x K,V x layers
+    assert held["pool"] == 60 * 16 * 4 * 3 * 2 * 2
+    assert held["exact_tokens"] == (3 + 36) * 16 * 3 * 2 * 2 * 4  # (sinks + W) x d x heads x K,V x layers x fp32
+    assert list(cache.as_frame().page) == list(cache.table.pages(0))
+
+
+def test_a_cache_made_in_inference_mode_can_be_changed_outside_of_it(model, books):
+    with torch.inference_mode():
+        cache = PagedPQCache(model, books, SMALL)
+        model(tokens(80), past_key_values=cache)
+    with torch.no_grad():
+        cache.crop(-50)
+        cache.batch_repeat_interleave(2)
+        model(tokens(60, rows=2), past_key_values=cache)
+    cache.group.check_integrity()
+
+
+def test_generation_in_low_precision(make_model, books):
+    for dtype in (torch.bfloat16, torch.float16):
+        model = make_model("llama").to(dtype)
+        model.set_attn_implementation("pqlab")
+        cache = PagedPQCache(model, books, SMALL)
+        out = model.generate(tokens(80), past_key_values=cache, max_new_tokens=10, do_sample=False)
+        assert out.shape[1] == 90 and cache.quantized_layers[0].window_k.dtype == dtype

@@ -1,0 +1,132 @@
+"""A trace says what happened: the tokens of generate, weights that make the outputs, a file that comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pqlab import CacheConfig, DecodeTrace, PagedPQCache, PQConfig, trace_decode
+from pqlab.quantization import Codebooks
+
+SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
+PROMPT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_tokenizer):
+    from conftest import make_tiny_model
+
+    model = make_tiny_model("llama")
+    return model, tiny_tokenizer, Codebooks.random(model, config=PQConfig(M=8, nbits=5), maps=True)
+
+
+@pytest.fixture(scope="module")
+def trace(setting):
+    model, tokenizer, books = setting
+    return trace_decode(model, tokenizer, PROMPT, STEPS, codebooks=books, config=SMALL)
+
+
+def test_tokens_are_those_of_generate(setting, trace):
+    model, tokenizer, books = setting
+    assert model.config._attn_implementation == "sdpa", "tracing should leave the model as it was"
+    model.set_attn_implementation("pqlab")
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    cache = PagedPQCache(model, books, SMALL)
+    generated = model.generate(ids, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(trace.token_ids, generated[0])
+    assert trace.steps.token_id.tolist()[1:] == generated[0, -STEPS:].tolist()
+    assert trace.tables[-1, : len(cache.table.pages(0))].tolist() == list(cache.table.pages(0))
+    assert trace.lengths(STEPS - 1) == tuple(cache.lengths[0].tolist())
+
+
+def test_exact_storage_shows_no_difference(setting):
+    model, tokenizer, _ = setting
+    trace = trace_decode(model, tokenizer, PROMPT, 25, codebooks=Codebooks.identity(model), config=SMALL)
+    assert trace.steps.kl.max() < 1e-5 and trace.steps.agree.all()
+    assert trace.output_error().error.max() < 1e-4
+
+
+def test_weights_and_values_make_the_recorded_outputs(trace):
+    """What `attention` shows is what was computed: weights times V as stored give the output the model went on with."""
+    for step in (0, 1, 17, STEPS):
+        for layer, head in ((0, 0), (1, 5)):
+            frame = trace.attention(step, layer, head)
+            assert frame.paged.sum() == pytest.approx(1, abs=1e-5)
+            values, _ = trace._as_stored(step, "v", layer, head // 2)
+            paged = torch.tensor(frame.paged.to_numpy()) @ values
+            torch.testing.assert_close(paged, trace.tensors["output"][step, layer, head], rtol=1e-3, atol=1e-4)
+            exact = torch.tensor(frame.exact.to_numpy()) @ trace.tensors["v"][layer, head // 2, : len(frame)]
+            torch.testing.assert_close(exact, trace.tensors["isolated_output"][step, layer, head], rtol=1e-3, atol=1e-4)
+    late = trace.attention(STEPS, 0, 0)
+    assert set(late.region) == {"sink", "code", "window"}
+    assert (late.exact - late.paged).abs().max() > 1e-4, "the codec is lossy, weights should differ"
+    assert (trace.attention(STEPS, 1, 0, "end to end").exact - late.exact).abs().max() > 0
+
+
+def test_errors_are_zero_for_the_prompt_and_not_afterwards(trace):
+    errors = trace.output_error()
+    assert set(errors.kind) == {"isolated", "end to end"}
+    assert errors[errors.step == 0].error.max() < 1e-4
+    assert errors[errors.step == STEPS].error.min() > 1e-4
+
+
+def test_events_explain_the_page_tables(trace):
+    for step in range(trace.num_steps):
+        so_far = trace.events[trace.events.step <= step]
+        allocated = so_far[so_far.kind == "allocate"].page.tolist()
+        assert allocated == [page for page in trace.tables[step].tolist() if page >= 0]
+        assert so_far[so_far.kind == "flush"]["count"].sum() == trace.lengths(step)[1]
+    pages = trace.pages(STEPS)
+    assert trace.text[3:19] == pages.text[0], "one byte a token: page 0 holds the 16 characters behind 3 sinks"
+    assert trace.text_until(0) == PROMPT
+
+
+def test_distributions(trace):
+    top = trace.topk(5)
+    assert set(top.run) == {"exact", "paged"}
+    best = top[(top.run == "paged") & (top["rank"] == 0)].token_id.item()
+    assert best == trace.steps.next_id[5]
+    assert (trace.steps.kl >= 0).all() and trace.steps.kl.max() > 0
+
+
+def test_a_saved_trace_comes_back_without_the_model(trace, tmp_path):
+    loaded = DecodeTrace.load(trace.save(tmp_path / "trace.safetensors"))
+    assert repr(loaded) == repr(trace)
+    for name in ("steps", "events", "top"):
+        theirs, ours = getattr(loaded, name), getattr(trace, name)
+        assert theirs.columns.tolist() == ours.columns.tolist()
+        for column in ours:
+            assert theirs[column].tolist() == pytest.approx(ours[column].tolist())
+    assert loaded.attention(9, 1, 2).equals(trace.attention(9, 1, 2))
+    with pytest.raises(ValueError, match="not a decode trace"):
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+        DecodeTrace.load(tmp_path / "other.safetensors")
+
+
+def test_without_capture_only_tokens_pages_and_distributions(setting):
+    model, tokenizer, books = setting
+    trace = trace_decode(model, tokenizer, PROMPT, 3, codebooks=books, config=SMALL, capture=False, follow="exact")
+    assert not trace.tensors and len(trace.steps) == 4
+    with pytest.raises(ValueError, match="holds no attention"):
+        trace.attention(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"steps": 5000}, "context of 4096"), ({"follow": "both"}, "follow"), ({"layers": [7]}, r"layers \[7\]")],
+)
+def test_bad_input_is_named(setting, change, says):
+    model, tokenizer, books = setting
+    with pytest.raises(ValueError, match=says):
+        trace_decode(model, tokenizer, PROMPT, **({"steps": 3} | change), codebooks=books, config=SMALL)
+
+
+def test_characters_of_several_tokens_stay_whole(setting):
+    model, tokenizer, books = setting
+    prompt = "caf\u00e9 \u2014 na\u00efve " * 5
+    trace = trace_decode(model, tokenizer, prompt, 1, codebooks=books, config=SMALL, capture=False)
+    assert trace.text_until(0) == prompt
