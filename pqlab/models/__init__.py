@@ -1,11 +1,11 @@
 """Which model and which text: the embedded defaults, any Hugging Face id, any folder, and where things are kept."""
 
-from .defaults import default_codebooks
+from ..store import CacheDirError, cache_dir
+from .defaults import default_codebooks, default_codebooks_path
 from .fetch import FetchError
 from .fingerprint import fingerprint
 from .load import ModelLoadError, ensure_default_model, load_model
 from .packaged import PACKAGED, PackagedModel
-from .store import CacheDirError, cache_dir
 from .texts import Text, load_text, texts
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Text",
     "cache_dir",
     "default_codebooks",
+    "default_codebooks_path",
     "ensure_default_model",
     "fingerprint",
     "load_model",

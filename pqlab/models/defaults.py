@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import PQConfig
+from ..store import build_once, cache_dir, remove
 from .fingerprint import fingerprint
-from .store import build_once, cache_dir, remove
 from .texts import load_text
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CALIBRATION_TEXT = "emma"
 def default_codebooks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pq: PQConfig = PQConfig(),  # noqa: B008 (frozen)
+    pq: PQConfig = PQConfig(),
     *,
     text: str = CALIBRATION_TEXT,
     progress: bool = True,
@@ -54,7 +54,7 @@ def default_codebooks(
         return Codebooks.load(build_once(path, build, what), model)
 
 
-def default_codebooks_path(model: PreTrainedModel, pq: PQConfig, *, text: str = CALIBRATION_TEXT) -> Path:
+def default_codebooks_path(model: PreTrainedModel, pq: PQConfig = PQConfig(), *, text: str = CALIBRATION_TEXT) -> Path:
     """The file that `default_codebooks` keeps; it need not exist yet."""
     from ..quantization import attention_geometry
 

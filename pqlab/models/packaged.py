@@ -12,9 +12,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..store import build_once, cache_dir
 from .convert import CONVERSION, check_converter, convert
 from .fetch import Wheel, fetch
-from .store import build_once, cache_dir
 
 
 @dataclass(frozen=True)

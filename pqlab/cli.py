@@ -1,0 +1,22 @@
+"""The command line: `python -m pqlab COMMAND`. A command is a module: `configure(parser)` and `run(args) -> int`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "doctor": ("pqlab.doctor", "say what is installed, what works, and what to do about the rest"),
+    "setup": ("pqlab.prepare", "fetch the default model, calibrate its codebooks, build the kernels"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="pqlab", description="A paged, product-quantized KV cache, seen and run.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        import_module(module).configure(command)
+    args = parser.parse_args(argv)
+    return import_module(COMMANDS[args.command][0]).run(args)

@@ -1,0 +1,61 @@
+"""`python -m pqlab doctor`: what this machine has, what pqlab makes of it, and what to do about the rest.
+
+Every probe runs for itself: one that fails becomes its text in the report, and the others still answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+
+from .chromium import find_chromium
+from .finding import Finding, Probe
+from .probes import PROBES
+
+__all__ = ["PROBES", "Finding", "Probe", "examine", "find_chromium", "report"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a probe prints must not get into the JSON
+        findings = examine()
+    text = json.dumps({k: asdict(v) for k, v in findings.items()}, indent=2) if args.json else report(findings)
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(text.encode("ascii", "replace").decode() + "\n")  # any terminal can show it
+        sys.stdout.flush()
+    return 0
+
+
+def examine(probes: dict[str, Probe] | None = None) -> dict[str, Finding]:
+    """Run every probe. Never raises: an exception becomes the finding of its probe."""
+    return {name: _guarded(probe) for name, probe in (PROBES if probes is None else probes).items()}
+
+
+def report(findings: dict[str, Finding]) -> str:
+    """The findings as text, problems with their remedy once more at the end."""
+    lines = []
+    for name, finding in findings.items():
+        lines.append(f"{'!' if finding.problem else ' '} {name:<18} {finding.value}")
+        lines += [f"  {'':<18}   {key}: {value}" for key, value in finding.details.items()]
+    problems = {name: finding for name, finding in findings.items() if finding.problem}
+    lines.append("")
+    lines += [f"! {name}: {finding.problem}. {finding.remedy}" for name, finding in problems.items()]
+    return "\n".join(lines if problems else [*lines, "No problems found."])
+
+
+def _guarded(probe: Probe) -> Finding:
+    try:
+        return probe()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken package may even call sys.exit
+        with contextlib.suppress(BaseException):
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            return Finding(f"failed ({said})", "this probe failed", "Its message is above; it may be the cause itself")
+        return Finding("failed", "this probe failed and its error has no text", "Run the others' remedies first")

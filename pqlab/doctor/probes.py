@@ -1,0 +1,229 @@
+"""The probes: each looks at one thing and may raise whatever it likes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .chromium import find_chromium
+from .finding import Finding, Probe
+
+
+def _output(*command: str, timeout: float = 20) -> str:
+    """First line of what a command prints; raises when it cannot run."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=timeout, stdin=subprocess.DEVNULL
+    )
+    text = (done.stdout or done.stderr).strip()
+    return text.splitlines()[0] if text else f"exit code {done.returncode}"
+
+
+def pqlab_version() -> Finding:
+    return Finding(f"{importlib.metadata.version('pqlab')}, {Path(__file__).parents[1]}")
+
+
+def python() -> Finding:
+    place = sys.prefix if sys.prefix != sys.base_prefix else f"{sys.prefix} (no virtual environment)"
+    return Finding(f"{platform.python_implementation()} {platform.python_version()}, {place}")
+
+
+def system() -> Finding:
+    return Finding(f"{platform.platform()}, {os.cpu_count()} CPUs")
+
+
+def cpu() -> Finding:
+    """Model name and the vector instructions that the kernels can use."""
+    name, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags |= set(value.split())
+    known = "sse4_2 avx avx2 fma f16c avx512f avx512bw avx512vbmi amx_tile neon asimd sve".split()
+    return Finding(f"{name}; {' '.join(flag for flag in known if flag in flags) or 'vector flags unknown'}")
+
+
+def memory() -> Finding:
+    from ..memory import free_memory
+
+    free = free_memory()
+    if free is None:
+        return Finding("free memory unknown")
+    if free < 3e9:
+        return Finding(f"{free / 1e9:.1f} GB free", "the set-up needs about 3 GB", "End other programs first")
+    return Finding(f"{free / 1e9:.1f} GB free")
+
+
+def packages(extra: str = "", why: str = "") -> Probe:
+    """A probe for the packages that pqlab, or one of its extras, asks for: which are missing or too old.
+
+    Args:
+        extra: name of the extra; "" stands for what pqlab itself needs.
+        why: what does not work without them.
+    """
+
+    def probe() -> Finding:
+        from packaging.requirements import Requirement
+
+        found, missing = [], []
+        for line in importlib.metadata.requires("pqlab") or []:
+            wanted = Requirement(line)
+            needed_always = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+            if wanted.name == "pqlab" or (needed_always if extra else not needed_always):
+                continue
+            if extra and not wanted.marker.evaluate({"extra": extra}):
+                continue
+            try:
+                version = importlib.metadata.version(wanted.name)
+            except importlib.metadata.PackageNotFoundError:
+                missing.append(f"{wanted.name} is not installed")
+                continue
+            found.append(f"{wanted.name} {version}")
+            if not wanted.specifier.contains(version, prereleases=True):
+                missing.append(f"{wanted.name} {version} is not {wanted.specifier}")
+        target = f"'pqlab[{extra}]'" if extra else "pqlab"
+        problem = "; ".join(missing) + (f" ({why})" if why else "") if missing else ""
+        return Finding(", ".join(found) or "none", problem, f"Run make setup, or: pip install {target}")
+
+    return probe
+
+
+def torch_build() -> Finding:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return Finding(f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
+
+
+def compiler() -> Finding:
+    name = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
+    path = shutil.which(name)
+    if path is None:
+        return Finding(
+            f"{name} not found",
+            "without a C++ compiler the slow plain torch backend runs",
+            "Install one (Debian: apt-get install g++; conda: cxx-compiler), or set CXX",
+        )
+    return Finding(f"{_output(path, '--version')}, {path}")
+
+
+def ninja() -> Finding:
+    beside = Path(sys.executable).with_name("ninja")  # pip's lies there, on the PATH or not
+    path = shutil.which("ninja") or (str(beside) if beside.exists() else None)
+    if path is None:
+        return Finding("not found", "kernels cannot be built without it", "pip install ninja")
+    return Finding(f"{_output(path, '--version')}, {path}")
+
+
+def nvcc() -> Finding:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    if path:
+        lines = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
+        return Finding(f"{next((line for line in lines if 'release' in line), 'version unknown').strip()}, {path}")
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("not found", "CUDA kernels cannot be built", "Install the CUDA toolkit, or set CUDA_HOME to it")
+    return Finding("not found (only needed with an NVIDIA GPU)")
+
+
+def gpu() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        names = [torch.cuda.get_device_properties(i) for i in range(count)]
+        return Finding(", ".join(f"{p.name} ({p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor})" for p in names))
+    if shutil.which("nvidia-smi"):
+        seen = _output("nvidia-smi", "-L")
+        if "GPU" in seen:
+            return Finding(
+                f"{seen}, but torch cannot use it",
+                "torch is a CPU build or its CUDA is newer than the driver",
+                "pip install --force-reinstall a CUDA build of torch that fits the driver",
+            )
+    return Finding("none")
+
+
+def backends() -> Finding:
+    """Which kernels run here and why: `pqlab.kernels.backend_report()`."""
+    from .. import kernels
+
+    text = str(kernels.backend_report()).strip()
+    first, *rest = text.splitlines() or ["no report"]
+    return Finding(first, details={str(number): line.strip() for number, line in enumerate(rest, 1)})
+
+
+def caches() -> Finding:
+    """The cache directory and the bytes in each of its folders."""
+    from ..store import ENVIRONMENT, cache_dir
+
+    root = cache_dir()
+    chosen = f"set by {ENVIRONMENT}" if os.environ.get(ENVIRONMENT) else f"{ENVIRONMENT} moves it"
+    details = {path.name: _size(path) for path in sorted(root.iterdir())} if root.is_dir() else {}
+    parent = next(path for path in (root, *root.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    value = f"{root} ({chosen}), {free / 1e9:,.1f} GB free"
+    if not os.access(parent, os.W_OK):
+        return Finding(value, "it cannot be written", f"Set {ENVIRONMENT} to a folder that can", details)
+    if free < 2e9 and "models" not in details:
+        return Finding(value, "the default model needs 1 GB there", f"Set {ENVIRONMENT} to another disk", details)
+    return Finding(value, details=details)
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB in {len(files)} files"
+
+
+def default_model() -> Finding:
+    from ..models import PACKAGED
+
+    model = PACKAGED["default"]
+    if model.path.is_dir():
+        return Finding(f"{model.name}, {model.path}")
+    return Finding(
+        f"{model.name} is not here yet (it is fetched on first use, {model.download_bytes / 1e6:.0f} MB)",
+        "",
+        "Run make setup to fetch it now",
+    )
+
+
+def chromium() -> Finding:
+    path = find_chromium()
+    if path is None:
+        return Finding("not found", "the browser test needs one", "make test installs it, or set PQLAB_CHROMIUM")
+    return Finding(f"{_output(path, '--version')}, {path}")
+
+
+PROBES: dict[str, Probe] = {
+    "pqlab": pqlab_version,
+    "python": python,
+    "system": system,
+    "cpu": cpu,
+    "memory": memory,
+    "torch": torch_build,
+    "gpu": gpu,
+    "compiler": compiler,
+    "ninja": ninja,
+    "nvcc": nvcc,
+    "backends": backends,
+    "caches": caches,
+    "default model": default_model,
+    "packages": packages(),
+    "extra notebook": packages("notebook", "notebooks and panels need it"),
+    "extra model": packages("model", "embedded models are converted with it"),
+    "extra test": packages("test", "the tests need it"),
+    "chromium": chromium,
+}
+"""In the order of the report."""

@@ -1,0 +1,73 @@
+"""`python -m pqlab setup`: everything a notebook needs, made before it is opened. What is there already stays."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .store import cache_dir
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--list", type=Path, metavar="FILE", help="write the paths of what was made, one a line")
+
+
+def run(args: argparse.Namespace) -> int:
+    print(f"pqlab: preparing {cache_dir()}", flush=True)
+    try:
+        made = prepare()
+    except OSError as error:  # no network, no space, no right to write: the message says what to do, a trace does not
+        print(f"pqlab: {error}", file=sys.stderr)
+        return 1
+    if args.list:
+        args.list.parent.mkdir(parents=True, exist_ok=True)
+        args.list.write_text("".join(f"{path}\n" for path in made))
+    return 0
+
+
+def prepare() -> list[Path]:
+    """Make what is missing: model, kernels, codebooks. Returns the files and folders that are kept."""
+    from . import models
+
+    made: list[Path] = []
+
+    def step(name: str, make: Callable[[], tuple[str, Path | None]]) -> None:
+        start = time.perf_counter()
+        said, path = make()
+        if path is not None:
+            made.append(path)
+        print(f"pqlab: {name}: {said} ({time.perf_counter() - start:.1f} s)", flush=True)
+
+    def model() -> tuple[str, Path | None]:
+        path = models.ensure_default_model()
+        return f"{models.PACKAGED['default'].name}, {_megabytes(path)}, {path}", path
+
+    def text() -> tuple[str, Path | None]:
+        return f"{len(models.load_text()):,} characters of {models.texts()['pride'].title}", None
+
+    def codebooks() -> tuple[str, Path | None]:
+        loaded, tokenizer = models.load_model("default")
+        models.default_codebooks(loaded, tokenizer)
+        path = models.default_codebooks_path(loaded)
+        return f"{_megabytes(path)}, {path}", path
+
+    step("model", model)
+    step("text", text)
+    step("kernels", _kernels)  # before the codebooks: calibration may use them
+    step("codebooks", codebooks)
+    return made
+
+
+def _kernels() -> tuple[str, Path | None]:
+    from . import kernels
+
+    kernels.wait()
+    return str(kernels.backend_report()).strip(), None
+
+
+def _megabytes(path: Path) -> str:
+    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.0f} MB"
