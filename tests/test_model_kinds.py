@@ -1,0 +1,103 @@
+"""Any decoder of transformers: exact storage gives the tokens of DynamicCache, or an error names what is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from pqlab import CacheConfig, PagedPQCache, UnsupportedModelError
+from pqlab.quantization import Codebooks
+
+SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
+
+# One name per setting in every dialect of transformers' configs; a config ignores what it does not know.
+TINY = {
+    "vocab_size": 264, "max_position_embeddings": 600, "n_positions": 600, "initializer_range": 0.2,
+    "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": None, "use_sliding_window": False,
+    "hidden_size": 48, "n_embd": 48, "d_model": 48, "word_embed_proj_dim": 48,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2,
+    "num_attention_heads": 6, "n_head": 6, "n_heads": 6, "head_dim": 8, "rotary_dim": 4,
+    "intermediate_size": 96, "n_inner": 96, "ffn_dim": 96, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 3}
+FULL = {"layer_types": ["full_attention"] * 2}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24}
+
+SUPPORTED = {
+    "apertus": GROUPED, "arcee": GROUPED, "biogpt": {}, "bitnet": GROUPED, "cohere": GROUPED, "cohere2": MIXED,
+    "ernie4_5": GROUPED, "exaone4": MIXED | GROUPED, "gemma": GROUPED, "gemma4_text": GROUPED, "glm": GROUPED, "glm4": GROUPED,
+    "gpt2": {}, "gpt_bigcode": {}, "gpt_neox": {}, "granite": GROUPED, "granitemoe": GROUPED, "helium": GROUPED,
+    "hunyuan_v1_dense": GROUPED, "llama": FULL | GROUPED, "ministral": MIXED | GROUPED, "mixtral": GROUPED | {"sliding_window": None},
+    "nemotron": GROUPED, "olmo": GROUPED, "olmo2": GROUPED, "olmo3": MIXED, "opt": {}, "persimmon": {},
+    "phi": GROUPED, "phi3": GROUPED | {"sliding_window": None}, "qwen2": GROUPED, "qwen2_moe": GROUPED,
+    "qwen3": GROUPED, "qwen3_moe": GROUPED, "seed_oss": GROUPED, "smollm3": GROUPED, "stablelm": GROUPED,
+    "starcoder2": GROUPED | {"sliding_window": None},
+}  # fmt: skip
+
+
+def make(kind: str, **settings):
+    config = type(AutoConfig.for_model(kind))(**(TINY | settings))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 256
+    return model
+
+
+def padded_prompt() -> dict:
+    ids = torch.randint(0, 200, (2, 70), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :25], mask[1, :25] = 256, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, cache):
+    with torch.no_grad():
+        return model.generate(
+            **padded_prompt(), past_key_values=cache, max_new_tokens=20, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.filterwarnings("default")  # what some model classes warn of is not ours
+def test_exact_storage_gives_the_tokens_of_dynamic_cache(kind):
+    model = make(kind, **SUPPORTED[kind])
+    exact = generate(model, DynamicCache(config=model.config))
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    ours = generate(model, cache)
+    assert torch.equal(ours.sequences, exact.sequences)
+    assert max(float((a - b).abs().max()) for a, b in zip(ours.logits, exact.logits, strict=True)) < 1e-3
+    assert cache.pool.num_used and "paged pq" in cache.layer_kinds()
+    assert cache.lengths.sum(1).tolist() == [89, 64], "the pads of the second row are stored nowhere"
+
+
+@pytest.mark.parametrize("kind", ["gptj", "bloom", "xglm"])
+@pytest.mark.filterwarnings("default")
+def test_models_with_an_attention_of_their_own_fall_back_and_say_so(kind):
+    """Their classes do not go through transformers' attention interface: the cache dequantizes for them."""
+    model = make(kind)
+    exact = generate(model, DynamicCache(config=model.config))
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    cache.announce_mask(padded_prompt()["attention_mask"])
+    with pytest.warns(UserWarning, match="Falling back to standard implementation"):
+        ours = generate(model, cache)
+    assert torch.equal(ours.sequences, exact.sequences)
+    assert cache.lengths.sum(1).tolist() == [89, 64]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("deepseek_v3", "MLA"), ("gemma2", "attn_logit_softcapping"), ("gpt_oss", "sinks"), ("doge", "float|bias")],
+)
+@pytest.mark.filterwarnings("default")
+def test_what_is_not_supported_is_named_before_a_token_is_generated(kind, says):
+    model = make(kind)
+    with pytest.raises(UnsupportedModelError, match=says):
+        cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+        model.set_attn_implementation("pqlab")
+        generate(model, cache)
