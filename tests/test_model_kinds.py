@@ -28,13 +28,13 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window
 
 SUPPORTED = {
     "apertus": GROUPED, "arcee": GROUPED, "biogpt": {}, "bitnet": GROUPED, "cohere": GROUPED, "cohere2": MIXED,
-    "ernie4_5": GROUPED, "exaone4": MIXED | GROUPED, "gemma": GROUPED, "gemma4_text": GROUPED, "glm": GROUPED, "glm4": GROUPED,
-    "gpt2": {}, "gpt_bigcode": {}, "gpt_neox": {}, "granite": GROUPED, "granitemoe": GROUPED, "helium": GROUPED,
-    "hunyuan_v1_dense": GROUPED, "llama": FULL | GROUPED, "ministral": MIXED | GROUPED, "mixtral": GROUPED | {"sliding_window": None},
-    "nemotron": GROUPED, "olmo": GROUPED, "olmo2": GROUPED, "olmo3": MIXED, "opt": {}, "persimmon": {},
-    "phi": GROUPED, "phi3": GROUPED | {"sliding_window": None}, "qwen2": GROUPED, "qwen2_moe": GROUPED,
-    "qwen3": GROUPED, "qwen3_moe": GROUPED, "seed_oss": GROUPED, "smollm3": GROUPED, "stablelm": GROUPED,
-    "starcoder2": GROUPED | {"sliding_window": None},
+    "ernie4_5": GROUPED, "exaone4": MIXED | GROUPED, "gemma": GROUPED, "gemma4_text": GROUPED, "glm": GROUPED,
+    "glm4": GROUPED, "gpt2": {}, "gpt_bigcode": {}, "gpt_neox": {}, "granite": GROUPED, "granitemoe": GROUPED,
+    "helium": GROUPED, "hunyuan_v1_dense": GROUPED, "llama": FULL | GROUPED, "ministral": MIXED | GROUPED,
+    "mixtral": GROUPED | {"sliding_window": None}, "nemotron": GROUPED, "olmo": GROUPED, "olmo2": GROUPED,
+    "olmo3": MIXED, "opt": {}, "persimmon": {}, "phi": GROUPED, "phi3": GROUPED | {"sliding_window": None},
+    "qwen2": GROUPED, "qwen2_moe": GROUPED, "qwen3": GROUPED, "qwen3_moe": GROUPED, "seed_oss": GROUPED,
+    "smollm3": GROUPED, "stablelm": GROUPED, "starcoder2": GROUPED | {"sliding_window": None},
 }  # fmt: skip
 
 
