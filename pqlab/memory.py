@@ -41,6 +41,16 @@ def require_memory(num_bytes: int, page_bytes: int, device: str | torch.device =
     )
 
 
+def readable_bytes(num_bytes: float) -> str:
+    """A size for a person: "512 B", "1.5 KiB", "23.4 GiB"."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
 def _meminfo_available() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

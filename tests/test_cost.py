@@ -157,3 +157,21 @@ def test_codebooks_of_that_shape_have_these_bytes():
         assert books.nbytes == cost.constant_bytes
         assert books.layouts(32) == cost.layout.layers
         assert books.bits_per_element == cost.token_bits
+
+
+@pytest.mark.parametrize("context", [30, 100])
+def test_a_running_cache_has_these_bytes(make_model, context):
+    from pqlab import PagedPQCache
+    from pqlab.quantization import Codebooks
+
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    settings, pq = CacheConfig(page_size=16, residual_length=20, num_sinks=4, max_pages=20), PQConfig(M=4, nbits=5)
+    cache = PagedPQCache(model, Codebooks.random(model, config=pq), settings)
+    model(torch.arange(2 * context).view(2, context) % 250, past_key_values=cache)
+    cost = CacheCost(ModelShape.from_config(model), pq, settings, context, batch=2, exact_bytes=4)
+    held = cache.nbytes()
+    assert [tuple(row) for row in cache.lengths.tolist()] == [cost.lengths] * 2
+    assert held["codes"] == cost.code_bytes and held["pool"] == cost.pool_bytes
+    assert held["exact_tokens"] == cost.sink_bytes + cost.window_bytes
+    assert held["model_constants"] == cost.constant_bytes

@@ -143,7 +143,7 @@ def test_all_rows_or_none():
     pool = PagePool(3)
     table = PageTable(pool, P, 2)
     table.extend([16, 10])
-    with pytest.raises(PageAllocationError, match=r"2 pages are needed, 1 of 3 are free"):
+    with pytest.raises(PageAllocationError, match=r"2 pages are needed, 1 of 3 is free"):
         table.extend([1, 7])
     assert (table.num_tokens(0), table.num_tokens(1), pool.num_free) == (16, 10, 1)
     table.free(0)

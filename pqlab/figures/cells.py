@@ -1,0 +1,101 @@
+"""Grids of cells that are filled from below, in the colours of their holders: pages, slots of an arena.
+
+A cell is nine rows of one heatmap (eight of it, one gap), so that thousands of cells are one image. A cell with
+several holders is striped in their colours; stripes and fill are also told by the cell's label and hover text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+
+from .theme import FREE, SEQUENCES, WASTED
+
+ROWS = 8
+"""Steps of a cell's fill."""
+
+_PITCH = ROWS + 1
+_FREE, _WASTED, _FIRST = 0, 1, 2
+_ON_COLOUR = "#14181d"
+_CLEAR = [[0.0, "rgba(0,0,0,0)"], [1.0, "rgba(0,0,0,0)"]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Args:
+        holders: sequences; none is a free cell.
+        fill: 0 to 1.
+        label: a few letters written into it.
+        hover: HTML text.
+    """
+
+    holders: tuple[int, ...] = ()
+    fill: float = 0.0
+    label: str = ""
+    hover: str = ""
+
+
+def add_cells(
+    figure: go.Figure, grid: Sequence[Sequence[Cell | None]], *, row: int, col: int, labels: bool = True, size: int = 11
+) -> None:
+    """Draw rows of cells (None leaves a place empty) into a subplot: four traces, whatever the cells are.
+
+    Cell (r, c) lies around x = c, y = r + 0.5; the y axis has to be reversed.
+    """
+    height, width = len(grid), max((len(cells) for cells in grid), default=0)
+    colours = np.full((height * _PITCH, width), np.nan, dtype=np.float32)
+    hover = np.full((height, width), "", dtype=object)
+    present = np.full((height, width), np.nan, dtype=np.float32)
+    texts: dict[bool, list[tuple[int, float, str]]] = {True: [], False: []}  # on colour or not: (x, y, label)
+    for r, cells in enumerate(grid):
+        for c, cell in enumerate(cells):
+            if cell is None:
+                continue
+            colours[r * _PITCH : r * _PITCH + ROWS, c] = _column(cell)
+            hover[r, c] = cell.hover
+            present[r, c] = 0
+            if labels and cell.label:
+                texts[bool(cell.holders) and cell.fill > 0.6].append((c, r + ROWS / 2 / _PITCH, cell.label))
+    where = {"row": row, "col": col}
+    figure.add_heatmap(
+        z=colours, x0=0, dx=1, y0=0.5 / _PITCH, dy=1 / _PITCH, zmin=-0.5, zmax=_FIRST + len(SEQUENCES) - 0.5,
+        colorscale=_scale(), showscale=False, xgap=2, hoverinfo="skip", **where,
+    )  # fmt: skip
+    for on_colour, found in texts.items():
+        figure.add_scatter(
+            x=[x for x, _, _ in found], y=[y for _, y, _ in found], text=[text for _, _, text in found],
+            mode="text", textfont={"size": size, **({"color": _ON_COLOUR} if on_colour else {})},
+            hoverinfo="skip", showlegend=False, **where,
+        )  # fmt: skip
+    figure.add_heatmap(
+        z=present, x0=0, dx=1, y0=ROWS / 2 / _PITCH, dy=1, colorscale=_CLEAR, showscale=False, customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>", **where,
+    )  # fmt: skip
+
+
+def wrap(cells: Sequence[Cell], width: int) -> list[list[Cell]]:
+    """Rows of `width` cells, the last one shorter; at least one row."""
+    return [list(cells[i : i + width]) for i in range(0, max(1, len(cells)), width)]
+
+
+def _column(cell: Cell) -> np.ndarray:
+    """Colour numbers of a cell's rows, top first."""
+    if not cell.holders:
+        return np.full(ROWS, _FREE)
+    filled = min(ROWS, int(np.ceil(cell.fill * ROWS)))
+    stripes = [_FIRST + cell.holders[i % len(cell.holders)] % len(SEQUENCES) for i in range(filled)]
+    return np.array([_WASTED] * (ROWS - filled) + stripes)
+
+
+def _scale() -> list[list[float | str]]:
+    """A colour scale of steps: one colour per number."""
+    colours = [FREE, WASTED, *SEQUENCES]
+    steps: list[list[float | str]] = []
+    for i, colour in enumerate(colours):
+        steps += [[i / len(colours), colour], [(i + 1) / len(colours), colour]]
+    return steps
