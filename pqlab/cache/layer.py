@@ -232,28 +232,17 @@ class PagedPQLayer(CacheLayerMixin):
         """Write the new tokens of a step, flushing what the plan says. Nothing is encoded twice."""
         keys, values = self.codec.k.to_code_space(keys), self.codec.v.to_code_space(values)
         if plan.num_columns == 1:
-            self._store_one(plan, keys, values)
-            for flush in plan.flushes:
-                self._encode(flush, self._ring(self.window_k, flush), self._ring(self.window_v, flush))
+            ops.append_(
+                self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages, keys, values,
+                self.group.page_table(), plan.before, plan.after, self.codec.k.centroids, self.codec.v.centroids,
+                self.codec.k.nbits, self.codec.v.nbits,
+            )  # fmt: skip
         else:
             by_row = {flush.row: flush for flush in plan.flushes}
             for row, count in enumerate(plan.counts):
                 if count:
                     self._store_row(plan, row, keys[row], values[row], by_row.get(row))
         self.columns = plan.start + plan.num_columns
-
-    def _store_one(self, plan: StepPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
-        num_sinks, ring = self.group.config.num_sinks, self.group.config.window_length
-        for row, (token, count) in enumerate(zip(plan.tokens, plan.counts, strict=True)):
-            if not count:
-                continue
-            if token < num_sinks:
-                self.sink_k[row, :, token] = keys[row, :, 0]
-                self.sink_v[row, :, token] = values[row, :, 0]
-            else:
-                slot = (token - num_sinks) % ring
-                self.window_k[row, :, slot] = keys[row, :, 0]
-                self.window_v[row, :, slot] = values[row, :, 0]
 
     def _store_row(self, plan: StepPlan, row: int, k: torch.Tensor, v: torch.Tensor, flush: Flush | None) -> None:
         """Store a row's part [H, S, d] of a chunk: sinks, then codes straight from the chunk, then the ring."""

@@ -6,6 +6,8 @@ Sums are in float32 (float64 when the query is float64), whatever the dtype of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -147,6 +149,44 @@ def encode(x: Tensor, books: Tensor) -> Tensor:
             distance += (values[..., None] - column).square_()
         codes[:, first : first + step] = distance.argmin(-1)
     return codes
+
+
+def append_(
+    sink_k: Tensor,
+    sink_v: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_table: Tensor,
+    before: Tensor,
+    after: Tensor,
+    k_books: Tensor,
+    v_books: Tensor,
+    k_nbits: int,
+    v_nbits: int,
+    encode_pages_: Callable[..., None] | None = None,
+) -> None:
+    """Store one new token a row and flush what leaves the window; see `kernels.ops.append_`."""
+    encode_pages_ = encode_pages_ or globals()["encode_pages_"]
+    num_sinks, slots = sink_k.shape[2], window_k.shape[2]
+    page_size = k_pages.shape[2] * TILE
+    for row, (old, new) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+        token = sum(old)
+        if sum(new) == token:
+            continue
+        place = token if token < num_sinks else (token - num_sinks) % slots
+        into = (sink_k, sink_v) if token < num_sinks else (window_k, window_v)
+        for target, x in zip(into, (k, v), strict=True):
+            target[row, :, place] = x[row, :, 0]
+        first, end = old[1], new[1]
+        if end > first:
+            ring = torch.arange(first, end, device=k.device) % slots
+            ids = page_table[row, first // page_size : -(-end // page_size)]
+            encode_pages_(k_pages, window_k[row].index_select(1, ring), k_books, ids, first % page_size, k_nbits)
+            encode_pages_(v_pages, window_v[row].index_select(1, ring), v_books, ids, first % page_size, v_nbits)
 
 
 def encode_pages_(pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, first_slot: int, nbits: int) -> None:

@@ -1,0 +1,133 @@
+"""What a backend is, and the settings that force or forbid one.
+
+A setting is "auto", the name of a backend to force ("cpu"), or a name with a minus to forbid it ("-cuda"); several
+are joined by commas. It comes from the environment variable PQLAB_BACKEND and can be changed by `use_backend`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import reference
+
+NAMES = ("cuda", "cpu", "reference")
+
+
+@dataclass
+class BuildStatus:
+    """How far the compiled part of a backend is, for reports.
+
+    state is "none" (nothing to build), "off" (not wanted), "building", "ready" or "failed"; `seconds` is the time of
+    the build, or of loading it from the cache (`cached`); `error` holds the compiler's output.
+    """
+
+    state: str = "none"
+    detail: str = ""
+    seconds: float = 0.0
+    cached: bool = False
+    path: str = ""
+    flags: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+class Backend:
+    """One implementation of the operations of `kernels.ops`. Subclass it, then `ops.register_backend(instance)`.
+
+    Attributes:
+        name: one of NAMES.
+        remedy: what a user does when this backend is demanded and cannot run.
+    """
+
+    name: str
+    remedy: str = ""
+
+    def status(self) -> BuildStatus:
+        return BuildStatus()
+
+    def unable(self, op: str, args: tuple[Any, ...]) -> str | None:
+        """Why this call cannot run here, or None when it can. The text is a constant per cause: it is counted.
+
+        Called before every operation with the operation's positional arguments, so it has to be cheap.
+        """
+        return None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until what is being built is ready or has failed; False when the time ran out."""
+        return True
+
+    def decode(self, *args: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def encode(self, x: Tensor, books: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def encode_pages_(self, *args: Any) -> None:
+        raise NotImplementedError
+
+    def append_(self, *args: Any) -> None:
+        """Plain torch around this backend's own encode; a backend with a fused kernel overrides it."""
+        reference.append_(*args, encode_pages_=self.encode_pages_)
+
+
+class ReferenceBackend(Backend):
+    """Plain torch: any device, any dtype, always there."""
+
+    name = "reference"
+    decode = staticmethod(reference.decode)
+    encode = staticmethod(reference.encode)
+    encode_pages_ = staticmethod(reference.encode_pages_)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parsed setting: the backend to force, if any, and those that are forbidden."""
+
+    text: str = "auto"
+    forced: str | None = None
+    forbidden: frozenset[str] = frozenset()
+
+    @staticmethod
+    def parse(text: str) -> Setting:
+        """Raises `ConfigError` for an unknown name, for two forced ones, and when the reference is forbidden."""
+        words = [word.strip().lower() for word in text.split(",") if word.strip() not in ("", "auto")]
+        forbidden = frozenset(word[1:] for word in words if word.startswith("-"))
+        forced = [word for word in words if not word.startswith("-")]
+        unknown = [word for word in (*forced, *forbidden) if word not in NAMES]
+        if unknown or len(forced) > 1 or "reference" in forbidden or forbidden.intersection(forced):
+            raise ConfigError(
+                f'backend = {text!r} is not a setting; use "auto", one of {", ".join(NAMES)} to force it, or '
+                '"-cuda" and "-cpu" to forbid them'
+            )
+        return Setting(",".join(words) or "auto", forced[0] if forced else None, forbidden)
+
+
+_current = Setting.parse(os.environ.get("PQLAB_BACKEND", "auto"))
+
+
+def current_setting() -> Setting:
+    return _current
+
+
+class use_backend:  # noqa: N801 (reads like torch.no_grad)
+    """Force or forbid backends from here on, or inside a `with` block; the setting is the process's.
+
+    >>> use_backend("reference")          # everything in plain torch
+    >>> with use_backend("-cuda"): ...    # anything but CUDA
+    """
+
+    def __init__(self, setting: str = "auto") -> None:
+        global _current
+        self._before = _current
+        _current = Setting.parse(setting)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _current
+        _current = self._before
