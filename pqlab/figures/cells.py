@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import plotly.graph_objects as go
 
+from .sheet import Sheet
 from .theme import FREE, SEQUENCES, WASTED
 
 ROWS = 8
 """Steps of a cell's fill."""
 
 _PITCH = ROWS + 1
+MIDDLE = ROWS / 2 / _PITCH
+"""Where the middle of a cell lies in its row."""
+
 _FREE, _WASTED, _FIRST = 0, 1, 2
 _ON_COLOUR = "#14181d"
 _CLEAR = [[0.0, "rgba(0,0,0,0)"], [1.0, "rgba(0,0,0,0)"]]
@@ -41,11 +44,11 @@ class Cell:
 
 
 def add_cells(
-    figure: go.Figure, grid: Sequence[Sequence[Cell | None]], *, row: int, col: int, labels: bool = True, size: int = 11
+    sheet: Sheet, plot: dict[str, str], grid: Sequence[Sequence[Cell | None]], *, labels: bool = True, size: int = 11
 ) -> None:
-    """Draw rows of cells (None leaves a place empty) into a subplot: four traces, whatever the cells are.
+    """Draw rows of cells (None leaves a place empty) into a plot: four traces, whatever the cells are.
 
-    Cell (r, c) lies around x = c, y = r + 0.5; the y axis has to be reversed.
+    Cell (r, c) lies around x = c, y = r + 0.5 (its middle is `MIDDLE` below r); the y axis has to be reversed.
     """
     height, width = len(grid), max((len(cells) for cells in grid), default=0)
     colours = np.full((height * _PITCH, width), np.nan, dtype=np.float32)
@@ -60,21 +63,20 @@ def add_cells(
             hover[r, c] = cell.hover
             present[r, c] = 0
             if labels and cell.label:
-                texts[bool(cell.holders) and cell.fill > 0.6].append((c, r + ROWS / 2 / _PITCH, cell.label))
-    where = {"row": row, "col": col}
-    figure.add_heatmap(
-        z=colours, x0=0, dx=1, y0=0.5 / _PITCH, dy=1 / _PITCH, zmin=-0.5, zmax=_FIRST + len(SEQUENCES) - 0.5,
-        colorscale=_scale(), showscale=False, xgap=2, hoverinfo="skip", **where,
+                texts[bool(cell.holders) and cell.fill > 0.6].append((c, r + MIDDLE, cell.label))
+    sheet.add(
+        plot, "heatmap", z=colours, x0=0, dx=1, y0=0.5 / _PITCH, dy=1 / _PITCH, zmin=-0.5,
+        zmax=_FIRST + len(SEQUENCES) - 0.5, colorscale=_scale(), showscale=False, xgap=2, hoverinfo="skip",
     )  # fmt: skip
     for on_colour, found in texts.items():
-        figure.add_scatter(
-            x=[x for x, _, _ in found], y=[y for _, y, _ in found], text=[text for _, _, text in found],
-            mode="text", textfont={"size": size, **({"color": _ON_COLOUR} if on_colour else {})},
-            hoverinfo="skip", showlegend=False, **where,
+        sheet.add(
+            plot, "scatter", mode="text", x=[x for x, _, _ in found], y=[y for _, y, _ in found],
+            text=[text for _, _, text in found], hoverinfo="skip", showlegend=False,
+            textfont={"size": size, **({"color": _ON_COLOUR} if on_colour else {})},
         )  # fmt: skip
-    figure.add_heatmap(
-        z=present, x0=0, dx=1, y0=ROWS / 2 / _PITCH, dy=1, colorscale=_CLEAR, showscale=False, customdata=hover,
-        hovertemplate="%{customdata}<extra></extra>", **where,
+    sheet.add(
+        plot, "heatmap", z=present, x0=0, dx=1, y0=MIDDLE, dy=1, colorscale=_CLEAR, showscale=False,
+        customdata=hover, hovertemplate="%{customdata}<extra></extra>",
     )  # fmt: skip
 
 

@@ -93,7 +93,12 @@ def template(theme: Theme = "light") -> go.layout.Template:
         "hovermode": "closest",
         "bargap": 0.25,
     }
-    bar = {"outlinewidth": 0, "thickness": 12, "tickfont": {"color": _SOFT[theme]}, "title": {"side": "right"}}
+    bar = {
+        "outlinewidth": 0,
+        "thickness": 12,
+        "tickfont": {"color": _SOFT[theme]},
+        "title": {"side": "right", "font": {"size": FONT_SIZE}},
+    }
     return go.layout.Template(layout=layout, data={"heatmap": [{"colorscale": AMOUNTS, "colorbar": bar}]})
 
 

@@ -110,7 +110,7 @@ class PageAllocation(Panel):
         return CacheCost(SHAPES[self.shape], PQConfig(), self._cache, context=1).layout.page_bytes
 
     def draw(self) -> go.Figure:
-        return allocation_figure(self.step, page_bytes=self.page_bytes)
+        return allocation_figure(self.step, page_bytes=self.page_bytes, theme=None)
 
     def frame(self) -> pd.DataFrame:
         """Page, holders, first token, tokens, fill, bytes and text of every page in use."""

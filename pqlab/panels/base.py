@@ -1,9 +1,9 @@
 """`Panel`: state, controls, one figure and a status line. Every view is a subclass that adds no arithmetic.
 
 A subclass declares its state as traits tagged `state=True`, builds its controls once in `controls()`, and returns from
-`draw()` what a pure function of `pqlab.figures` made of that state. The base keeps one `FigureWidget` and changes it in
-place. In JupyterLab an exception in a callback vanishes in a log; here it is shown in the status line and kept in
-`error`, and the figure stays as it was.
+`draw()` what a pure function of `pqlab.figures` made of that state. The base keeps one view and changes it in place.
+In JupyterLab an exception in a callback vanishes in a log; here it is shown in the status line and kept in `error`,
+and the figure stays as it was.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 import traitlets
 
-from ..figures.theme import THEMES, retheme
-from .follow import Follow
+from ..figures.theme import THEMES
 from .latest import Latest
-from .patch import Drawn, patch, snapshot
+from .view import FigureView
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +34,7 @@ class Panel(traitlets.HasTraits):
         **state: starting values of the state's traits (and `theme`).
 
     Attributes:
-        theme: "light" or "dark"; in JupyterLab it follows the theme of the page.
+        theme: "light", "dark", or "auto": JupyterLab's theme, elsewhere the browser's.
         error: the exception of the last callback, or None. The status line shows it.
     """
 
@@ -45,14 +44,14 @@ class Panel(traitlets.HasTraits):
     sweep: ClassVar[str] = ""
     """Name of the state that gets a slider in the file that `to_html` writes."""
 
-    theme = traitlets.Enum(THEMES, default_value="light")
+    theme = traitlets.Enum(("auto", *THEMES), default_value="auto")
 
     def __init__(self, **state: Any) -> None:
         self._known(state, also=("theme",))
         self._holding = True  # the subclass is not ready for observers yet
         self._closed = False
-        self._drawn: Drawn | None = None
-        self._figure: go.FigureWidget | None = None
+        self._figure: go.Figure | None = None
+        self._view: FigureView | None = None
         self._widget: widgets.Widget | None = None
         self._latest = Latest()
         self.error: BaseException | None = None
@@ -61,7 +60,6 @@ class Panel(traitlets.HasTraits):
         super().__init__(**state)
         self._holding = False
         self.observe(lambda _: self.redraw(), names=self.state_names())
-        self.observe(lambda _: self._retheme(), names=["theme"])
 
     # what a subclass gives
 
@@ -74,11 +72,14 @@ class Panel(traitlets.HasTraits):
         return []
 
     def draw(self) -> go.Figure:
-        """The figure of the present state; always the same traces in the same order."""
+        """The figure of the present state; always the same traces in the same order. The base adds the theme."""
         raise NotImplementedError(f"{type(self).__name__} has no draw()")
 
     def refresh(self) -> None:
         """Called after every drawing: bring the widgets of `below()` up to date."""
+
+    def click(self, point: dict[str, Any]) -> None:
+        """Called when a point of the figure is clicked: trace (its number), x, y, z, customdata."""
 
     def frame(self) -> pd.DataFrame:
         """What the figure shows, as a table."""
@@ -135,26 +136,29 @@ class Panel(traitlets.HasTraits):
     # view
 
     @property
-    def figure(self) -> go.FigureWidget:
-        """The one figure of the panel; built when first asked for, changed in place from then on."""
+    def figure(self) -> go.Figure:
+        """The figure that is shown now."""
         if self._figure is None:
-            drawn = retheme(self.draw(), self.theme)
-            self._drawn = snapshot(drawn)
-            self._figure = go.FigureWidget(drawn)
-            self._figure._config = {"displaylogo": False, "responsive": True}
+            self._figure = self.draw()
         return self._figure
+
+    @property
+    def view(self) -> FigureView:
+        """The figure's widget alone; built when first asked for, changed in place from then on."""
+        if self._view is None:
+            self._view = FigureView(self.figure, self.theme)
+            self._view.on_click = self._clicked
+            traitlets.dlink((self, "theme"), (self._view, "theme"))
+        return self._view
 
     @property
     def widget(self) -> widgets.Widget:
         """The whole panel as one widget, to be placed into layouts of your own."""
         if self._widget is None:
-            follow = Follow()
-            traitlets.dlink((follow, "theme"), (self, "theme"), lambda found: found or self.theme)
-            self._follow = follow
             row = widgets.Box(self.controls(), layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
             heading = [widgets.HTML(f"<b>{html.escape(self.title)}</b>")] if self.title else []
             self._widget = widgets.VBox(
-                [*heading, row, self.figure, self._status, *self.below(), follow],
+                [*heading, row, self.view, self._status, *self.below()],
                 layout=widgets.Layout(width="100%"),
             )
             self._widget.add_class("pqlab-panel")
@@ -173,13 +177,10 @@ class Panel(traitlets.HasTraits):
                 self._show(self.draw())
 
     def _show(self, figure: go.Figure) -> None:
-        assert self._drawn is not None
-        self._drawn = patch(self.figure, self._drawn, figure)
+        self._figure = figure
+        if self._view is not None:
+            self._view.show(figure)
         self.refresh()
-
-    def _retheme(self) -> None:
-        if self._figure is not None and not self._closed:
-            retheme(self._figure, self.theme)
 
     # callbacks
 
@@ -187,6 +188,10 @@ class Panel(traitlets.HasTraits):
         """What a control calls: set state; a bad value goes to the status line and changes nothing."""
         with self.guarded():
             self.state = values
+
+    def _clicked(self, point: dict[str, Any]) -> None:
+        with self.guarded():
+            self.click(point)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -244,8 +249,8 @@ class Panel(traitlets.HasTraits):
             return
         self._closed = True
         self._latest.cancel()
-        if self._figure is not None:
-            self._figure.close()
+        if self._view is not None:
+            self._view.close()
         if self._widget is not None:
             _close_all(self._widget)
         self._status.close()

@@ -22,14 +22,15 @@ def number(
     description: str,
     *,
     low: int = 0,
-    high: int = 0,
+    high: int | Callable[[], int] = 0,
     step: int = 1,
     values: Sequence[int] = (),
     tooltip: str = "",
 ) -> widgets.Widget:
     """A slider from `low` to `high` (or over `values`) with a number entry beside it.
 
-    The entry takes any number, also one outside the slider: what is wrong with it is for the panel to say.
+    A `high` that depends on other state is a function, asked after every change. The entry takes any number, also one
+    outside the slider: what is wrong with it is for the panel to say.
     """
     present = getattr(panel, name)
     kept: dict[str, Any] = {"description": description, "style": _WORDS, "tooltip": tooltip or description}
@@ -39,8 +40,9 @@ def number(
             options=list(values), value=_nearest(values, present), readout=False, layout=wide, **kept
         )
     else:
+        top = high() if callable(high) else high
         slider = widgets.IntSlider(
-            value=min(max(present, low), high), min=low, max=high, step=step, readout=False, layout=wide, **kept
+            value=min(max(present, low), top), min=low, max=top, step=step, readout=False, layout=wide, **kept
         )
     narrow = widgets.Layout(width="6em")
     entry = widgets.IntText(value=present, step=step, tooltip=tooltip or description, layout=narrow)
@@ -51,6 +53,13 @@ def number(
             entry.value = change.new
             slider.value = _nearest(values, change.new) if values else min(max(change.new, slider.min), slider.max)
 
+    def widen(_: Any) -> None:
+        with guard.held():
+            slider.max = high()  # type: ignore[operator]
+            slider.value = min(max(getattr(panel, name), slider.min), slider.max)
+
+    if callable(high):
+        panel.observe(widen, panel.state_names())
     for control in (slider, entry):
         control.observe(guard.unless_held(lambda change: panel.set(**{name: change.new})), "value")
     panel.observe(follow, name)
@@ -74,9 +83,7 @@ def choice(
     return _bound(panel, name, box)
 
 
-def toggles(
-    panel: Panel, name: str, description: str, options: Sequence[Any] | Mapping[str, Any]
-) -> widgets.Widget:
+def toggles(panel: Panel, name: str, description: str, options: Sequence[Any] | Mapping[str, Any]) -> widgets.Widget:
     """A few values side by side, one of them pressed."""
     box = widgets.ToggleButtons(
         options=list(options.items()) if isinstance(options, Mapping) else list(options),

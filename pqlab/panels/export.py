@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from ..figures.theme import THEMES, template
+from .view import plain
 
 if TYPE_CHECKING:
     from .base import Panel
@@ -48,7 +48,7 @@ _SCRIPT = """
     root.querySelector(".table").innerHTML = frame.table;
     const lab = document.body.dataset.jpThemeLight;
     const dark = lab !== undefined ? lab === "false" : media.matches;
-    const layout = {...frame.layout, template: templates[dark ? "dark" : "light"]};
+    const layout = {uirevision: "kept", ...frame.layout, template: templates[dark ? "dark" : "light"]};
     Plotly.react(root.querySelector(".plot"), frame.data, layout, {displaylogo: false, responsive: true});
   };
   if (slider) slider.addEventListener("input", show);
@@ -114,10 +114,8 @@ def _frames(panel: Panel, sweep: str) -> tuple[list[dict[str, Any]], int]:
 
 
 def _frame(panel: Panel, label: str) -> dict[str, Any]:
-    drawn = json.loads(pio.to_json(panel.draw(), validate=False))
-    drawn["layout"].pop("template", None)
     table = panel.frame().to_html(index=False, border=0, float_format=lambda number: f"{number:.4g}")
-    return {"label": label, "data": drawn["data"], "layout": drawn["layout"], "table": table}
+    return {"label": label, "table": table, **plain(panel.draw())}
 
 
 def _safe(text: str) -> str:

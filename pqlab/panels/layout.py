@@ -1,0 +1,179 @@
+"""The memory layout panel: where the codes of a page lie, and what reading them fetches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import traitlets
+
+from ..evaluation.layout_access import LOADS, PATTERNS, access_frame, cached_codes, compare_orders, random_codes
+from ..evaluation.layout_bench import measure_orders
+from ..figures.layout import COLOUR_BY, layout_figure
+from . import controls
+from .base import Panel
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import plotly.graph_objects as go
+    from ipywidgets import Widget
+
+    from ..cache import PagedPQCache
+
+_SIDES = {"K": 0, "V": 1}
+
+
+class MemoryLayout(Panel):
+    """Bytes of one page and one load over them; see `memory_layout`."""
+
+    title = "Memory layout"
+    sweep = "slot"
+
+    page_size = traitlets.Int(64).tag(state=True)
+    num_subspaces = traitlets.Int(32).tag(state=True)
+    nbits = traitlets.Int(8).tag(state=True)
+    num_heads = traitlets.Int(3).tag(state=True)
+    layer = traitlets.Int(0).tag(state=True)
+    side = traitlets.Enum(list(_SIDES), "K").tag(state=True)
+    page = traitlets.Int(0).tag(state=True)
+    head = traitlets.Int(0).tag(state=True)
+    pattern = traitlets.Enum(list(PATTERNS), "subspace").tag(state=True)
+    load = traitlets.Enum(list(LOADS), "warp").tag(state=True)
+    slot = traitlets.Int(0).tag(state=True)
+    subspace = traitlets.Int(0).tag(state=True)
+    colour_by = traitlets.Enum(COLOUR_BY, "token").tag(state=True)
+
+    def __init__(self, cache: PagedPQCache | None = None, **state: Any) -> None:
+        self._cache = cache
+        self._measured: dict[tuple[Any, ...], pd.DataFrame] = {}
+        if cache is not None:
+            state = {**_shape_of(cache, state.get("layer"), state.get("side", "K")), **state}
+        super().__init__(**state)
+
+    @traitlets.observe("page_size", "num_subspaces")
+    def _stay_inside(self, _: Any) -> None:
+        self.slot = min(self.slot, max(0, self.page_size - 1))
+        self.subspace = min(self.subspace, max(0, self.num_subspaces - 1))
+
+    def controls(self) -> list[Widget]:
+        def number(name: str, description: str, **bounds: Any) -> Widget:
+            return controls.number(self, name, description, **bounds)
+
+        if self._cache is None:
+            what = [
+                number("page_size", "page size", low=16, high=512, step=16),
+                number("num_subspaces", "subspaces M", values=(4, 8, 16, 24, 32, 48, 64, 96, 128)),
+                number("nbits", "bits per code", low=1, high=8),
+                number("head", "kv head", low=0, high=self.num_heads - 1),
+            ]
+        else:
+            layers = [layer.index for layer in self._cache.quantized_layers]
+            what = [
+                number("layer", "layer", values=layers),
+                controls.choice(self, "side", "side", list(_SIDES)),
+                number("page", "page", low=0, high=self._cache.pool.max_pages - 1),
+                number("head", "kv head", low=0, high=self.num_heads - 1),
+            ]
+        return [
+            *what,
+            controls.choice(self, "pattern", "read", {text: name for name, text in PATTERNS.items()}),
+            controls.choice(self, "load", "with", {load.name: name for name, load in LOADS.items()}),
+            number("slot", "token slot", low=0, high=lambda: self.page_size - 1),
+            number("subspace", "subspace", low=0, high=lambda: self.num_subspaces - 1),
+            controls.choice(self, "colour_by", "colour by", COLOUR_BY),
+            controls.button(
+                self, "Measure", self.measure, icon="tachometer", tooltip="read each order on this machine"
+            ),
+        ]
+
+    @property
+    def codes(self) -> np.ndarray:
+        """uint8 [page_size, M]: the codes shown."""
+        if self._cache is None:
+            return random_codes(self.page_size, self.num_subspaces, self.nbits, self.head)
+        return cached_codes(self._cache, self.layer, _SIDES[self.side], self.page, self.head)
+
+    @property
+    def source(self) -> str:
+        """Where the codes come from, in words."""
+        if self._cache is None:
+            return f"random codes (no cache given), head {self.head} of {self.num_heads}"
+        return f"codes of the cache: layer {self.layer}, {self.side}, page {self.page}, head {self.head}"
+
+    @property
+    def measured(self) -> pd.DataFrame | None:
+        """What `measure` found for the present pattern and page, or None."""
+        return self._measured.get(self._measured_key)
+
+    def measure(self) -> None:
+        """Read the three orders on this machine, in the background; the figure shows it when it is done."""
+        key, where = self._measured_key, {"page_size": self.page_size, "num_subspaces": self.num_subspaces}
+
+        def done(found: pd.DataFrame) -> None:
+            self._measured[key] = found
+            self.redraw()
+            self.say(f"measured on {found.device.iloc[0]}: {found.wanted_bytes.iloc[0]:,} wanted bytes of 8-bit codes")
+
+        self.background(lambda: measure_orders(self.pattern, **where), done, busy="measuring (a few seconds)")
+
+    def draw(self) -> go.Figure:
+        return layout_figure(
+            self._accesses(),
+            self.codes,
+            head=self.head,
+            colour_by=self.colour_by,
+            measured=self.measured,
+            source=self.source,
+            theme=None,
+        )
+
+    def frame(self) -> pd.DataFrame:
+        found = access_frame(self._accesses())
+        if self.measured is None:
+            return found.assign(gb_per_s=float("nan"))
+        return found.merge(self.measured[["order", "gb_per_s", "device"]], on="order")
+
+    def sweep_values(self, name: str) -> list[Any]:
+        return {
+            "slot": list(range(0, self.page_size, 4)),
+            "subspace": list(range(self.num_subspaces)),
+            "head": list(range(self.num_heads)),
+            "pattern": list(PATTERNS),
+            "load": list(LOADS),
+            "colour_by": list(COLOUR_BY),
+        }[name]
+
+    @property
+    def _measured_key(self) -> tuple[Any, ...]:
+        return self.pattern, self.page_size, self.num_subspaces
+
+    def _accesses(self) -> dict[str, Any]:
+        shape = self.page_size, self.num_heads, self.num_subspaces, self.nbits
+        where = {"head": self.head, "slot": self.slot, "subspace": self.subspace}
+        return compare_orders(*shape, self.pattern, LOADS[self.load], **where)
+
+
+def memory_layout(cache: PagedPQCache | None = None, **state: Any) -> MemoryLayout:
+    """One page at byte level, row-major, transposed and tiled side by side, and what one load touches in each.
+
+    Args:
+        cache: whose pages are shown; without one the codes are random, and labelled as such.
+        **state: starting values, e.g. `page_size=128, pattern="token"`; see `.state` of the panel.
+    """
+    return MemoryLayout(cache, **state)
+
+
+def _shape_of(cache: PagedPQCache, layer: int | None, side: str) -> dict[str, int]:
+    """State that a cache prescribes: the shape of its pages, and a page that holds something."""
+    quantized = [quantized.index for quantized in cache.quantized_layers]
+    layer = quantized[0] if layer is None else layer
+    layout = cache.pool.layout.layers[quantized.index(layer)][_SIDES[side]]
+    used = [page for seq in range(cache.table.num_seqs) for page in cache.table.pages(seq)]
+    return {
+        "page_size": layout.page_size,
+        "num_subspaces": layout.num_subspaces,
+        "nbits": layout.nbits,
+        "num_heads": layout.num_heads,
+        "layer": layer,
+        "page": used[0] if used else 0,
+    }

@@ -1,0 +1,126 @@
+// Shows one plotly figure, follows the theme and the width of its page, applies patches from the kernel.
+// plotly.js comes from the kernel, once per page, after the widget is up: anywidget gives up on a widget whose own
+// module takes longer than two seconds to start, and plotly.js can, on a busy machine.
+
+const LOADED = (globalThis.__pqlab_plotly ??= {}); // version -> {promise, resolve, asked}
+const ASK_AGAIN = 20_000; // ms, should the kernel that was asked have died
+
+function plotly(model) {
+  const version = model.get("_version");
+  const entry = (LOADED[version] ??= (() => {
+    let resolve;
+    const promise = new Promise((done) => { resolve = done; });
+    return { promise, resolve, asked: -Infinity };
+  })());
+  const ask = () => {
+    if (entry.done || performance.now() - entry.asked < ASK_AGAIN) return;
+    entry.asked = performance.now();
+    model.send({ kind: "plotly.js" });
+  };
+  model.on("msg:custom", async (message, buffers) => {
+    if (message.kind !== "plotly.js" || entry.done) return;
+    entry.done = true;
+    const parts = ["const module = {exports: {}};\n", buffers[0], "\nexport default module.exports;"];
+    const url = URL.createObjectURL(new Blob(parts, { type: "text/javascript" }));
+    entry.resolve((await import(url)).default);
+    URL.revokeObjectURL(url);
+  });
+  ask();
+  const timer = setInterval(() => (entry.done ? clearInterval(timer) : ask()), 1000);
+  return { ready: entry.promise, stop: () => clearInterval(timer) };
+}
+
+function merge(object, changes) {
+  for (const [key, value] of Object.entries(changes)) {
+    if (value === null) delete object[key];
+    else object[key] = value;
+  }
+}
+
+function initialize({ model }) {
+  model.on("msg:custom", (message) => {
+    if (message.kind !== "patch") return;
+    const figure = model.get("_figure");
+    for (const [index, changes] of Object.entries(message.traces)) merge(figure.data[index], changes);
+    merge(figure.layout, message.layout);
+  });
+}
+
+function render({ model, el }) {
+  const media = window.matchMedia("(prefers-color-scheme: dark)");
+  const plot = document.createElement("div");
+  plot.style.width = "100%";
+  plot.style.minHeight = `${model.get("_figure").layout.height ?? 450}px`;
+  plot.textContent = "loading plotly.js …";
+  el.style.width = "100%";
+  el.appendChild(plot);
+
+  let Plotly = null, waiting = false, missed = false, gone = false, drawn = Promise.resolve();
+  const theme = () => {
+    const wanted = model.get("theme");
+    if (wanted !== "auto") return wanted;
+    const lab = document.body.dataset.jpThemeLight;
+    return (lab !== undefined ? lab === "false" : media.matches) ? "dark" : "light";
+  };
+  const draw = () => {
+    if (!Plotly || waiting || gone) return;
+    waiting = true; // the newest figure wins: what comes before the next frame is drawn once
+    requestAnimationFrame(() => {
+      waiting = false;
+      missed = !el.clientWidth; // in a hidden tab: drawn when it is shown
+      if (missed) return;
+      drawn = drawn.then(async () => {
+        if (gone) return;
+        const { data, layout } = model.get("_figure");
+        const themed = { uirevision: "kept", ...structuredClone(layout), template: model.get("_templates")[theme()] };
+        const config = { displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+        await Plotly.react(plot, data.map((trace) => ({ ...trace })), themed, config);
+        plot.dataset.theme = theme();
+        plot.dataset.draws = Number(plot.dataset.draws ?? 0) + 1;
+      }).catch((error) => console.error("[pqlab] plotly could not draw:", error));
+    });
+  };
+  const source = plotly(model);
+  source.ready.then((loaded) => {
+    Plotly = loaded;
+    plot.textContent = "";
+    draw();
+  });
+
+  let width = 0;
+  const sizes = new ResizeObserver(() => {
+    if (missed) draw();
+    if (!el.clientWidth || el.clientWidth === width) return;
+    width = el.clientWidth;
+    if (plot.dataset.draws) Plotly.Plots.resize(plot).catch(() => {}); // its promise may never settle: not awaited
+  });
+  sizes.observe(el);
+  const themes = new MutationObserver(draw);
+  themes.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
+  media.addEventListener("change", draw);
+  model.on("change:_figure", draw);
+  model.on("change:theme", draw);
+  model.on("msg:custom", draw);
+  let listening = false;
+  const listen = setInterval(() => {
+    if (listening || !plot.on) return;
+    listening = true;
+    clearInterval(listen);
+    plot.on("plotly_click", ({ points: [point] }) => {
+      const { curveNumber: trace, x, y, z = null, customdata = null } = point;
+      model.send({ kind: "click", point: { trace, x, y, z, customdata: customdata && Array.from(customdata) } });
+    });
+  }, 200);
+
+  return () => {
+    gone = true;
+    source.stop();
+    clearInterval(listen);
+    sizes.disconnect();
+    themes.disconnect();
+    media.removeEventListener("change", draw);
+    if (Plotly) Plotly.purge(plot);
+  };
+}
+
+export default { initialize, render };
