@@ -6,7 +6,7 @@ import warnings
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from ..config import CacheConfig
 from ..cost import fit_max_pages
@@ -16,6 +16,7 @@ from ..paging.layout import PoolLayout
 from ..quantization import Codebooks
 from .layer import PagedPQLayer
 from .sequences import SequenceGroup, plain_state
+from .static import StaticGroup, StaticPagedPQLayer
 
 DEFAULT_CONTEXT = 8192
 """Tokens the default pool is sized for where a model's config names no limit."""
@@ -69,21 +70,21 @@ class PagedPQCache(Cache):
         codebooks.check_fits(model)
         self.codebooks = codebooks.to(device)
         self.settings = config if config is not None else CacheConfig()
-        if self.settings.mode == "static":
-            raise UnsupportedModelError('mode = "static" needs the CUDA kernels, which are not there yet; set "eager"')
-        self.pool = pool if pool is not None else self._make_pool(text, device, context, max_batch)
+        static = self.settings.mode == "static"
+        limit = context or getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        self.pool = pool if pool is not None else self._make_pool(limit, device, max_batch, shrink=context is None)
         self._check_pool()
-        self.group = SequenceGroup(self.pool, self.settings, device)
+        if static:
+            layers = StaticCache(config=whole, max_cache_len=limit).layers
+            self.group = StaticGroup(self.pool, self.settings, device, limit)
+        else:
+            self.group = SequenceGroup(self.pool, self.settings, device)
         for position, index in enumerate(quantized):
-            layers[index] = PagedPQLayer(
-                index,
-                self.group,
-                self.codebooks.layer(index),
-                self.pool.view(position, 0),
-                self.pool.view(position, 1),
-                text,
-            )
+            views = self.pool.view(position, 0), self.pool.view(position, 1)
+            kind = StaticPagedPQLayer if static else PagedPQLayer
+            layers[index] = kind(index, self.group, self.codebooks.layer(index), *views, text)
         self._quantized = [layers[index] for index in quantized]
+        self._quantized[0].is_first = self._quantized[-1].is_last = True
         self._warned = False
         super().__init__(layers=layers)
 
@@ -109,7 +110,7 @@ class PagedPQCache(Cache):
 
     def as_frame(self):
         """DataFrame of the pages in use: page, sequence, first token, tokens, fill, bytes, address."""
-        return self.table.as_frame(first_token=self.settings.num_sinks)
+        return self.group.as_frame(first_token=self.settings.num_sinks)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: codes in used pages, the whole pool, exact buffers, exact layers, page table, constants."""
@@ -119,7 +120,7 @@ class PagedPQCache(Cache):
             "pool": self.pool.layout.num_bytes,
             "exact_tokens": sum(layer.exact_nbytes for layer in self._quantized),
             "exact_layers": sum(x.keys.nbytes + x.values.nbytes for x in exact if x.is_initialized),
-            "page_table": self.table.as_tensor("cpu").nbytes,
+            "page_table": self.group.page_table().nbytes,
             "model_constants": self.codebooks.nbytes,
         }
 
@@ -135,7 +136,7 @@ class PagedPQCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         layer = self.layers[layer_idx]
-        if isinstance(layer, PagedPQLayer) and not self._warned:
+        if not self._warned and isinstance(layer, PagedPQLayer) and not layer.is_compileable:
             self._say_fallback(layer, key_states.shape[0])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -209,14 +210,12 @@ class PagedPQCache(Cache):
             stacklevel=3,
         )
 
-    def _make_pool(self, text: PreTrainedConfig, device: torch.device, context: int | None, max_batch: int) -> PagePool:
+    def _make_pool(self, context: int, device: torch.device, max_batch: int, *, shrink: bool) -> PagePool:
         layouts = self.codebooks.layouts(self.settings.page_size)
         pages = self.settings.max_pages
         if pages is None:
-            named = context is not None
-            context = context or getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
             pages = fit_max_pages(
-                layouts, self.settings, context=context, batch=max_batch, device=device, shrink=not named
+                layouts, self.settings, context=context, batch=max_batch, device=device, shrink=shrink
             )
         return PagePool(pages, PoolLayout(layouts, pages), device=device, policy=self.settings.policy)
 

@@ -68,6 +68,7 @@ class PagedPQLayer(CacheLayerMixin):
         self.codec = codec
         self.k_pages, self.v_pages = k_pages, v_pages
         self.config = config
+        self.is_first = self.is_last = False  # of the quantized layers; set by the cache
         self.columns = 0
         self.pending: _Handover | None = None
         self.sink_k = self.sink_v = self.window_k = self.window_v = None
@@ -160,6 +161,7 @@ class PagedPQLayer(CacheLayerMixin):
         keys, values = self._take_pending()
         batch, _, steps, _ = keys.shape
         start = self.columns
+        mask = None if mask is None else mask[..., : start + steps]  # a static cache's mask spans its capacity
         real = None if mask is None else mask[:, 0, :, start:].diagonal(dim1=-2, dim2=-1)
         plan = self.group.plan_step(start, steps, batch, real)
         if mask is not None:
@@ -203,7 +205,7 @@ class PagedPQLayer(CacheLayerMixin):
 
     def codes(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [H, coded, M] of a row's pages, K and V, in token order."""
-        coded = self.group.table.num_tokens(row)
+        coded = int(self.group.lengths[row, 1])
         page_ids = self.group.page_table()[row, : -(-coded // self.group.config.page_size)]
         sides = ((self.k_pages, self.codec.k), (self.v_pages, self.codec.v))
         return tuple(read_pages(pages, page_ids, codec.nbits)[:, :coded] for pages, codec in sides)
@@ -232,17 +234,21 @@ class PagedPQLayer(CacheLayerMixin):
         """Write the new tokens of a step, flushing what the plan says. Nothing is encoded twice."""
         keys, values = self.codec.k.to_code_space(keys), self.codec.v.to_code_space(values)
         if plan.num_columns == 1:
-            ops.append_(
-                self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages, keys, values,
-                self.group.page_table(), plan.before, plan.after, self.codec.k.centroids, self.codec.v.centroids,
-                self.codec.k.nbits, self.codec.v.nbits,
-            )  # fmt: skip
+            self._append(keys, values, plan.before, plan.after)
         else:
             by_row = {flush.row: flush for flush in plan.flushes}
             for row, count in enumerate(plan.counts):
                 if count:
                     self._store_row(plan, row, keys[row], values[row], by_row.get(row))
         self.columns = plan.start + plan.num_columns
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Store one token a row, [B, H, 1, d] in code space, between two states of the lengths, int32 [B, 3]."""
+        ops.append_(
+            self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages, keys, values,
+            self.group.page_table(), before, after, self.codec.k.centroids, self.codec.v.centroids,
+            self.codec.k.nbits, self.codec.v.nbits,
+        )  # fmt: skip
 
     def _store_row(self, plan: StepPlan, row: int, k: torch.Tensor, v: torch.Tensor, flush: Flush | None) -> None:
         """Store a row's part [H, S, d] of a chunk: sinks, then codes straight from the chunk, then the ring."""

@@ -117,6 +117,18 @@ class SequenceGroup:
     def has_pads(self) -> bool:
         return self._any_pad
 
+    def coded(self, row: int) -> int:
+        """Tokens of a row that are codes in pages."""
+        return self.table.num_tokens(row)
+
+    def row_pages(self, row: int) -> Sequence[int]:
+        """Page ids of a row in token order."""
+        return self.table.pages(row)
+
+    def as_frame(self, first_token: int):
+        """`PageTable.as_frame`; `first_token` is the number of sinks before the first page."""
+        return self.table.as_frame(first_token)
+
     def split(self, tokens: int, coded: int) -> tuple[int, int, int]:
         """(sinks, coded, window) of a row of `tokens` real tokens, `coded` of them in pages."""
         sinks = min(tokens, self.config.num_sinks)
@@ -165,14 +177,13 @@ class SequenceGroup:
 
         flushed = []
         for row in range(batch):
-            coded = self.table.num_tokens(row)
-            _, _, window = self.split(self.tokens[row] + counts[row], coded)
-            flushed.append(self.flush_count(coded, window))
-        first = [self.table.num_tokens(row) for row in range(batch)]
+            _, _, window = self.split(self.tokens[row] + counts[row], self.coded(row))
+            flushed.append(self.flush_count(self.coded(row), window))
+        first = [self.coded(row) for row in range(batch)]
         if any(flushed):
-            self.table.extend(flushed)  # the only thing that can fail; it changes nothing when it does
+            self._extend(flushed)  # the only thing that can fail; it changes nothing when it does
 
-        before = self.lengths
+        before = self._snapshot()
         tokens = tuple(self.tokens)
         self._record_columns(real, num_columns)
         self.tokens = [n + c for n, c in zip(self.tokens, counts, strict=True)]
@@ -226,7 +237,7 @@ class SequenceGroup:
 
     def _flush(self, row: int, first: int, count: int) -> Flush:
         size = self.config.page_size
-        pages = self.table.pages(row)[first // size : -(-(first + count) // size)]
+        pages = self.row_pages(row)[first // size : -(-(first + count) // size)]
         return Flush(row, first, count, torch.tensor(pages, dtype=torch.int32, device=self.device), first % size)
 
     @plain_state
@@ -272,12 +283,18 @@ class SequenceGroup:
             assert 0 <= window < self.config.window_length, (row, sinks, coded, window)
             assert self.lengths[row].tolist() == [sinks, coded, window], (row, self.lengths[row])
 
+    def _extend(self, flushed: list[int]) -> None:
+        self.table.extend(flushed)
+
+    def _snapshot(self) -> torch.Tensor:
+        return self.lengths  # `_refresh_lengths` makes a new tensor
+
     def _after_surgery(self) -> None:
         self.plan = None
         self._refresh_lengths()
 
     def _refresh_lengths(self) -> None:
-        rows = [self.split(n, self.table.num_tokens(row)) for row, n in enumerate(self.tokens)]
+        rows = [self.split(n, self.coded(row)) for row, n in enumerate(self.tokens)]
         self.lengths = torch.tensor(rows, dtype=torch.int32, device=self.device).view(-1, 3)
 
     def _add_rows(self, count: int) -> None:

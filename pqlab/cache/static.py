@@ -1,0 +1,203 @@
+"""Static mode: fixed capacity and shapes, so that a decode step can be captured in a CUDA graph or compiled.
+
+Every row owns its pages from the start, and the lengths live on the device: a step advances them there, and the flush
+inside `ops.append_` happens where they say so. The host takes part in chunks only (prompts), for which it reads the
+lengths once.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.utils import is_torchdynamo_compiling
+
+from ..config import CacheConfig
+from ..cost import max_pages_for
+from ..errors import ResidualOverflowError, UnsupportedModelError
+from ..paging import PagePool
+from .layer import PagedPQLayer
+from .sequences import SequenceGroup, StepPlan, plain_state
+
+
+def advance(lengths: torch.Tensor, config: CacheConfig) -> torch.Tensor:
+    """int32 [B, 3] (sinks, coded, window) after one more token in every row; `SequenceGroup.flush_count` as tensors."""
+    sinks, coded, window = lengths.unbind(1)
+    to_sink = (sinks < config.num_sinks).int()
+    window = window + 1 - to_sink
+    spare = window - config.residual_length
+    flush = torch.where(window >= config.window_length, spare - (coded + spare) % config.page_size, 0)
+    return torch.stack([sinks + to_sink, coded + flush, window - flush], 1)
+
+
+class StaticGroup(SequenceGroup):
+    """A group whose lengths, position and page table are tensors at fixed addresses.
+
+    Args:
+        capacity: columns (tokens and pads) a row may reach.
+    """
+
+    def __init__(self, pool: PagePool, config: CacheConfig, device: torch.device | str, capacity: int) -> None:
+        super().__init__(pool, config, device)
+        self.capacity = capacity
+        self.position = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.before = self.lengths
+        self._pages = torch.zeros(0, 0, dtype=torch.int32, device=self.device)
+        self._page_lists: list[list[int]] = []
+
+    # a decode step, on the device
+
+    def advance(self) -> None:
+        """Count one more token in every row. Called by the first layer of a step; no host synchronization."""
+        self.before.copy_(self.lengths)
+        self.lengths.copy_(advance(self.lengths, self.config))
+        self.position.add_(1)
+        fits = self.position <= self.capacity
+        torch._assert_async(
+            fits, f"[PQC003] a static cache of {self.capacity} tokens is full; make it with a larger context"
+        )
+
+    # chunks, on the host
+
+    @plain_state
+    def begin_chunk(self) -> int:
+        """Columns before the chunk. The first layer reads the device's counts, the others follow its plan."""
+        if self.plan is not None:
+            return self.plan.start
+        if self.num_rows:
+            self.tokens = self.lengths.sum(1).tolist()
+            self._coded = self.lengths[:, 1].tolist()
+            self.columns = int(self.position)
+        return self.columns
+
+    def end_chunk(self) -> None:
+        """The last layer of a chunk is done: counts may move on the device again."""
+        self.plan = None
+
+    def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
+        if start + num_columns > self.capacity:
+            raise ResidualOverflowError(
+                f"{num_columns} tokens at column {start} exceed the static cache of {self.capacity}.",
+                f'Make the cache with context={start + num_columns} or more, or set mode="eager".',
+            )
+        return super().plan_step(start, num_columns, batch, real)
+
+    def coded(self, row: int) -> int:
+        return int(self._coded[row])
+
+    def page_table(self) -> torch.Tensor:
+        return self._pages
+
+    def row_pages(self, row: int) -> list[int]:
+        used = -(-self.coded(row) // self.config.page_size)
+        return self._page_lists[row][:used]
+
+    def as_frame(self, first_token: int):
+        """The page table as `PageTable.as_frame` gives it; reads the lengths from the device."""
+        import pandas as pd
+
+        size, layout, rows = self.config.page_size, self.pool.layout, []
+        for row, coded in enumerate(self.lengths[:, 1].tolist()):
+            for i, page in enumerate(self._page_lists[row][: -(-coded // size)]):
+                count = min(size, coded - i * size)
+                where = (layout.page_bytes, layout.offset(0, 0, page))
+                rows.append((page, row, first_token + i * size, count, count / size, 1, *where))
+        names = ["page", "sequence", "first_token", "tokens", "fill", "shared_by", "bytes", "address"]
+        return pd.DataFrame(rows, columns=names)
+
+    @plain_state
+    def reset(self) -> None:
+        """Forget all tokens; rows keep their pages and tensors their addresses."""
+        self.columns, self.tokens, self.plan, self._any_pad, self._announced = 0, [0] * self.num_rows, None, False, None
+        self._coded = [0] * self.num_rows
+        self.lengths.zero_()
+        self.position.zero_()
+
+    def select(self, rows) -> None:
+        raise UnsupportedModelError('beams and row selection move pages, which static mode does not; set mode="eager"')
+
+    def crop(self, num_columns: int) -> None:
+        raise UnsupportedModelError('static mode does not crop; set mode="eager"')
+
+    def check_integrity(self) -> None:
+        for row, (sinks, coded, window) in enumerate(self.lengths.tolist()):
+            assert 0 <= window < self.config.window_length, (row, sinks, coded, window)
+            assert sinks <= self.config.num_sinks and coded <= len(self._page_lists[row]) * self.config.page_size
+
+    # what the base class asks for
+
+    _coded: list[int] = []
+
+    def _add_rows(self, count: int) -> None:
+        per_row = max_pages_for(self.capacity, 1, self.config)
+        pages = self.pool.allocate(count * per_row)
+        self._page_lists = [pages[i * per_row : (i + 1) * per_row] for i in range(count)]
+        self._pages = torch.tensor(self._page_lists, dtype=torch.int32, device=self.device)
+        self.tokens, self._coded = [0] * count, [0] * count
+        self._real = torch.ones(count, self.capacity, dtype=torch.bool)
+        self.lengths = torch.zeros(count, 3, dtype=torch.int32, device=self.device)
+        self.before = torch.zeros_like(self.lengths)
+        for tensor in (self._pages, self.lengths, self.before, self.position):
+            torch._dynamo.mark_static_address(tensor)
+
+    def _extend(self, flushed: list[int]) -> None:
+        self._coded = [old + new for old, new in zip(self._coded, flushed, strict=True)]
+
+    def _snapshot(self) -> torch.Tensor:
+        return self.lengths.clone()
+
+    def _refresh_lengths(self) -> None:
+        rows = [self.split(n, self.coded(row)) for row, n in enumerate(self.tokens)]
+        self.lengths.copy_(torch.tensor(rows, dtype=torch.int32).view(-1, 3))
+        self.position.fill_(self.columns)
+
+
+class StaticPagedPQLayer(PagedPQLayer):
+    """A `PagedPQLayer` whose decode step is tensors only; chunks go the eager way."""
+
+    is_compileable = True
+    is_croppable = False
+    group: StaticGroup
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.batch_size = key_states.shape[0]
+        if not is_torchdynamo_compiling():
+            constants = (self.codec.k.centroids, self.codec.v.centroids, self.k_pages, self.v_pages)
+            for tensor in (self.sink_k, self.sink_v, self.window_k, self.window_v, *constants):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        attention = self.config._attn_implementation
+        if attention != "pqlab":
+            raise UnsupportedModelError(
+                f'a static cache needs model.set_attn_implementation("pqlab"), it is "{attention}"'
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.group.capacity, 0
+
+    def get_seq_length(self):
+        return self.group.position if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.group.capacity
+
+    def reset(self) -> None:
+        """Forget the tokens; the buffers keep their addresses."""
+        self.pending, self.columns = None, 0
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        if query.shape[2] > 1 or not self.group.num_rows:
+            self.columns = self.group.begin_chunk()
+            out = super().attend(query, mask, scaling)
+            if self.is_last:
+                self.group.end_chunk()
+            return out
+        pending = self._take_pending()
+        if self.is_first:
+            self.group.advance()
+        self._append(
+            self.codec.k.to_code_space(pending.keys), self.codec.v.to_code_space(pending.values),
+            self.group.before, self.group.lengths,
+        )  # fmt: skip
+        return self._attend_stored(query, self.group.lengths, scaling)[0]

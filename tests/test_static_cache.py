@@ -1,0 +1,126 @@
+"""Static mode: the same tokens as eager mode, one compiled graph for all steps, loud when it is full."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cache_matrix import inputs_for
+
+from pqlab import CacheConfig, PagedPQCache, PQConfig
+from pqlab.cache.static import advance
+from pqlab.errors import ResidualOverflowError, UnsupportedModelError
+from pqlab.quantization import Codebooks
+
+EAGER = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=200)
+STATIC = replace(EAGER, mode="static")
+
+
+def generate(model, cache, way: str, **settings):
+    model.set_attn_implementation("pqlab")
+    return model.generate(
+        **inputs_for(way), past_key_values=cache, max_new_tokens=60, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["greedy", "padded batch", "chunked prefill"])
+def test_static_gives_the_tokens_of_eager(tiny_model, way):
+    books = Codebooks.random(tiny_model, config=PQConfig(M=8, nbits=6))
+    settings = {"prefill_chunk_size": 24, "disable_compile": True} if way == "chunked prefill" else {}
+    eager, static = (PagedPQCache(tiny_model, books, c, context=200) for c in (EAGER, STATIC))
+    theirs = generate(tiny_model, eager, way, **settings)
+    for _ in range(2):  # and again after a reset, on the same buffers
+        ours = generate(tiny_model, static, way, **settings)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert static.lengths.tolist() == eager.lengths.tolist()
+        static.group.check_integrity()
+        for a, b in zip(static.quantized_layers, eager.quantized_layers, strict=True):
+            for row in range(len(eager.lengths)):
+                assert all(torch.equal(x, y) for x, y in zip(a.codes(row), b.codes(row), strict=True))
+        assert static.as_frame().tokens.tolist() == eager.as_frame().tokens.tolist()
+        static.reset()
+
+
+def test_advance_is_the_host_s_rule():
+    from pqlab.cache import SequenceGroup
+    from pqlab.paging import PagePool
+
+    group = SequenceGroup(PagePool(10), EAGER)
+    lengths = torch.zeros(1, 3, dtype=torch.int32)
+    sinks, coded, window = 0, 0, 0
+    for n in range(1, 200):
+        lengths = advance(lengths, EAGER)
+        sinks, coded, window = group.split(n, coded)
+        coded += group.flush_count(coded, window)
+        assert lengths[0].tolist() == list(group.split(n, coded))
+
+
+def test_one_graph_for_all_decode_steps(make_model):
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    eager, static = (PagedPQCache(model, books, c, context=200) for c in (EAGER, STATIC))
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, fullgraph=True, backend=backend)
+    ids = inputs_for("greedy")["input_ids"]
+    with torch.no_grad():
+        for cache in (eager, static):
+            model(ids, past_key_values=cache)
+        for n in range(40):
+            token = torch.tensor([[n]])
+            mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
+            position = torch.tensor([[90 + n]])
+            ours = step(token, past_key_values=static, attention_mask=mask, position_ids=position).logits
+            torch.testing.assert_close(ours, model(token, past_key_values=eager).logits, rtol=0, atol=1e-3)
+    assert len(graphs) == 1, "every step should run the same graph"
+    assert static.lengths.tolist() == eager.lengths.tolist()
+
+
+def test_generate_compiles_it_by_itself_where_told_to(make_model):
+    from transformers import CompileConfig
+
+    model = make_model("llama")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    eager, static = (PagedPQCache(model, books, c, context=200) for c in (EAGER, STATIC))
+    assert static.is_compileable and not eager.is_compileable
+    theirs = generate(model, eager, "greedy")
+    compile_config = CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
+    compile_config._compile_all_devices = True
+    ours = generate(model, static, "greedy", compile_config=compile_config)
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+def test_full_is_loud(make_model):
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    with torch.no_grad():
+        with pytest.raises(ResidualOverflowError, match="PQC003.*70 tokens.*static cache of 64.*context=70"):
+            model(torch.zeros(1, 70, dtype=torch.long), past_key_values=cache)
+        cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+        model(torch.zeros(1, 63, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="PQC003.*static cache of 64 tokens is full"):
+            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_what_static_mode_does_not_do_is_named(make_model):
+    model = make_model("llama")
+    cache = PagedPQCache(model, Codebooks.identity(model), STATIC, context=200)
+    with pytest.raises(UnsupportedModelError, match='static cache needs model.set_attn_implementation\\("pqlab"\\)'):
+        model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.identity(model), STATIC, context=200)
+    with torch.no_grad():
+        model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+    for act in (lambda: cache.crop(-1), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(UnsupportedModelError, match='mode="eager"'):
+            act()
