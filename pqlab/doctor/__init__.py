@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -26,9 +27,11 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # whatever a probe prints must not get into the JSON
         findings = examine()
     text = json.dumps({k: asdict(v) for k, v in findings.items()}, indent=2) if args.json else report(findings)
-    with contextlib.suppress(BrokenPipeError):
+    try:
         sys.stdout.write(text.encode("ascii", "replace").decode() + "\n")  # any terminal can show it
         sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; Python's last flush must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -27,6 +27,7 @@ def _playwright_browsers() -> Iterator[str]:
     )
     programs = ("chrome-linux*/chrome", "chrome-linux*/headless_shell", "chrome-mac*/*.app/Contents/MacOS/*")
     for folder in folders:
-        for build in sorted(folder.glob("chromium*-*"), key=lambda path: path.name.rpartition("-")[2], reverse=True):
+        builds = [path for path in folder.glob("chromium*-*") if path.name.rpartition("-")[2].isdigit()]
+        for build in sorted(builds, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
             for program in programs:
                 yield from (str(path) for path in build.glob(program))

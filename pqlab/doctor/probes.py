@@ -174,7 +174,7 @@ def caches() -> Finding:
     parent = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(parent).free
     value = f"{root} ({chosen}), {free / 1e9:,.1f} GB free"
-    if not os.access(parent, os.W_OK):
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
         return Finding(value, "it cannot be written", f"Set {ENVIRONMENT} to a folder that can", details)
     if free < 2e9 and "models" not in details:
         return Finding(value, "the default model needs 1 GB there", f"Set {ENVIRONMENT} to another disk", details)

@@ -26,8 +26,10 @@ def convert(gguf: Path, folder: Path, what: str, progress: bool = True) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tqdm(total=4, desc=f"convert {what}", disable=not progress, unit="step") as bar, quiet_transformers():
+        bar.set_postfix_str("tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
         bar.update()
+        bar.set_postfix_str("weights")
         packed = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
@@ -39,6 +41,7 @@ def convert(gguf: Path, folder: Path, what: str, progress: bool = True) -> None:
         plain.load_state_dict(packed.state_dict())
         plain.generation_config = packed.generation_config
         bar.update()
+        bar.set_postfix_str("writing")
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         bar.update()

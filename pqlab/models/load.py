@@ -52,7 +52,7 @@ def load_model(
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no tokenizer in the folder, or the model is no decoder
             raise ModelLoadError(_explain(name, source, error)) from error
         model.set_attn_implementation(attn)
     if tokenizer.pad_token is None:
@@ -74,7 +74,7 @@ def _folder_or_id(name: str | Path) -> str:
     return text
 
 
-def _explain(name: str | Path, source: object, error: OSError) -> str:
+def _explain(name: str | Path, source: object, error: Exception) -> str:
     embedded = " or ".join(f'load_model("{key}")' for key in PACKAGED)
     reason = " ".join(str(error).split())
     if Path(str(source)).is_dir():
