@@ -231,7 +231,7 @@ def _finish(sheet: Sheet, title: str, theme: Theme | None, height: int) -> go.Fi
         theme,
         title={"text": title, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
         height=height,
-        margin={"t": 100, "b": 76, "l": 70, "r": 36},
+        margin={"t": 88, "b": 76, "l": 70, "r": 36},
         legend={"x": 1, "xanchor": "right", "y": -0.07, "yanchor": "top", "traceorder": "normal"},
         barmode="stack",
     )

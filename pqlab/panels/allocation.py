@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_STORAGE = {"whole pages from an exact window (pqlab)": True, "every token at once (PagedAttention)": False}
+_STORAGE = {"in whole pages (pqlab)": True, "one by one (PagedAttention)": False}
 
 
 class PageAllocation(Panel):
@@ -65,7 +65,7 @@ class PageAllocation(Panel):
             play(self, "event", last),
             controls.number(self, "page_size", "page size", values=sizes, tooltip="tokens per page"),
             controls.number(self, "max_pages", "max pages", values=pools, tooltip="pages of the pool"),
-            controls.choice(self, "whole_pages", "tokens enter", _STORAGE),
+            controls.choice(self, "whole_pages", "tokens enter", _STORAGE, tooltip="from an exact window, or at once"),
             controls.number(self, "residual_length", "residual", values=tokens, tooltip="exact newest tokens"),
             controls.number(self, "reserve", "max context", values=contexts, tooltip="slots reserved when contiguous"),
             controls.choice(self, "policy", "free page", sorted(POLICIES), tooltip="which free page is taken next"),
@@ -79,7 +79,8 @@ class PageAllocation(Panel):
 
     def refresh(self) -> None:
         if self._widget is not None:
-            self._table.value = sequences_frame(self.step).to_html(index=False, border=0)
+            table = sequences_frame(self.step).to_html(index=False, border=0, justify="right")
+            self._table.value = f'<div style="line-height: 1.5; text-align: right">{table}</div>'
 
     @property
     def events(self) -> list[Event]:
