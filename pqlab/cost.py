@@ -26,6 +26,9 @@ __all__ = ["SHAPES", "CacheCost", "ModelShape", "coded_tokens", "fit_max_pages",
 EXACT_BYTES = 2
 """Bytes of an element that is kept exact, and of the baseline's: fp16."""
 
+SHARE_OF_DEFAULT = 0.7
+"""Part of free memory that a pool of default size may take: prompts and other programs need some, too."""
+
 INT32 = 4
 
 
@@ -63,7 +66,8 @@ def fit_max_pages(
     Args:
         layers: page layouts (K, V) of every quantized layer, as `Codebooks.layouts` gives them.
         free_bytes: what may be used; None asks the device.
-        shrink: return the pages that fit when not all do (for defaults nobody asked for), instead of raising.
+        shrink: for a size that nobody asked for: take at most 70 % of what is free, as many pages as fit into that,
+            instead of raising.
 
     Raises:
         OutOfMemoryError: PQC004, with the context, the batch and the max_pages that would fit.
@@ -71,6 +75,8 @@ def fit_max_pages(
     pages = max_pages_for(context, batch, cache)
     page_bytes = PoolLayout(tuple(layers), 1).page_bytes
     free = free_memory(device) if free_bytes is None else free_bytes
+    if free is not None and shrink:
+        free = int(free * SHARE_OF_DEFAULT)
     if free is None or pages * page_bytes <= free:
         return pages
     fitting = free // page_bytes

@@ -115,7 +115,8 @@ def test_the_pool_is_sized_by_context_batch_and_memory():
     assert "context to at most 851, max_batch to at most 1 or max_pages to at most 100" in text
     assert fit_max_pages(layers(), cache, context=851, batch=2, free_bytes=100 * page_bytes) == 100
     assert fit_max_pages(layers(), cache, context=1000, batch=1, free_bytes=100 * page_bytes) == 60
-    assert fit_max_pages(layers(), cache, context=1000, batch=2, free_bytes=100 * page_bytes, shrink=True) == 100
+    assert fit_max_pages(layers(), cache, context=1000, batch=2, free_bytes=100 * page_bytes, shrink=True) == 70
+    assert fit_max_pages(layers(), cache, context=1000, free_bytes=100 * page_bytes, shrink=True) == 60
     with pytest.raises(OutOfMemoryError, match="Set a smaller page_size"):
         fit_max_pages(layers(), cache, context=1000, free_bytes=page_bytes - 1, shrink=True)
 

@@ -28,3 +28,15 @@ def test_command_prints_one_json_line(capsys):
     assert [r["max_pages"] for r in records] == [100, 200]
     assert all(r["allocate_ns"] > 0 and r["free_ns"] > 0 for r in records)
     assert main(["--sizes", "10"]) == 2
+
+
+def test_every_benchmark_can_be_asked_for():
+    import argparse
+
+    from pqlab.evaluation import bench
+
+    parser = argparse.ArgumentParser()
+    bench.configure(parser)
+    assert bench.run(parser.parse_args(["pool", "--sizes", "100", "--rounds", "5", "--policy", "lifo"])) == 0
+    with pytest.raises(SystemExit):
+        parser.parse_args(["nothing"])

@@ -61,7 +61,7 @@ def _measure(size: int, policy: str, rounds: int, rng: random.Random) -> dict[st
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="pages of the pools (at least 100)")
     parser.add_argument("--policy", nargs="+", default=sorted(POLICIES), choices=sorted(POLICIES), help="strategies")
     parser.add_argument("--rounds", type=int, default=2000, help=f"rounds of {BATCH} pages that are timed")
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pqlab bench pool", description="Time allocate and free in pools of any size."
     )
-    add_arguments(parser)
+    configure(parser)
     return run(parser.parse_args(argv))
 
 

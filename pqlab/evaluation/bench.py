@@ -1,0 +1,21 @@
+"""`python -m pqlab bench NAME`: benchmarks by name, each a module with `configure(parser)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+BENCHMARKS = {
+    "pool": ("pqlab.evaluation.pool_bench", "what a page costs to allocate and free in pools of any size"),
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    names = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    for name, (module, about) in BENCHMARKS.items():
+        import_module(module).configure(names.add_parser(name, help=about, description=about))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen benchmark; the exit status."""
+    return import_module(BENCHMARKS[args.benchmark][0]).run(args)
