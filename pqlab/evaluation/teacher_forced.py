@@ -1,0 +1,145 @@
+"""The decode path for all positions of a text at once: what token-by-token generation would see, in one forward.
+
+While a model decodes with a paged PQ cache, the token at position t attends to sinks and window exactly and to the
+tokens between as codes; which is which follows from t alone (`schedule`). So all positions can run side by side, if
+every query reads, for every earlier token, the exact or the quantized vector as it would have at its time::
+
+    rows t with f(t) = f    keys [0, sinks) exact | [sinks, sinks + f) dequantized | [sinks + f, t] exact
+
+f changes once a page, so the rows of one page's worth of positions are one attention call. Hidden states see the
+quantized attention of their own position, and the vectors that are quantized come from these hidden states: this is
+the real decode, not an exact run with noise added. It agrees with stepping to float rounding (tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from ..config import CacheConfig
+from ..quantization import Codebooks
+
+Quantize = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(layer index, K [H, n, d], V [H, n, d]) -> both as they come back from storage."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Positions [start, stop) that see `coded` tokens as codes."""
+
+    start: int
+    stop: int
+    coded: int
+
+
+def schedule(length: int, prompt: int, config: CacheConfig) -> list[Segment]:
+    """What every position of a decode sees, as runs of equal `coded`.
+
+    Args:
+        length: tokens of the text.
+        prompt: tokens that are prefilled as one chunk; they see each other exactly. At least 1.
+        config: sinks, residual length and page size.
+    """
+    segments = [Segment(0, prompt, 0)]
+    coded = 0
+    for position in range(prompt - 1, length):
+        window = position + 1 - min(position + 1, config.num_sinks) - coded
+        if window >= config.window_length:
+            spare = window - config.residual_length
+            coded += spare - (coded + spare) % config.page_size
+        if position < prompt:  # the state the prompt leaves; the next token is the first to see it
+            continue
+        if segments[-1].stop == position and segments[-1].coded == coded and segments[-1].start >= prompt:
+            segments[-1] = Segment(segments[-1].start, position + 1, coded)
+        else:
+            segments.append(Segment(position, position + 1, coded))
+    return segments
+
+
+class TeacherForcedCache(Cache):
+    """Give it to one forward over a whole text [1, n] under the "pqlab" attention.
+
+    Args:
+        model: a model that `PagedPQCache` supports.
+        quantize: what storage does to K and V; `from_codebooks` for product quantization.
+        config: sinks, residual length and page size.
+        prompt: tokens that count as the prompt.
+    """
+
+    def __init__(self, model, quantize: Quantize, config: CacheConfig, prompt: int = 1) -> None:
+        layers = DynamicCache(config=model.config).layers
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[i] = _Layer(i, quantize, config, prompt)
+        super().__init__(layers=layers)
+
+
+def from_codebooks(codebooks: Codebooks) -> Quantize:
+    """Storage as codes of these codebooks."""
+
+    def quantize(layer: int, k: torch.Tensor, v: torch.Tensor):
+        codec = codebooks.layer(layer)
+        return tuple(c.decode(c.encode(x)).to(x.dtype) for c, x in ((codec.k, k), (codec.v, v)))
+
+    return quantize
+
+
+class _Layer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, index: int, quantize: Quantize, config: CacheConfig, prompt: int) -> None:
+        super().__init__()
+        self.index, self.quantize, self.config, self.prompt = index, quantize, config, prompt
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.length = 0
+
+    def lazy_initialization(self, key_states, value_states) -> None: ...
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.length:
+            raise ValueError("a TeacherForcedCache serves one forward over a whole text; make a new one")
+        self.length = key_states.shape[2]
+        self.pending = key_states, value_states
+        marked = key_states.view_as(key_states)
+        marked.pqlab_layer = self
+        return marked, value_states
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """[1, Hq, n, d]: every position's attention over what it would see at its own decode step."""
+        if query.shape[0] != 1 or mask is not None:
+            raise ValueError("a TeacherForcedCache takes one text without padding")
+        (k, v), self.pending = self.pending, None
+        sinks = self.config.num_sinks
+        segments = schedule(self.length, self.prompt, self.config)
+        end = sinks + segments[-1].coded
+        seen_k, seen_v = k.clone(), v.clone()
+        if end > sinks:
+            body = slice(sinks, end)
+            seen_k[0, :, body], seen_v[0, :, body] = self.quantize(self.index, k[0, :, body], v[0, :, body])
+        groups = query.shape[1] // k.shape[1]
+        out = torch.empty_like(query)
+        for segment in segments:
+            edge = sinks + segment.coded if segment.coded else 0
+            parts = [
+                (seen_k[:, :, :edge], seen_v[:, :, :edge]),
+                (k[:, :, edge : segment.stop], v[:, :, edge : segment.stop]),
+            ]
+            keys, values = (torch.cat(side, 2).repeat_interleave(groups, 1) for side in zip(*parts, strict=True))
+            rows = torch.arange(segment.start, segment.stop, device=k.device)
+            causal = torch.arange(segment.stop, device=k.device) <= rows[:, None]
+            out[:, :, segment.start : segment.stop] = torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, segment.start : segment.stop], keys, values, attn_mask=causal, scale=scaling
+            )
+        return out
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1

@@ -1,0 +1,47 @@
+"""All positions at once give what stepping through the real cache gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pqlab import CacheConfig, PagedPQCache, PQConfig
+from pqlab.evaluation.teacher_forced import TeacherForcedCache, from_codebooks, schedule
+from pqlab.quantization import Codebooks
+
+SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("prompt", [1, 50, 119])
+def test_it_agrees_with_step_by_step_decode(make_model, kind, prompt):
+    model = make_model(kind)
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    ids = torch.randint(0, 200, (1, 160), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        at_once = model(ids, past_key_values=TeacherForcedCache(model, from_codebooks(books), SMALL, prompt)).logits[0]
+        cache = PagedPQCache(model, books, SMALL)
+        steps = [model(ids[:, :prompt], past_key_values=cache).logits[0]]
+        for t in range(prompt, 160):
+            steps.append(model(ids[:, t : t + 1], past_key_values=cache).logits[0])
+        exact = model(ids).logits[0]
+    torch.testing.assert_close(at_once, torch.cat(steps), rtol=0, atol=1e-3)
+    assert (at_once - exact).abs().max() > 0.1, "the codec is lossy, the logits should differ"
+
+
+def test_schedule_is_what_the_cache_does():
+    from pqlab.cache import SequenceGroup
+    from pqlab.paging import PagePool
+
+    for prompt in (1, 16, 40, 90):
+        group = SequenceGroup(PagePool(60), SMALL)
+        group.plan_step(0, prompt, 1, None)
+        seen = {}
+        for position in range(prompt, 150):
+            group.plan_step(position, 1, 1, None)
+            seen[position] = int(group.lengths[0, 1])
+        segments = schedule(150, prompt, SMALL)
+        assert segments[0].stop == prompt and segments[0].coded == 0
+        covered = {p: s.coded for s in segments[1:] for p in range(s.start, s.stop)}
+        assert covered == seen
