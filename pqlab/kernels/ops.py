@@ -152,6 +152,10 @@ def backends() -> dict[str, Backend]:
     return dict(_backends)
 
 
+def absences() -> dict[str, str]:
+    return dict(_absent)
+
+
 def runs() -> dict[tuple[str, str, str], int]:
     """Calls so far: (op, backend, reason) -> count."""
     return dict(_runs)

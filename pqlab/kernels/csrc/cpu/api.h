@@ -1,0 +1,47 @@
+// The C interface that kernels/cpu.py calls: one struct of 8-byte fields per operation, in the order of its packing.
+// Tensors are contiguous; shapes are those of kernels/ops.py, whose checks ran before.
+#pragma once
+#include <cstdint>
+
+enum pq_dtype : int64_t { PQ_FLOAT32 = 0, PQ_BFLOAT16 = 1, PQ_FLOAT16 = 2 };
+
+enum pq_result : int {
+    PQ_OK = 0,
+    PQ_BAD_PAGE = 1,     // a page id outside [0, max_pages) where a token lies
+    PQ_BAD_LENGTHS = 2,  // lengths beyond what sinks, page table or window hold
+    PQ_NO_MEMORY = 3,
+};
+
+struct pq_decode_args {
+    const void* q;              // [B, Hq, S, d]
+    const uint8_t* k_pages;     // [max_pages, H, tiles, k_m, 2 * k_nbits]
+    const uint8_t* v_pages;     // [max_pages, H, tiles, v_m, 2 * v_nbits]
+    const int32_t* page_table;  // [B, table_width]
+    const int32_t* lengths;     // [B, 3]: sinks, coded, window
+    const float* k_books;       // [H, k_m, 2^k_nbits, d / k_m]
+    const float* v_books;       // [H, v_m, 2^v_nbits, d / v_m]
+    const void* sink_k;         // [B, H, num_sinks, d]
+    const void* sink_v;
+    const void* window_k;  // [B, H, window_slots, d], a ring
+    const void* window_v;
+    void* out;   // [B, Hq, S, d]
+    float* lse;  // [B, Hq, S]
+    int64_t batch, query_heads, heads, steps, head_dim, tiles, table_width, max_pages;
+    int64_t k_m, k_nbits, v_m, v_nbits, num_sinks, window_slots, dtype;
+    double scale;
+};
+
+struct pq_encode_args {
+    const void* x;          // [G, n, d]
+    const float* books;     // [G, m, num_centroids, d / m]
+    uint8_t* codes;         // [G, n, m], or the pages [max_pages, G, tiles, m, 2 * nbits] when page_ids is given
+    const int64_t* page_ids;  // [num_pages] or null
+    int64_t groups, n, head_dim, m, num_centroids, dtype;
+    int64_t first_slot, tiles, nbits, max_pages;  // of the paged form
+};
+
+extern "C" {
+int pq_decode(const pq_decode_args* args);
+int pq_encode(const pq_encode_args* args);
+const char* pq_isa();
+}

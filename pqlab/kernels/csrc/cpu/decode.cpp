@@ -1,0 +1,373 @@
+// Attention over a paged PQ cache (the `decode` of kernels/ops.py): work is split over (row, kv head, tokens).
+//
+// The tokens of all (row, kv head) pairs make one line, measured in tiles; every thread takes an equal, contiguous part
+// of it, so that one sequence with three kv heads keeps any number of threads busy. A part of a pair is a segment: it
+// leaves (m, l, acc) for each query row, and the segments of a pair are merged at the end.
+#include <algorithm>
+#include <new>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "api.h"
+#include "book.h"
+#include "convert.h"
+#include "dense.h"
+#include "lookup.h"
+
+namespace pq {
+namespace {
+
+constexpr int64_t BLOCK_TILES = 32;    // tokens of a lookup block: 512
+constexpr int64_t LOOKUP_ROWS = 4;     // more query rows than this: dequantize blocks instead
+constexpr int64_t MIN_LOOKUPS = 8192;  // per thread; below, waking another thread costs more than it saves
+
+struct Segment {
+    int64_t pair, first_tile, last_tile;  // coded tiles [first, last)
+    bool exact;                           // sinks and window too
+};
+
+// Memory of one thread; grows, is kept for the next call.
+struct Scratch {
+    std::vector<float> q, scores, spread, sums, kt, v, rows, k_book, v_book;
+    std::vector<uint8_t> k_codes, v_codes;
+    std::vector<const uint8_t*> k_tiles, v_tiles;
+};
+
+struct Decode {
+    const pq_decode_args& a;
+    int64_t group_rows, page_tokens;
+
+    explicit Decode(const pq_decode_args& args)
+        : a(args), group_rows(args.query_heads / args.heads * args.steps), page_tokens(args.tiles * TILE) {}
+
+    int64_t coded(int64_t pair) const { return a.lengths[pair / a.heads * 3 + 1]; }
+    int64_t coded_tiles(int64_t pair) const { return (coded(pair) + TILE - 1) / TILE; }
+    int64_t exact_tokens(int64_t pair) const {
+        const int32_t* row = a.lengths + pair / a.heads * 3;
+        return row[0] + row[2];
+    }
+
+    int check() const {
+        for (int64_t b = 0; b < a.batch; b++) {
+            const int32_t* row = a.lengths + b * 3;
+            if (row[0] < 0 || row[0] > a.num_sinks || row[1] < 0 || row[1] > a.table_width * page_tokens || row[2] < 0 ||
+                row[2] > a.window_slots)
+                return PQ_BAD_LENGTHS;
+            for (int64_t page = 0; page * page_tokens < row[1]; page++) {
+                const int32_t id = a.page_table[b * a.table_width + page];
+                if (id < 0 || id >= a.max_pages) return PQ_BAD_PAGE;
+            }
+        }
+        return PQ_OK;
+    }
+
+    const uint8_t* tile_address(const uint8_t* pages, int64_t bytes, int64_t pair, int64_t tile) const {
+        const int64_t id = a.page_table[pair / a.heads * a.table_width + tile / a.tiles];
+        return pages + ((id * a.heads + pair % a.heads) * a.tiles + tile % a.tiles) * bytes;
+    }
+
+    // Addresses of the byte codes of tiles [first, first + n), unpacked into `bytes` when they are narrower.
+    void locate(const uint8_t* pages, int64_t m, int64_t nbits, int64_t pair, int64_t first, int64_t n,
+                std::vector<uint8_t>& bytes, std::vector<const uint8_t*>& out) const {
+        out.resize(size_t(n));
+        if (nbits < 8) bytes.resize(size_t(n * m * TILE));
+        for (int64_t i = 0; i < n; i++) {
+            const uint8_t* tile = tile_address(pages, m * 2 * nbits, pair, first + i);
+            if (nbits < 8) {
+                unpack_tile(bytes.data() + i * m * TILE, tile, m, int(nbits));
+                tile = bytes.data() + i * m * TILE;
+            }
+            out[size_t(i)] = tile;
+        }
+    }
+
+    void run(const Segment& segment, Scratch& s, const Rows& rows) const;
+    void run_exact(int64_t pair, Scratch& s, const Rows& rows) const;
+    void run_dense(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const;
+    template <int ROWS>
+    void run_lookup(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows,
+                    int64_t first_row) const;
+    void merge(int64_t pair, const Rows* parts, int64_t num_parts, std::vector<float>& line) const;
+};
+
+// -- codes, few rows -------------------------------------------------------------------------------------------------
+
+template <int ROWS>
+void score(const std::vector<const uint8_t*>& tiles, const Book& book, const float* q, float* scores, int64_t stride) {
+    const auto call = [&](auto f) {
+        f(tiles.data(), int64_t(tiles.size()), book.entries(), book.parts, book.centroids, book.table, q, scores, stride);
+    };
+    switch (book.width) {
+        case 1: return call(score_codes<1, ROWS>);
+        case 2: return call(score_codes<2, ROWS>);
+        case 4: return call(score_codes<4, ROWS>);
+        default: return call(score_codes<8, ROWS>);
+    }
+}
+
+template <int ROWS>
+void add(const std::vector<const uint8_t*>& tiles, const Book& book, const float* spread, int64_t stride, float* sums) {
+    const auto call = [&](auto f) {
+        f(tiles.data(), int64_t(tiles.size()), book.entries(), book.parts, book.centroids, book.table, spread, stride, sums);
+    };
+    switch (book.width) {
+        case 1: return call(add_values<1, ROWS>);
+        case 2: return call(add_values<2, ROWS>);
+        case 4: return call(add_values<4, ROWS>);
+        default: return call(add_values<8, ROWS>);
+    }
+}
+
+template <int ROWS>
+void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows,
+                        int64_t first_row) const {
+    const int64_t stride = BLOCK_TILES * TILE, repeats = v.width == 8 ? 1 : v.width;
+    const int64_t d = a.head_dim, width = padded(d);
+    s.scores.resize(size_t(ROWS * stride));
+    s.spread.resize(size_t(ROWS * stride * repeats));
+    s.sums.assign(size_t(ROWS * v.entries() * WIDTH), 0.f);
+    std::vector<float>& q = s.kt;  // [ROWS][entries][width], zero where the book is padded
+    q.assign(size_t(ROWS * k.entries() * k.width), 0.f);
+    for (int64_t e = 0; e < k.entries(); e++)
+        for (int64_t i = 0; i < k.width; i++)
+            if (k.dim(e, i) >= 0)
+                for (int r = 0; r < ROWS; r++)
+                    q[size_t((r * k.entries() + e) * k.width + i)] = s.q[size_t((first_row + r) * d + k.dim(e, i))];
+
+    float m[ROWS], l[ROWS];
+    for (int r = 0; r < ROWS; r++) m[r] = -INFINITY, l[r] = 0.f;
+    for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += BLOCK_TILES) {
+        const int64_t n = std::min(BLOCK_TILES, segment.last_tile - tile);
+        const int64_t tokens = std::min(n * TILE, coded(segment.pair) - tile * TILE);
+        locate(a.k_pages, a.k_m, a.k_nbits, segment.pair, tile, n, s.k_codes, s.k_tiles);
+        locate(a.v_pages, a.v_m, a.v_nbits, segment.pair, tile, n, s.v_codes, s.v_tiles);
+        score<ROWS>(s.k_tiles, k, q.data(), s.scores.data(), stride);
+        for (int r = 0; r < ROWS; r++) {
+            float* p = s.scores.data() + r * stride;
+            for (int64_t t = tokens; t < n * TILE; t++) p[t] = -INFINITY;
+            const float factor = softmax_row(p, int(n * TILE), m[r], l[r]);
+            if (factor != 1.f)
+                for (int64_t e = 0; e < v.entries(); e++) {
+                    float* sum = s.sums.data() + (e * ROWS + r) * WIDTH;
+                    store(sum, load(sum) * splat(factor));
+                }
+            float* spread = s.spread.data() + r * stride * repeats;
+            if (repeats == 2)
+                for (int64_t t = 0; t < n * TILE; t++) spread[2 * t] = spread[2 * t + 1] = p[t];
+            else
+                for (int64_t t = 0; t < n * TILE; t++)
+                    for (int64_t i = 0; i < repeats; i++) spread[t * repeats + i] = p[t];
+        }
+        add<ROWS>(s.v_tiles, v, s.spread.data(), stride * repeats, s.sums.data());
+    }
+    for (int r = 0; r < ROWS; r++) {
+        const int64_t row = first_row + r;
+        rows.m[row] = m[r];
+        rows.l[row] = l[r];
+        float* acc = rows.acc + row * width;
+        for (int64_t e = 0; e < v.entries(); e++)
+            for (int64_t lane = 0; lane < WIDTH; lane++)
+                if (const int64_t dim = v.dim(e, lane % v.width); dim >= 0)
+                    acc[dim] += s.sums[size_t((e * ROWS + r) * WIDTH + lane)];
+    }
+}
+
+// -- codes, many rows ------------------------------------------------------------------------------------------------
+
+// Entries of one tile into out[dim * dim_stride + token * token_stride].
+void dequantize_tile(const Book& book, const uint8_t* codes, float* out, int64_t dim_stride, int64_t token_stride) {
+    for (int64_t e = 0; e < book.entries(); e++) {
+        const float* table = book.table + e * book.centroids * book.width;
+        const uint8_t* c = codes + e / book.parts * TILE;
+        const int64_t first = book.dim(e, 0), dims = std::min(book.width, book.dm - e % book.parts * book.width);
+        for (int64_t i = 0; i < dims; i++)
+            for (int t = 0; t < TILE; t++)
+                out[(first + i) * dim_stride + t * token_stride] = table[c[t] * book.width + i];
+    }
+}
+
+void Decode::run_dense(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const {
+    const int64_t d = a.head_dim, width = padded(d);
+    s.kt.resize(size_t(d * BLOCK));
+    s.v.assign(size_t(BLOCK * width), 0.f);
+    constexpr int64_t TILES = BLOCK / TILE;
+    for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += TILES) {
+        const int64_t n = std::min(TILES, segment.last_tile - tile);
+        locate(a.k_pages, a.k_m, a.k_nbits, segment.pair, tile, n, s.k_codes, s.k_tiles);
+        locate(a.v_pages, a.v_m, a.v_nbits, segment.pair, tile, n, s.v_codes, s.v_tiles);
+        for (int64_t i = 0; i < n; i++) {
+            dequantize_tile(k, s.k_tiles[size_t(i)], s.kt.data() + i * TILE, BLOCK, 1);
+            dequantize_tile(v, s.v_tiles[size_t(i)], s.v.data() + i * TILE * width, 1, width);
+        }
+        const int64_t tokens = std::min(n * TILE, coded(segment.pair) - tile * TILE);
+        attend_block(s.q.data(), rows, Block{int(tokens), s.kt.data(), s.v.data()});
+    }
+}
+
+// -- exact tokens ----------------------------------------------------------------------------------------------------
+
+void Decode::run_exact(int64_t pair, Scratch& s, const Rows& rows) const {
+    const int64_t d = a.head_dim, width = padded(d);
+    const int32_t* length = a.lengths + pair / a.heads * 3;
+    s.kt.assign(size_t(d * BLOCK), 0.f);
+    s.v.assign(size_t(BLOCK * width), 0.f);
+    std::vector<float>& k_rows = s.spread;  // [8][d padded]
+    k_rows.assign(size_t(WIDTH * width), 0.f);
+    const auto range = [&](const void* k, const void* v, int64_t slots, int64_t begin, int64_t end) {
+        for (int64_t first = begin; first < end; first += BLOCK) {
+            const int n = int(std::min<int64_t>(BLOCK, end - first));
+            for (int t = 0; t < n; t++)
+                to_float(s.v.data() + t * width, v, (pair * slots + first + t) * d, d, a.dtype);
+            for (int t = 0; t < n; t += WIDTH) {
+                for (int i = 0; i < WIDTH; i++)
+                    if (t + i < n)
+                        to_float(k_rows.data() + i * width, k, (pair * slots + first + t + i) * d, d, a.dtype);
+                    else
+                        std::memset(k_rows.data() + i * width, 0, size_t(width) * 4);
+                for (int64_t dim = 0; dim < d; dim += WIDTH) {
+                    f8 square[WIDTH];
+                    for (int i = 0; i < WIDTH; i++) square[i] = load(k_rows.data() + i * width + dim);
+                    transpose(square);
+                    for (int64_t i = 0; i < std::min<int64_t>(WIDTH, d - dim); i++)
+                        store(s.kt.data() + (dim + i) * BLOCK + t, square[i]);
+                }
+            }
+            attend_block(s.q.data(), rows, Block{n, s.kt.data(), s.v.data()});
+        }
+    };
+    range(a.sink_k, a.sink_v, a.num_sinks, 0, length[0]);
+    if (length[2]) {  // the ring: one or two runs of slots
+        const int64_t begin = length[1] % a.window_slots, end = begin + length[2];
+        range(a.window_k, a.window_v, a.window_slots, begin, std::min(end, a.window_slots));
+        if (end > a.window_slots) range(a.window_k, a.window_v, a.window_slots, 0, end - a.window_slots);
+    }
+}
+
+// -- segments, and their merging -------------------------------------------------------------------------------------
+
+void Decode::run(const Segment& segment, Scratch& s, const Rows& rows) const {
+    const int64_t d = a.head_dim, head = segment.pair % a.heads;
+    rows.clear();
+    s.q.resize(size_t(group_rows * d));
+    to_float(s.q.data(), a.q, segment.pair * group_rows * d, group_rows * d, a.dtype, float(a.scale));
+    if (segment.first_tile < segment.last_tile) {
+        const int64_t k_dm = d / a.k_m, v_dm = d / a.v_m;
+        const Book k = make_book(a.k_books + head * d * (int64_t(1) << a.k_nbits), a.k_m, a.k_nbits, k_dm, s.k_book);
+        const Book v = make_book(a.v_books + head * d * (int64_t(1) << a.v_nbits), a.v_m, a.v_nbits, v_dm, s.v_book);
+        if (group_rows > LOOKUP_ROWS) run_dense(segment, k, v, s, rows);
+        else if (group_rows == 1) run_lookup<1>(segment, k, v, s, rows, 0);
+        else if (group_rows == 2) run_lookup<2>(segment, k, v, s, rows, 0);
+        else if (group_rows == 3) run_lookup<3>(segment, k, v, s, rows, 0);
+        else run_lookup<4>(segment, k, v, s, rows, 0);
+    }
+    if (segment.exact) run_exact(segment.pair, s, rows);
+}
+
+void Decode::merge(int64_t pair, const Rows* parts, int64_t num_parts, std::vector<float>& line) const {
+    const int64_t d = a.head_dim, width = padded(d);
+    line.resize(size_t(width));
+    for (int64_t r = 0; r < group_rows; r++) {
+        float m = -INFINITY, l = 0.f;
+        for (int64_t i = 0; i < num_parts; i++) m = std::max(m, parts[i].m[r]);
+        std::fill(line.begin(), line.end(), 0.f);
+        for (int64_t i = 0; i < num_parts && m > -INFINITY; i++) {
+            const float factor = std::exp(parts[i].m[r] - m);
+            const float* acc = parts[i].acc + r * width;
+            l += parts[i].l[r] * factor;
+            for (int64_t j = 0; j < width; j++) line[size_t(j)] += acc[j] * factor;
+        }
+        const float norm = l > 0.f ? 1.f / l : 0.f;
+        for (float& x : line) x *= norm;
+        from_float(a.out, (pair * group_rows + r) * d, line.data(), d, a.dtype);
+        a.lse[pair * group_rows + r] = m + std::log(l);  // nothing stored: -inf
+    }
+}
+
+int decode(const pq_decode_args& args) {
+    const Decode job(args);
+    if (const int bad = job.check()) return bad;
+    const int64_t pairs = args.batch * args.heads;
+
+    // The line: every pair's exact tokens (as tiles, they cost about as much), then its coded tiles.
+    std::vector<int64_t> start(size_t(pairs) + 1, 0);
+    for (int64_t p = 0; p < pairs; p++)
+        start[size_t(p) + 1] = start[size_t(p)] + 1 + job.exact_tokens(p) / TILE + job.coded_tiles(p);
+    const int64_t total = start.back();
+    int64_t threads = 1;
+#ifdef _OPENMP
+    threads = std::min<int64_t>(omp_get_max_threads(), total);
+    if (omp_in_parallel()) threads = 1;
+#endif
+    threads = std::max<int64_t>(1, std::min(threads, total * TILE * (args.k_m + args.v_m) / 2 / MIN_LOOKUPS));
+
+    std::vector<Segment> segments;
+    std::vector<int64_t> first_of_thread(size_t(threads) + 1, 0), first_of_pair(size_t(pairs) + 1, 0);
+    int64_t thread = 0;
+    for (int64_t p = 0; p < pairs; p++) {
+        first_of_pair[size_t(p)] = int64_t(segments.size());
+        const int64_t tiles = job.coded_tiles(p), coded_start = start[size_t(p) + 1] - tiles;
+        for (int64_t at = start[size_t(p)]; at < start[size_t(p) + 1];) {
+            while (thread + 1 < threads && at >= total * (thread + 1) / threads)
+                first_of_thread[size_t(++thread)] = int64_t(segments.size());
+            const bool exact = at == start[size_t(p)];
+            int64_t end = thread + 1 < threads ? total * (thread + 1) / threads : total;
+            end = std::max(std::min(end, start[size_t(p) + 1]), coded_start);  // exact tokens are not split
+            segments.push_back({p, std::max(at, coded_start) - coded_start, end - coded_start, exact});
+            at = end;
+        }
+    }
+    first_of_pair[size_t(pairs)] = int64_t(segments.size());
+    while (thread < threads) first_of_thread[size_t(++thread)] = int64_t(segments.size());
+
+    const int64_t row_floats = 2 + padded(args.head_dim);
+    static thread_local std::vector<float> memory;
+    memory.resize(segments.size() * size_t(job.group_rows * row_floats));
+    std::vector<Rows> parts;
+    for (size_t i = 0; i < segments.size(); i++) {
+        float* base = memory.data() + i * size_t(job.group_rows * row_floats);
+        parts.push_back({job.group_rows, args.head_dim, base, base + job.group_rows, base + 2 * job.group_rows});
+    }
+    int failed = 0;
+#pragma omp parallel num_threads(int(threads)) if (threads > 1) reduction(| : failed)
+    {
+        static thread_local Scratch scratch;
+#pragma omp for schedule(static, 1)
+        for (int64_t t = 0; t < threads; t++) {
+            try {
+                for (int64_t i = first_of_thread[size_t(t)]; i < first_of_thread[size_t(t) + 1]; i++)
+                    job.run(segments[size_t(i)], scratch, parts[size_t(i)]);
+            } catch (const std::bad_alloc&) {
+                failed = 1;
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < pairs; p++) {
+            const int64_t first = first_of_pair[size_t(p)];
+            job.merge(p, parts.data() + first, first_of_pair[size_t(p) + 1] - first, scratch.sums);
+        }
+    }
+    return failed ? PQ_NO_MEMORY : PQ_OK;
+}
+
+}  // namespace
+}  // namespace pq
+
+extern "C" int pq_decode(const pq_decode_args* args) {
+    try {
+        return pq::decode(*args);
+    } catch (const std::bad_alloc&) {
+        return PQ_NO_MEMORY;
+    }
+}
+
+extern "C" const char* pq_isa() {
+#if defined(__AVX512F__)
+    return "avx512";
+#elif defined(PQ_AVX2)
+    return "avx2";
+#else
+    return "generic";
+#endif
+}

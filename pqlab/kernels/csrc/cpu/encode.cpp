@@ -1,0 +1,158 @@
+// Nearest centroid of every subvector (the `encode` and `encode_pages_` of kernels/ops.py).
+//
+//   code = argmin_c sum_i (x_i - c_i)^2, the lowest c on a tie
+//
+// 32 tokens at a time: four vectors of eight tokens pass along all centroids, each of which is broadcast once. The
+// distance is computed as it stands and not as |c|^2 - 2xc, which is quicker by a third but loses small distances to
+// rounding: a vector that is a centroid has to find itself.
+#include <algorithm>
+#include <new>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "api.h"
+#include "codes.h"
+#include "convert.h"
+
+namespace pq {
+namespace {
+
+constexpr int STRIP = 32;  // tokens
+constexpr int VECTORS = STRIP / WIDTH;
+constexpr int64_t MIN_CODES = 512;  // per thread
+
+// codes[token] for the 32 tokens of xt [dims][32]; book [centroids][dims].
+template <int DIMS>  // 0: any
+void nearest(const float* xt, const float* book, int64_t centroids, int64_t dims, uint8_t* codes) {
+    if constexpr (DIMS > 0) dims = DIMS;
+    f8 best[VECTORS];
+    i8 index[VECTORS];
+    for (int v = 0; v < VECTORS; v++) best[v] = splat(INFINITY), index[v] = i8{};
+    for (int64_t c = 0; c < centroids; c++) {
+        f8 distance[VECTORS];
+        const f8 c0 = splat(book[c * dims]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) {
+            const f8 delta = load(xt + v * WIDTH) - c0;
+            distance[v] = delta * delta;
+        }
+#pragma GCC unroll 8
+        for (int64_t i = 1; i < dims; i++) {
+            const f8 ci = splat(book[c * dims + i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                const f8 delta = load(xt + i * STRIP + v * WIDTH) - ci;
+                distance[v] += delta * delta;
+            }
+        }
+        const i8 number = (i8)splat(0.f) + int32_t(c);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) {
+            const i8 closer = distance[v] < best[v];
+#ifdef PQ_AVX2
+            best[v] = (f8)_mm256_min_ps((__m256)distance[v], (__m256)best[v]);
+            index[v] = (i8)_mm256_blendv_epi8((__m256i)index[v], (__m256i)number, (__m256i)closer);
+#else
+            best[v] = closer ? distance[v] : best[v];
+            index[v] = closer ? number : index[v];
+#endif
+        }
+    }
+    for (int t = 0; t < STRIP; t++) codes[t] = uint8_t(index[t / WIDTH][t % WIDTH]);
+}
+
+void nearest(const float* xt, const float* book, int64_t centroids, int64_t dims, uint8_t* codes) {
+    switch (dims) {
+        case 1: return nearest<1>(xt, book, centroids, 1, codes);
+        case 2: return nearest<2>(xt, book, centroids, 2, codes);
+        case 4: return nearest<4>(xt, book, centroids, 4, codes);
+        case 8: return nearest<8>(xt, book, centroids, 8, codes);
+        default: return nearest<0>(xt, book, centroids, dims, codes);
+    }
+}
+
+// Rows x[first .. first + n) of a group, transposed: xt [d][32], zero from column n on.
+void load_strip(const pq_encode_args& a, int64_t group, int64_t first, int n, float* row, float* xt) {
+    const int64_t d = a.head_dim;
+    std::fill(xt, xt + d * STRIP, 0.f);
+    for (int t = 0; t < n; t++) {
+        to_float(row, a.x, (group * a.n + first + t) * d, d, a.dtype);
+        for (int64_t i = 0; i < d; i++) xt[i * STRIP + t] = row[i];
+    }
+}
+
+// Tokens [first, first + n) of a group into codes [n][m] of the token-major result.
+void store_rows(const pq_encode_args& a, int64_t group, int64_t first, int n, int64_t subspace, const uint8_t* codes) {
+    uint8_t* out = a.codes + (group * a.n + first) * a.m + subspace;
+    for (int t = 0; t < n; t++) out[t * a.m] = codes[t];
+}
+
+// Tokens [first, first + n) of a kv head into their pages; codes of other tokens in the same tile stay.
+void store_pages(const pq_encode_args& a, int64_t head, int64_t first, int n, int64_t subspace, const uint8_t* codes) {
+    for (int t = 0; t < n;) {
+        const int64_t slot = a.first_slot + first + t, tile = slot / TILE;
+        const int lane = int(slot % TILE), count = std::min(n - t, TILE - lane);
+        const int64_t id = a.page_ids[tile / a.tiles];
+        uint8_t* packed = a.codes + (((id * a.groups + head) * a.tiles + tile % a.tiles) * a.m + subspace) * 2 * a.nbits;
+        uint8_t merged[TILE];
+        if (count < TILE) unpack_tile(merged, packed, 1, int(a.nbits));
+        std::memcpy(merged + lane, codes + t, size_t(count));
+        if (a.nbits == 8) std::memcpy(packed, merged, TILE);
+        else pack_codes(packed, merged, int(a.nbits));
+        t += count;
+    }
+}
+
+int encode(const pq_encode_args& a) {
+    const int64_t dims = a.head_dim / a.m;
+    // Strips of pages begin at multiples of 32 slots, so that two threads never write to one tile.
+    const int64_t shift = a.page_ids ? a.first_slot % STRIP : 0;
+    const int64_t strips = a.n ? (shift + a.n + STRIP - 1) / STRIP : 0, jobs = a.groups * strips;
+    if (a.page_ids)
+        for (int64_t i = 0; i < (a.first_slot + a.n + a.tiles * TILE - 1) / (a.tiles * TILE); i++)
+            if (a.page_ids[i] < 0 || a.page_ids[i] >= a.max_pages) return PQ_BAD_PAGE;
+    int threads = 1;
+#ifdef _OPENMP
+    if (!omp_in_parallel()) threads = omp_get_max_threads();
+#endif
+    threads = int(std::clamp<int64_t>(a.groups * a.n * a.m / MIN_CODES, 1, std::min<int64_t>(threads, std::max<int64_t>(jobs, 1))));
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+    {
+        static thread_local std::vector<float> memory;
+        try {
+            memory.resize(size_t(a.head_dim * (STRIP + 1)));
+        } catch (const std::bad_alloc&) {
+            failed = 1;
+        }
+        float *xt = memory.data(), *row = xt + a.head_dim * STRIP;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t job = 0; job < jobs; job++) {
+            if (failed) continue;
+            const int64_t group = job / strips, strip = job % strips;
+            const int64_t first = std::max<int64_t>(0, strip * STRIP - shift);
+            const int n = int(std::min(a.n, (strip + 1) * STRIP - shift) - first);
+            load_strip(a, group, first, n, row, xt);
+            for (int64_t s = 0; s < a.m; s++) {
+                uint8_t codes[STRIP];
+                nearest(xt + s * dims * STRIP, a.books + (group * a.m + s) * a.num_centroids * dims, a.num_centroids, dims, codes);
+                if (a.page_ids) store_pages(a, group, first, n, s, codes);
+                else store_rows(a, group, first, n, s, codes);
+            }
+        }
+    }
+    return failed ? PQ_NO_MEMORY : PQ_OK;
+}
+
+}  // namespace
+}  // namespace pq
+
+extern "C" int pq_encode(const pq_encode_args* args) {
+    try {
+        return pq::encode(*args);
+    } catch (const std::bad_alloc&) {
+        return PQ_NO_MEMORY;
+    }
+}

@@ -1,0 +1,80 @@
+// Eight floats. GCC's and clang's vector types carry the arithmetic on any machine; intrinsics stand only where those
+// types have no word for it, each beside a loop that does the same.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define PQ_AVX2 1
+#endif
+#if defined(PQ_AVX2) || defined(__BMI2__)
+#include <immintrin.h>
+#endif
+
+namespace pq {
+
+constexpr int WIDTH = 8;
+typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef float f8u __attribute__((vector_size(32), aligned(4), may_alias));
+
+inline f8 load(const float* p) { return *(const f8u*)p; }
+inline void store(float* p, f8 x) { *(f8u*)p = x; }
+inline f8 splat(float x) { return f8{x, x, x, x, x, x, x, x}; }
+inline f8 max(f8 a, f8 b) { return a > b ? a : b; }
+
+inline float max_of(f8 x) {
+    float top = x[0];
+    for (int i = 1; i < WIDTH; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+inline float sum_of(f8 x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+// e^x to 2 ulp for x <= 88; 0 below -87 (so e^-inf = 0). Cody and Waite's reduction, Cephes' polynomial.
+inline f8 exp(f8 x) {
+    const f8 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+    const f8 clamped = max(x, splat(-87.f));
+    const f8 shifted = clamped * splat(1.44269504088896341f) + magic;
+    const f8 n = shifted - magic;
+    const f8 r = clamped - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+    f8 y = splat(1.9875691500e-4f);
+    y = y * r + splat(1.3981999507e-3f);
+    y = y * r + splat(8.3334519073e-3f);
+    y = y * r + splat(4.1665795894e-2f);
+    y = y * r + splat(1.6666665459e-1f);
+    y = y * r + splat(5.0000001201e-1f);
+    y = y * (r * r) + r + splat(1.f);
+    const i8 power = ((i8)shifted - (i8)magic + 127) << 23;
+    return x < splat(-87.f) ? splat(0.f) : y * (f8)power;
+}
+
+// rows[i][j] -> rows[j][i]
+inline void transpose(f8 rows[8]) {
+#ifdef PQ_AVX2
+    __m256 a[8], b[8];
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_ps((__m256)rows[2 * i], (__m256)rows[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_ps((__m256)rows[2 * i], (__m256)rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+        b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+        b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+        b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        rows[i] = (f8)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        rows[i + 4] = (f8)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+#else
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < i; j++) {
+            const float x = rows[i][j];
+            rows[i][j] = rows[j][i];
+            rows[j][i] = x;
+        }
+#endif
+}
+
+}  // namespace pq

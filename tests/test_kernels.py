@@ -1,0 +1,418 @@
+"""Every fused operation against plain torch, on every backend of this machine; the choice of a backend."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from pqlab import errors, kernels
+from pqlab.kernels import ops, reference
+from pqlab.paging.layout import PageLayout, pack_codes, read_pages
+
+kernels.start()
+
+
+@pytest.fixture(scope="module")
+def cpu() -> str:
+    """The C++ backend, or a skip that says why it is not there."""
+    kernels.wait()
+    status = ops.backends()["cpu"].status()
+    if status.state != "ready":
+        pytest.skip(f"no C++ kernels here: {status.detail}")
+    return "cpu"
+
+
+def random_pages(g: torch.Generator, max_pages: int, heads: int, page_size: int, m: int, nbits: int) -> torch.Tensor:
+    shape = (max_pages, *PageLayout(page_size, heads, m, nbits).shape)
+    return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+
+
+def decode_case(
+    batch=2, heads=2, group=1, steps=1, head_dim=32, k_m=16, v_m=16, k_nbits=8, v_nbits=8, page_size=32,
+    coded=(70, 33), sinks=(4, 2), window=(40, 17), num_sinks=4, slots=48, dtype=torch.float32, seed=0,
+):  # fmt: skip
+    """Arguments of `decode` with shuffled pages; slots that hold no token are NaN, so that reading one shows."""
+    g = torch.Generator().manual_seed(seed)
+    width = max(1, -(-max(coded) // page_size)) + 1
+    max_pages = batch * width + 3
+    ids = torch.randperm(max_pages, generator=g)[: batch * width].view(batch, width).to(torch.int32)
+    used = torch.tensor([-(-n // page_size) for n in coded])
+    page_table = torch.where(torch.arange(width) < used[:, None], ids, -1).to(torch.int32)
+    lengths = torch.tensor([sinks, coded, window], dtype=torch.int32).T.contiguous()
+
+    def exact(count, valid):
+        x = torch.randn(batch, heads, count, head_dim, generator=g)
+        return torch.where(valid[:, None, :, None], x, torch.nan).to(dtype)
+
+    is_sink = torch.arange(num_sinks) < lengths[:, :1]
+    is_window = (torch.arange(slots) - lengths[:, 1:2]) % max(slots, 1) < lengths[:, 2:]
+    books = [
+        torch.randn(heads, m, 2**nbits, head_dim // m, generator=g) for m, nbits in ((k_m, k_nbits), (v_m, v_nbits))
+    ]
+    return (
+        torch.randn(batch, heads * group, steps, head_dim, generator=g).to(dtype),
+        random_pages(g, max_pages, heads, page_size, k_m, k_nbits),
+        random_pages(g, max_pages, heads, page_size, v_m, v_nbits),
+        page_table, lengths, *books,
+        exact(num_sinks, is_sink), exact(num_sinks, is_sink), exact(slots, is_window), exact(slots, is_window),
+        k_nbits, v_nbits, head_dim**-0.5,
+    )  # fmt: skip
+
+
+def plain_attention(case, row: int):
+    """float64 attention of one row over its tokens in order: independent of masks, merging and chunks."""
+    q, k_pages, v_pages, table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v, *rest = case
+    k_nbits, v_nbits, scale = rest
+    sinks, coded, window = lengths[row].tolist()
+    sides = []
+    for pages, books, sink, ring, nbits in (
+        (k_pages, k_books, sink_k, window_k, k_nbits),
+        (v_pages, v_books, sink_v, window_v, v_nbits),
+    ):
+        page_size = pages.shape[2] * 16
+        ids = table[row, : -(-coded // page_size)]
+        codes = read_pages(pages, ids, nbits)[:, :coded]
+        slots = [(coded + i) % ring.shape[2] for i in range(window)]
+        parts = [
+            sink[row, :, :sinks].double(),
+            reference.dequantize(codes, books).double(),
+            ring[row, :, slots].double(),
+        ]
+        sides.append(torch.cat(parts, 1).repeat_interleave(q.shape[1] // books.shape[0], 0))
+    k, v = sides
+    scores = q[row].double() @ k.mT * scale
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+CASES = {
+    "plain": {},
+    "group of 3": {"heads": 3, "group": 3, "head_dim": 64, "k_m": 32, "v_m": 32},
+    "group of 2": {"group": 2},
+    "group of 4": {"group": 4, "head_dim": 128, "k_m": 64, "v_m": 64, "heads": 1},
+    "group of 5": {"group": 5},
+    "group of 8, 3 queries": {"group": 8, "steps": 3},
+    "many queries": {"group": 1, "steps": 23},
+    "d_m 1": {"k_m": 32, "v_m": 32, "group": 3},
+    "d_m 4": {"k_m": 8, "v_m": 8, "group": 2},
+    "d_m 8": {"k_m": 4, "v_m": 4, "group": 4},
+    "d_m 16": {"k_m": 2, "v_m": 2, "group": 3},
+    "d_m 32": {"k_m": 1, "v_m": 1, "group": 7},
+    "d_m 3 and 6": {"head_dim": 96, "k_m": 32, "v_m": 16, "group": 2},
+    "d_m 12 and 24": {"head_dim": 96, "k_m": 8, "v_m": 4},
+    "d 256": {"head_dim": 256, "k_m": 128, "v_m": 64, "heads": 1, "group": 4},
+    "d 20": {"head_dim": 20, "k_m": 10, "v_m": 5, "group": 3},
+    "d 20, many queries": {"head_dim": 20, "k_m": 10, "v_m": 5, "steps": 9},
+    "different sides": {"k_m": 16, "v_m": 8, "k_nbits": 8, "v_nbits": 4},
+    **{f"nbits {n}": {"k_nbits": n, "v_nbits": n, "group": n % 4 + 1} for n in range(1, 8)},
+    "nbits 5, many queries": {"k_nbits": 5, "v_nbits": 3, "steps": 8},
+    "long": {"batch": 1, "coded": (2100,), "sinks": (4,), "window": (40,), "page_size": 64},
+    "long, many queries": {"batch": 1, "coded": (1100,), "sinks": (0,), "window": (5,), "page_size": 16, "steps": 7},
+    "whole pages": {"coded": (64, 32)},
+    "empty rows": {"batch": 4, "coded": (0, 0, 0, 50), "sinks": (0, 3, 0, 0), "window": (0, 0, 9, 0)},
+    "only empty": {"batch": 2, "coded": (0, 0), "sinks": (0, 0), "window": (0, 0)},
+    "no sinks, no window": {"num_sinks": 0, "slots": 0, "sinks": (0, 0), "window": (0, 0)},
+    "ring wraps": {"coded": (47, 95), "window": (48, 30)},
+    "long window": {"slots": 300, "window": (300, 211)},
+    "one row, one head": {"batch": 1, "heads": 1, "coded": (500,), "sinks": (1,), "window": (3,)},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_decode_is_plain_attention(name):
+    case = decode_case(**CASES[name])
+    out, lse = reference.decode(*case)
+    for row, lengths in enumerate(case[4].tolist()):
+        if sum(lengths):
+            want, want_lse = plain_attention(case, row)
+            torch.testing.assert_close(out[row].double(), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(lse[row].double(), want_lse, atol=1e-5, rtol=1e-5)
+        else:
+            assert (out[row] == 0).all()
+            assert (lse[row] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_decode_equals_the_reference(cpu, name, threads):
+    case = decode_case(**CASES[name])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with kernels.use_backend("cpu"):
+            out, lse = ops.decode(*case)
+    finally:
+        torch.set_num_threads(before)
+    want, want_lse = reference.decode(*case)
+    torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [1, 9])
+def test_cpu_decode_of_half_precision(cpu, dtype, steps):
+    case = decode_case(dtype=dtype, group=3, steps=steps)
+    with kernels.use_backend("cpu"):
+        out, lse = ops.decode(*case)
+    want, want_lse = reference.decode(*case)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, want)  # the same sums, rounded once
+    torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=1e-4)
+
+
+def test_large_scores_do_not_overflow(cpu):
+    case = list(decode_case(group=3))
+    case[0] = case[0] * 300  # scores in the thousands
+    with kernels.use_backend("cpu"):
+        out, lse = ops.decode(*case)
+    want, want_lse = reference.decode(*case)
+    torch.testing.assert_close(out, want, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=1e-5)
+
+
+def test_strided_inputs(cpu):
+    case = list(decode_case(steps=3, group=2))
+    want, _ = reference.decode(*case)
+    case[0] = case[0].transpose(1, 2).contiguous().transpose(1, 2)  # as a projection leaves it
+    case[9] = case[9].transpose(1, 2).contiguous().transpose(1, 2)
+    with kernels.use_backend("cpu"):
+        torch.testing.assert_close(ops.decode(*case)[0], want, atol=1e-4, rtol=1e-4)
+
+
+def test_identity_codec_is_exact():
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 2, 32, 16).unbind(0)  # [H, n, d] each
+    pages = [torch.zeros(2, 2, 1, 16, 64, dtype=torch.uint8) for _ in "kv"]
+    books = torch.empty(2, 16, 0, 1)
+    for side, x in zip(pages, (k, v), strict=True):
+        ops.encode_pages_(side, x, books, torch.tensor([1, 0]), 0, 32)
+    q, none = torch.randn(1, 4, 1, 16), torch.empty(1, 2, 0, 16)
+    lengths, table = torch.tensor([[0, 32, 0]], dtype=torch.int32), torch.tensor([[1, 0]], dtype=torch.int32)
+    out, _ = ops.decode(q, *pages, table, lengths, books, books, none, none, none, none, 32, 32, 0.25)
+    want, _ = reference.attend_dense(q, k[None], v[None], None, 0.25)
+    torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-6)
+
+
+# -- attention parts -------------------------------------------------------------------------------------------------
+
+
+def test_merge_is_attention_over_both_parts():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
+    whole = reference.attend_dense(q, k, v, None, 0.3)
+    a = reference.attend_dense(q, k[:, :, :7], v[:, :, :7], None, 0.3)
+    b = reference.attend_dense(q, k[:, :, 7:], v[:, :, 7:], None, 0.3)
+    for got, want in zip(reference.merge(*a, *b), whole, strict=True):
+        torch.testing.assert_close(got, want)
+    nothing = torch.zeros_like(a[0]), torch.full_like(a[1], float("-inf"))
+    assert torch.equal(reference.merge(*a, *nothing)[0], a[0])
+    out, lse = reference.merge(*nothing, *nothing)
+    assert (out == 0).all()
+    assert (lse == float("-inf")).all()
+
+
+def test_attend_dense_masks_per_query():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    out, _ = reference.attend_dense(q, k, v, causal[None], 0.2)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True, scale=0.2
+    )
+    torch.testing.assert_close(out, want)
+
+
+# -- encode ----------------------------------------------------------------------------------------------------------
+
+BACKENDS = ["reference", "cpu"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "cpu":
+        request.getfixturevalue("cpu")
+    with kernels.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dm", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize(("nbits", "n"), [(8, 33), (8, 1), (5, 70), (1, 16), (4, 0)])
+def test_encode_finds_the_nearest_centroid(backend, dm, nbits, n):
+    g = torch.Generator().manual_seed(dm * 100 + nbits)
+    books = torch.randn(3, 4, 2**nbits, dm, generator=g)
+    x = torch.randn(3, n, 4 * dm, generator=g)
+    codes = ops.encode(x, books)
+    assert codes.shape == (3, n, 4)
+    assert codes.dtype == torch.uint8
+    distance = torch.cdist(x.double().view(3, n, 4, dm).transpose(1, 2), books.double())  # [3, 4, n, C]
+    chosen = distance.gather(-1, codes.transpose(1, 2).long()[..., None])[..., 0]
+    torch.testing.assert_close(chosen, distance.amin(-1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dm", [1, 2, 4, 8])
+def test_encode_is_exact_on_centroids_and_breaks_ties_downwards(backend, dm):
+    g = torch.Generator().manual_seed(0)
+    books = torch.randn(2, 8, 256, dm, generator=g)
+    books[:, :, 200:] = books[:, :, 100:156]  # every one of these exists twice
+    codes = torch.randint(0, 256, (2, 500, 8), generator=g, dtype=torch.uint8)
+    want = torch.where(codes >= 200, codes - 100, codes)
+    assert torch.equal(ops.encode(reference.dequantize(codes, books), books), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_encode_of_half_precision(backend, dtype):
+    g = torch.Generator().manual_seed(1)
+    x, books = torch.randn(2, 40, 16, generator=g).to(dtype), torch.randn(2, 8, 64, 2, generator=g)
+    assert torch.equal(ops.encode(x, books), ops.encode(x.float(), books))
+
+
+@pytest.mark.parametrize("nbits", range(1, 9))
+@pytest.mark.parametrize(("first_slot", "n"), [(0, 64), (0, 16), (5, 3), (13, 41), (16, 1), (31, 33)])
+def test_encode_pages_writes_its_slots_only(backend, nbits, first_slot, n):
+    g = torch.Generator().manual_seed(nbits)
+    pages = random_pages(g, 5, 2, 32, 6, nbits)
+    books = torch.randn(2, 6, 2**nbits, 2, generator=g)
+    codes = torch.randint(0, 2**nbits, (2, n, 6), generator=g, dtype=torch.uint8)
+    ids = torch.tensor([3, 1])
+    before, want = pages.clone(), read_pages(pages, ids, nbits).clone()
+    want[:, first_slot : first_slot + n] = codes
+    ops.encode_pages_(pages, reference.dequantize(codes, books), books, ids, first_slot, nbits)
+    assert torch.equal(read_pages(pages, ids, nbits), want)
+    assert torch.equal(pages[[0, 2, 4]], before[[0, 2, 4]])
+    assert torch.equal(pack_codes(pages.new_zeros(16), nbits), pages.new_zeros(2 * nbits))  # no stray bits in a tile
+
+
+def test_append_stores_and_flushes_like_the_reference(cpu):
+    g = torch.Generator().manual_seed(0)
+    heads, head_dim, slots, page_size = 2, 8, 24, 16
+    results = []
+    for name in BACKENDS:
+        g.manual_seed(0)
+        books = [torch.randn(heads, 4, 256, 2, generator=g) for _ in "kv"]
+        pages = [torch.zeros(6, heads, 1, 4, 16, dtype=torch.uint8) for _ in "kv"]
+        exact = [torch.zeros(3, heads, n, head_dim) for n in (2, 2, slots, slots)]
+        table = torch.tensor([[4, 1], [0, -1], [3, 2]], dtype=torch.int32)
+        lengths = torch.zeros(3, 3, dtype=torch.int32)
+        with kernels.use_backend(name):
+            for step in range(45):
+                k, v = torch.randn(2, 3, heads, 1, head_dim, generator=g).unbind(0)
+                after = lengths.clone()
+                for row in range(3):
+                    if row == 1 and step % 3:
+                        continue  # this row brings no token
+                    after[row, 0 if after[row, 0] < 2 else 2] += 1
+                    if after[row, 2] == slots:
+                        after[row, 1:] += torch.tensor([page_size, -page_size], dtype=torch.int32)
+                ops.append_(*exact, *pages, k, v, table, lengths, after, *books, 8, 8)
+                lengths = after
+        results.append((*pages, *exact))
+    assert lengths.tolist()[0][1] == 2 * page_size
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+# -- dispatch --------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck(backend):
+    case = decode_case(batch=1, coded=(20,), sinks=(2,), window=(5,))
+    torch.library.opcheck(torch.ops.pqlab.decode.default, case)
+    x, books = torch.randn(2, 5, 8), torch.randn(2, 4, 16, 2)
+    torch.library.opcheck(torch.ops.pqlab.encode.default, (x, books))
+    pages = torch.zeros(3, 2, 1, 4, 8, dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.pqlab.encode_pages_.default, (pages, x, books, torch.tensor([1]), 3, 4))
+    lengths = torch.tensor([[0, 0, 3]], dtype=torch.int32)
+    exact = [torch.zeros(1, 2, n, 8) for n in (0, 0, 20, 20)]
+    token, table = torch.ones(1, 2, 1, 8), torch.tensor([[1]], dtype=torch.int32)
+    args = (*exact, pages, pages.clone(), token, token.clone(), table, lengths, lengths + lengths.new_tensor([0, 0, 1]))
+    torch.library.opcheck(torch.ops.pqlab.append_.default, (*args, books, books.clone(), 4, 4))
+
+
+def test_calls_are_counted_with_their_reason(cpu):
+    x, books = torch.randn(1, 4, 4), torch.randn(1, 2, 16, 2)
+    before = ops.runs()
+    ops.encode(x, books)
+    with kernels.use_backend("reference"):
+        ops.encode(x, books)
+    ops.encode(x.double(), books)
+    after = ops.runs()
+    rise = {key: count - before.get(key, 0) for key, count in after.items() if count != before.get(key, 0)}
+    assert rise == {
+        ("encode", "cpu", "first choice"): 1,
+        ("encode", "reference", "forced"): 1,
+        ("encode", "reference", "cpu: torch.float64 runs on the reference only"): 1,
+    }
+
+
+def test_a_fallback_is_said_once(cpu, caplog):
+    ops._runs.clear()
+    x, books = torch.randn(1, 4, 4), torch.randn(1, 2, 16, 2)
+    with caplog.at_level(logging.WARNING, logger="pqlab"), kernels.use_backend("-cpu"):
+        ops.encode(x, books)
+        ops.encode(x, books)
+    assert [record.getMessage() for record in caplog.records] == [
+        "encode runs on the reference backend; cpu: forbidden by the setting"
+    ]
+
+
+def test_a_forced_backend_that_cannot_run_raises():
+    x, books = torch.randn(1, 4, 4), torch.randn(1, 2, 16, 2)
+    with kernels.use_backend("cuda"), pytest.raises(errors.KernelMissingError, match="PQC002.*PQLAB_BACKEND=auto"):
+        ops.encode(x, books)
+    assert ops.encode(x, books).shape == (1, 4, 2)  # the setting is gone with its block
+
+
+@pytest.mark.parametrize("text", ["gpu", "cpu,cuda", "-reference", "cpu,-cpu"])
+def test_unknown_settings_are_refused(text):
+    with pytest.raises(errors.ConfigError, match="backend ="):
+        kernels.use_backend(text)
+    assert kernels.current_setting().text == "auto"
+
+
+def test_report(cpu):
+    report = kernels.backend_report()
+    data = report.as_dict()
+    assert data["builds"]["cpu"]["state"] == "ready"
+    assert data["builds"]["cpu"]["path"].endswith(".so")
+    assert {choice["backend"] for choice in data["choices"] if choice["device"] == "cpu"} == {"cpu"}
+    assert "-march" in repr(report) or "-mcpu" in repr(report)
+    assert "<table>" in report._repr_html_()
+    with kernels.use_backend("cuda"):
+        assert kernels.backend_report().choices[0].backend == "none"
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda q: q[:, :1].expand(-1, 3, -1, -1), "3 query heads cannot be shared by 2"),
+        (3, lambda table: table.long(), "page_table must be int32"),
+        (5, lambda books: books[:, :, :100], "k books must be"),
+        (9, lambda window: window.double(), "must be torch.float32 as q is"),
+        (11, lambda nbits: 7, "14 bytes a tile"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(place, change, message):
+    case = list(decode_case())
+    case[place] = change(case[place])
+    with pytest.raises(ValueError, match=message):
+        ops.decode(*case)
+
+
+def test_addresses_outside_are_refused(cpu):
+    with kernels.use_backend("cpu"):
+        for place, cell, value, message in (
+            (3, (0, 1), 99, "page id"),
+            (4, (0, 1), 4000, "lengths"),
+            (4, (1, 2), 49, "lengths"),
+        ):
+            case = list(decode_case())
+            case[place] = case[place].clone()
+            case[place][cell] = value
+            with pytest.raises(ValueError, match=message):
+                ops.decode(*case)
+        pages = torch.zeros(3, 1, 1, 2, 16, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=r"\[3\] of 3 pages"):
+            ops.encode_pages_(pages, torch.randn(1, 4, 4), torch.randn(1, 2, 256, 2), torch.tensor([3]), 0, 8)
+    with pytest.raises(ValueError, match="20 tokens from slot 4 do not fit into 1 pages of 16"):
+        ops.encode_pages_(pages, torch.randn(1, 20, 4), torch.randn(1, 2, 256, 2), torch.tensor([1]), 4, 8)
