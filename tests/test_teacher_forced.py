@@ -45,3 +45,21 @@ def test_schedule_is_what_the_cache_does():
         assert segments[0].stop == prompt and segments[0].coded == 0
         covered = {p: s.coded for s in segments[1:] for p in range(s.start, s.stop)}
         assert covered == seen
+
+
+def test_fidelity_of_exact_storage_is_perfect_and_of_lossy_storage_is_not(make_model):
+    from pqlab.evaluation.fidelity import compare, summarize
+
+    model = make_model("llama")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    windows = [torch.randint(0, 200, (1, 120), generator=torch.Generator().manual_seed(s)) for s in range(3)]
+    frame = compare(model, windows, {"exact": lambda layer, k, v: (k, v), "pq": from_codebooks(books)}, SMALL)
+    table = summarize(frame).set_index("method")
+    assert table.positions.tolist() == [3 * 118] * 2
+    assert table.kl["exact"] < 1e-6 and table.agreement["exact"] == 1 and abs(table.change["exact"]) < 1e-5
+    assert table.kl["pq"] > 0.01 and table.kl_error["pq"] > 0 and table.worst_kl["pq"] > table.kl["pq"]
+    early = frame[(frame.method == "pq") & (frame.coded == 0)]
+    assert early.kl.max() < 1e-5, "positions that see no codes are exact"
+    expected = torch.nn.functional.cross_entropy(model(windows[0]).logits[0, 1:-1], windows[0][0, 2:])
+    assert frame[(frame.method == "pq") & (frame.window == 0)].exact_nll.mean() == pytest.approx(float(expected))
+    assert model.config._attn_implementation == "sdpa"
