@@ -145,11 +145,11 @@ def test_the_event_fits_its_scenario(panel):
 def test_what_is_wrong_is_said_and_the_figure_stays(panel):
     assert panel.widget is not None
     before = panel.figure.layout.title.text
-    panel.page_size = 20
+    panel.set(page_size=20)
     assert "page_size = 20" in panel.status and "nearest good value is 16" in panel.status
-    panel.page_size = 64
+    panel.set(page_size=64)
     assert panel.error is None
-    panel.event = 99
+    panel.set(event=99)
     assert "event = 99 is out of range (0 to 19)" in panel.status
     assert panel.figure.layout.title.text == before
     panel.set(scenario="nonsense")
