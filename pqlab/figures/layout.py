@@ -48,7 +48,7 @@ def layout_figure(
         measured: from `evaluation.layout_bench.measure_orders`; None says "not measured".
         source: where the codes come from; the title.
     """
-    sheet = Sheet([1, 1, 1], [0.68, 0.32], gap_x=0.09, gap_y=0.24)
+    sheet = Sheet([1, 1, 1], [0.68, 0.32], gap_x=0.1, gap_y=0.22)
     found = [accesses[order] for order in SHOWN]
     load = found[0].load
     for column, access in enumerate(found):
@@ -92,7 +92,12 @@ def _draw_bytes(sheet: Sheet, column: int, access: Access, codes: np.ndarray, he
         0,
         column,
         f"<b>{SHOWN[layout.order]}</b><br>{_SHAPES[layout.order]}",
-        x={"title": {"text": "byte in the row"}, "tickvals": list(range(0, width + 1, width // 4)), "showgrid": False},
+        x={
+            "title": {"text": "byte in the row"},
+            "tickvals": list(range(0, width + 1, width // 4)),
+            "showgrid": False,
+            "zeroline": False,
+        },
         y={"autorange": "reversed", "tickvals": ticks, "ticktext": labels, "showgrid": False, "zeroline": False},
     )
     sheet.add(

@@ -76,7 +76,7 @@ class Panel(traitlets.HasTraits):
         raise NotImplementedError(f"{type(self).__name__} has no draw()")
 
     def refresh(self) -> None:
-        """Called after every drawing: bring the widgets of `below()` up to date."""
+        """Called after every change, also one that could not be drawn: bring the widgets of `below()` up to date."""
 
     def click(self, point: dict[str, Any]) -> None:
         """Called when a point of the figure is clicked: trace (its number), x, y, z, customdata."""
@@ -146,7 +146,10 @@ class Panel(traitlets.HasTraits):
     def view(self) -> FigureView:
         """The figure's widget alone; built when first asked for, changed in place from then on."""
         if self._view is None:
-            self._view = FigureView(self.figure, self.theme)
+            first = go.Figure(layout={"height": 120})  # shown if the very first state cannot be drawn
+            with self.guarded():
+                first = self.figure
+            self._view = FigureView(first, self.theme)
             self._view.on_click = self._clicked
             traitlets.dlink((self, "theme"), (self._view, "theme"))
         return self._view
@@ -162,25 +165,31 @@ class Panel(traitlets.HasTraits):
                 layout=widgets.Layout(width="100%"),
             )
             self._widget.add_class("pqlab-panel")
-            with self.guarded():
-                self.refresh()
+            with self.guarded(clears=False):
+                self._refresh()
         return self._widget
 
     def redraw(self) -> None:
         """Draw the present state anew; errors go to the status line."""
-        if self._holding or self._closed or self._figure is None:
+        if self._holding or self._closed or (self._figure is None and self._view is None):
             return
         if self.dear:
-            self.background(self.draw, self._show, busy="drawing")
+            self.background(self.draw, lambda figure: (self._show(figure), self._refresh()), busy="drawing")
         else:
             with self.guarded():
-                self._show(self.draw())
+                try:
+                    self._show(self.draw())
+                finally:
+                    self._refresh()
 
     def _show(self, figure: go.Figure) -> None:
         self._figure = figure
         if self._view is not None:
             self._view.show(figure)
-        self.refresh()
+
+    def _refresh(self) -> None:
+        if self._widget is not None:
+            self.refresh()
 
     # callbacks
 
@@ -194,15 +203,19 @@ class Panel(traitlets.HasTraits):
             self.click(point)
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Errors of the block are shown in the status line and kept in `error`, instead of being raised."""
+    def guarded(self, clears: bool = True) -> Iterator[None]:
+        """Errors of the block are shown in the status line and kept in `error`, instead of being raised.
+
+        A block without one clears an earlier error, unless `clears` is False.
+        """
+        before = self.error
         try:
             yield
         except Exception as error:
             self.error = error
             self.say(f"{type(error).__name__}: {error}", kind="error")
         else:
-            if self.error is not None:
+            if clears and before is not None and self.error is before:  # not one that a redraw inside has just shown
                 self.error = None
                 self.say("")
 

@@ -42,7 +42,7 @@ def number(
     else:
         top = high() if callable(high) else high
         slider = widgets.IntSlider(
-            value=min(max(present, low), top), min=low, max=top, step=step, readout=False, layout=wide, **kept
+            value=_on_grid(present, low, top, step), min=low, max=top, step=step, readout=False, layout=wide, **kept
         )
     narrow = widgets.Layout(width="6em")
     entry = widgets.IntText(value=present, step=step, tooltip=tooltip or description, layout=narrow)
@@ -51,12 +51,14 @@ def number(
     def follow(change: Any) -> None:
         with guard.held():
             entry.value = change.new
-            slider.value = _nearest(values, change.new) if values else min(max(change.new, slider.min), slider.max)
+            slider.value = (
+                _nearest(values, change.new) if values else _on_grid(change.new, slider.min, slider.max, step)
+            )
 
     def widen(_: Any) -> None:
         with guard.held():
             slider.max = high()  # type: ignore[operator]
-            slider.value = min(max(getattr(panel, name), slider.min), slider.max)
+            slider.value = _on_grid(getattr(panel, name), slider.min, slider.max, step)
 
     if callable(high):
         panel.observe(widen, panel.state_names())
@@ -65,22 +67,39 @@ def number(
     panel.observe(follow, name)
     slider.add_class(f"pqlab-{name}")
     entry.add_class(f"pqlab-{name}-entry")
-    return widgets.HBox([slider, entry], layout=widgets.Layout(margin="0 1em 0 0"))
+    return widgets.HBox([slider, entry], layout=widgets.Layout(margin="0 1em 0 0", flex="0 0 auto"))
 
 
 def choice(
     panel: Panel, name: str, description: str, options: Sequence[Any] | Mapping[str, Any], *, tooltip: str = ""
 ) -> widgets.Widget:
     """A drop-down list of values (or of labels to values)."""
-    box = widgets.Dropdown(
-        options=list(options.items()) if isinstance(options, Mapping) else list(options),
-        value=getattr(panel, name),
-        description=description,
-        tooltip=tooltip or description,
-        style=_WORDS,
-        layout=widgets.Layout(width="26.5em", margin="0 1em 0 0"),
-    )
-    return _bound(panel, name, box)
+    return _bound(panel, name, _list(description, options, getattr(panel, name), tooltip))
+
+
+def chooser(
+    panel: Panel,
+    description: str,
+    options: Mapping[str, Any],
+    current: Callable[[], Any],
+    choose: Callable[[Any], None],
+) -> widgets.Widget:
+    """A drop-down list that sets several settings at once: `choose(value)` acts, `current()` says what is in force."""
+    box = _list(description, options, current())
+    guard = _Guard()
+
+    def follow(_: Any) -> None:
+        with guard.held():
+            box.value = current()
+
+    def chosen(change: Any) -> None:
+        with panel.guarded():
+            choose(change.new)
+
+    box.observe(guard.unless_held(chosen), "value")
+    panel.observe(follow, panel.state_names())
+    box.add_class(f"pqlab-{description}")
+    return box
 
 
 def toggles(panel: Panel, name: str, description: str, options: Sequence[Any] | Mapping[str, Any]) -> widgets.Widget:
@@ -133,8 +152,28 @@ def _bound(panel: Panel, name: str, box: Any) -> Any:
     return box
 
 
+def _list(
+    description: str, options: Sequence[Any] | Mapping[str, Any], value: Any, tooltip: str = ""
+) -> widgets.Dropdown:
+    longest = max(len(str(option)) for option in options)
+    width = f"{max(26.5, 12 + 0.6 * longest):.0f}em"
+    return widgets.Dropdown(
+        options=list(options.items()) if isinstance(options, Mapping) else list(options),
+        value=value,
+        description=description,
+        tooltip=tooltip or description,
+        style=_WORDS,
+        layout=widgets.Layout(width=width, max_width="100%", flex="0 0 auto", margin="0 1em 0 0"),
+    )
+
+
 def _nearest(values: Sequence[int], wanted: int) -> int:
     return min(values, key=lambda value: abs(value - wanted))
+
+
+def _on_grid(wanted: int, low: int, high: int, step: int) -> int:
+    """What a slider can show of a number; given anything else the browser would round it and send it back as set."""
+    return min(max(low + round((wanted - low) / step) * step, low), low + (high - low) // step * step)
 
 
 class _Guard:

@@ -29,15 +29,14 @@ def plain(figure: go.Figure) -> Plain:
     return json.loads(json.dumps({"data": whole["data"], "layout": layout}, cls=PlotlyJSONEncoder))
 
 
-def changes(before: Plain, after: Plain) -> Plain:
+def changes(before: Plain, after: Plain) -> Plain | None:
     """What turns one plain figure into another, for `view.js`: {"traces": {index: values}, "layout": values}.
 
-    Raises:
-        ValueError: the figures do not have the same traces in the same order.
+    None where they do not have the same traces in the same order.
     """
     kinds = [[trace["type"] for trace in figure["data"]] for figure in (before, after)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"a panel's figure keeps its traces; it had {kinds[0]} and now has {kinds[1]}")
+        return None
     pairs = enumerate(zip(before["data"], after["data"], strict=True))
     traces = {str(i): found for i, (old, new) in pairs if (found := _differing(old, new))}
     return {"traces": traces, "layout": _differing(before["layout"], after["layout"])}
@@ -77,10 +76,15 @@ class FigureView(anywidget.AnyWidget):
         self.on_msg(self._answer)
 
     def show(self, figure: go.Figure) -> None:
-        """Change the picture into `figure`, which has the same traces; zoom and hidden traces stay as they are."""
+        """Change the picture into `figure`; zoom and hidden traces stay as they are.
+
+        What differs is sent where it has the same traces as before, which is quicker; else the whole figure.
+        """
         after = plain(figure)
         patch = changes(self._figure, after)
-        if patch["traces"] or patch["layout"]:
+        if patch is None:
+            self._figure = after
+        elif patch["traces"] or patch["layout"]:
             self._trait_values["_figure"] = after  # a page that opens later gets it whole; open ones get the patch
             self.send({"kind": "patch", **patch})
 
