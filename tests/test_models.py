@@ -160,7 +160,7 @@ def write_tiny_gguf(path: Path) -> torch.Tensor:
     from gguf import GGUFWriter
     from tokenizers.pre_tokenizers import ByteLevel
 
-    width, hidden, vocab = 32, 64, 259
+    width, hidden, vocab = 32, 64, 260
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(width)
@@ -173,9 +173,9 @@ def write_tiny_gguf(path: Path) -> torch.Tensor:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<s>", "</s>", *sorted(ByteLevel.alphabet()), "ab"])
-    writer.add_token_types([3, 3] + [1] * 257)
-    writer.add_token_merges(["a b"])
+    writer.add_token_list(["<s>", "</s>", *sorted(ByteLevel.alphabet()), "ab", "abc"])
+    writer.add_token_types([3, 3] + [1] * 258)
+    writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     rng = np.random.default_rng(0)

@@ -182,6 +182,40 @@ def test_make_installs_no_second_torch_into_conda(workshop):
     assert len(calls) == 2
 
 
+@pytest.fixture
+def bare_path(tmp_path):
+    """A folder with the few programs that make needs, and no browser; more can be put there with `script`."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name in ("sh", "make", "mkdir", "touch", "cp", "cksum", "cut", "find", "head", "test", "dirname"):
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    return folder
+
+
+def test_make_takes_the_browser_that_is_there(workshop, bare_path):
+    workshop("setup")
+    script(bare_path / "google-chrome", "")
+    assert workshop("browser", PATH=str(bare_path)) == (0, [], "")
+
+
+def test_make_gets_a_browser_from_debian_as_root_and_else_from_playwright(workshop, bare_path, tmp_path):
+    workshop("setup")
+    script(bare_path / "id", "echo 1000")
+    script(bare_path / "apt-get", f'echo "$@" >> "{tmp_path}/apt"; exit $APT_FAILS')
+    code, calls, said = workshop("browser", PATH=str(bare_path), APT_FAILS="0")
+    assert (code, calls) == (0, ["-m playwright install chromium"]), said
+    assert not (tmp_path / "apt").exists()
+    script(bare_path / "id", "echo 0")
+    code, calls, said = workshop("browser", PATH=str(bare_path), APT_FAILS="0")
+    assert (code, calls) == (0, []), said
+    assert "install -q -y --no-install-recommends chromium" in (tmp_path / "apt").read_text()
+    code, calls, said = workshop("browser", PATH=str(bare_path), APT_FAILS="1")
+    assert (code, calls) == (0, ["-m playwright install chromium"]), said
+    code, _, said = workshop("browser", PATH=str(bare_path), APT_FAILS="1", FAIL_AT="playwright")
+    assert code != 0 and "no Chromium for the browser test" in said
+
+
 @pytest.mark.parametrize(
     ("printed", "make_code", "green"),
     [

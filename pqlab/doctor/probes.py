@@ -156,12 +156,21 @@ def gpu() -> Finding:
 
 
 def backends() -> Finding:
-    """Which kernels run here and why: `pqlab.kernels.backend_report()`."""
+    """Which backend every operation gets here and why: `pqlab.kernels.backend_report()`."""
     from .. import kernels
 
-    text = str(kernels.backend_report()).strip()
-    first, *rest = text.splitlines() or ["no report"]
-    return Finding(first, details={str(number): line.strip() for number, line in enumerate(rest, 1)})
+    report = kernels.backend_report().as_dict()
+    chosen = {f"{choice['op']} on {choice['device']}": choice for choice in report["choices"]}
+    details = {name: f"{choice['backend']} ({choice['reason']})" for name, choice in chosen.items()}
+    failed = []
+    for name, build in report["builds"].items():
+        path = f", {build['path']}" if build["path"] else ""
+        details[f"{name} build"] = f"{build['state']} {build['detail']}".strip() + path
+        if build["state"] == "failed":
+            failed.append(f"the {name} kernels could not be built: {' '.join(build['error'].split())[-400:]}")
+    value = f"setting {report['setting']}: {', '.join(sorted({choice['backend'] for choice in chosen.values()}))}"
+    remedy = "Plain torch runs instead; the whole message: import pqlab; pqlab.kernels.wait(); pqlab.backend_report()"
+    return Finding(value, "; ".join(failed), remedy if failed else "", details)
 
 
 def caches() -> Finding:
