@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..kernels.reference import dequantize
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 KINDS = ("isolated", "end to end")
@@ -83,6 +86,8 @@ class DecodeTrace:
 
     def pages(self, step: int) -> pd.DataFrame:
         """The page table after `step`: page, first_token, tokens, fill, text."""
+        import pandas as pd
+
         sinks, coded, _ = self.lengths(step)
         size = self.meta["page_size"]
         rows = []
@@ -111,6 +116,8 @@ class DecodeTrace:
         Returns:
             DataFrame: position, token, exact, paged (weights, each sums to 1), region (sink, code or window).
         """
+        import pandas as pd
+
         if kind not in KINDS:
             raise ValueError(f"kind = {kind!r} is unknown; one of {KINDS}")
         i = self._layer(layer)
@@ -137,6 +144,8 @@ class DecodeTrace:
 
     def output_error(self, step: int | None = None) -> pd.DataFrame:
         """Relative error |paged - exact| / |exact| of every head's attention output: step, layer, head, kind, error."""
+        import pandas as pd
+
         self._need_capture()
         paged = self.tensors["output"]
         frames = []
@@ -190,6 +199,8 @@ class DecodeTrace:
     @classmethod
     def load(cls, path: str | Path) -> DecodeTrace:
         """Read what `save` wrote; needs neither the model nor a tokenizer."""
+        import pandas as pd
+
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("pqlab") != "decode trace":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import pandas as pd
 import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -75,6 +74,8 @@ def trace_decode(
 
 
 def _run(model, tokenizer, ids, steps, cache, kept, follow, top, progress) -> DecodeTrace:
+    import pandas as pd
+
     paged_probe, exact_probe = _PagedProbe(kept), _ExactProbe(kept)
     exact = _probed_exact_cache(model, exact_probe)
     if kept:
