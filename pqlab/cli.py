@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "bench": ("pqlab.evaluation.bench", "time one part of pqlab"),
     "doctor": ("pqlab.doctor", "say what is installed, what works, and what to do about the rest"),
     "setup": ("pqlab.prepare", "fetch the default model, calibrate its codebooks, build the kernels"),
 }
