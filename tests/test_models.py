@@ -293,6 +293,8 @@ def test_models_that_are_not_there_say_what_is(tmp_path, monkeypatch):
         load_model(tmp_path / "nowhere")
     with pytest.raises(models.ModelLoadError, match="holds no model"):
         load_model(tmp_path)
+    with pytest.raises(models.ModelLoadError, match='did you mean "default"'):
+        load_model("defualt")
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

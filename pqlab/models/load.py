@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,9 @@ def _folder_or_id(name: str | Path) -> str:
     text = str(name)
     if isinstance(name, Path) or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
         raise ModelLoadError(f"there is no model folder {path}; embedded models: {', '.join(PACKAGED)}")
+    # A hub that cannot be reached takes a minute to say so: catch a slip of the pen before it is asked.
+    if close := get_close_matches(text, PACKAGED, n=1, cutoff=0.8):
+        raise ModelLoadError(f'there is no model "{text}"; did you mean "{close[0]}"?')
     return text
 
 
