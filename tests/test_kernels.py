@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,6 +381,14 @@ def test_report(cpu):
     assert "<table>" in report._repr_html_()
     with kernels.use_backend("cuda"):
         assert kernels.backend_report().choices[0].backend == "none"
+
+
+def test_torch_and_the_kernels_share_one_pool_of_threads(cpu):
+    """The library has to use the OpenMP runtime that torch has loaded: a second one would fight it for the cores."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no way to see what is mapped")
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    assert len({path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))}) == 1
 
 
 @pytest.mark.parametrize(

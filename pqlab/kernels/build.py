@@ -82,6 +82,7 @@ class Extension:
         """Load the cached library, else build it as `mode` says (default: PQLAB_BUILD). Never raises for a build."""
         mode = mode or build_mode()
         begin = time.perf_counter()
+        self.status.error = ""
         key = self._key()
         for folder in (cache_folder(), _fallback_folder()):
             if _is_ours(folder) and self._use_cached(folder, key, begin):
