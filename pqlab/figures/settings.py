@@ -89,15 +89,15 @@ def settings_figure(cost: CacheCost, *, theme: Theme | None = "light") -> go.Fig
     _draw_slots(sheet, cost)
     _draw_contexts(sheet, cost)
     title = (
-        f"bits per coded element: <b>{cost.token_bits:g}</b>, exact tokens included: {cost.bits_per_element:.3g}; "
+        f"bits per element: <b>{cost.token_bits:g}</b> coded, {cost.bits_per_element:.3g} with exact tokens<br>"
         f"<b>{cost.compression:.2f}×</b> smaller than exact fp16"
     )
     return sheet.figure(
         theme,
-        title={"text": title, "y": 0.985, "yanchor": "top"},
+        title={"text": title, "y": 0.965, "yanchor": "top"},
         barmode="stack",
-        height=540,
-        margin={"t": 70, "b": 50, "l": 20, "r": 20},
+        height=556,
+        margin={"t": 92, "b": 50, "l": 20, "r": 20},
         legend={"y": 0.64, "yanchor": "top", "x": 0, "traceorder": "normal"},
         bargap=0.3,
     )
@@ -135,6 +135,7 @@ def _draw_memory(sheet: Sheet, cost: CacheCost) -> None:
             orientation="h",
             marker={"color": colour, "line": {"color": "rgba(128,128,128,0.6)", "width": 1 if size else 0}},
             hovertemplate=f"{name}: {readable_bytes(size)}<br>grows with {grows}<extra></extra>",
+            showlegend=size > 0.005 * cost.baseline_bytes,
         )
 
 
@@ -157,7 +158,7 @@ def _draw_slots(sheet: Sheet, cost: CacheCost) -> None:
     plot = sheet.plot(
         1,
         0,
-        lack or f"token slots: {cost.cache.page_size} in a page, {each:,} pages a sequence",
+        lack or f"token slots, {each:,} pages each",
         x={},
         y={"autorange": "reversed"},
     )

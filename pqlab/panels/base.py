@@ -67,6 +67,10 @@ class Panel(traitlets.HasTraits):
         """The controls, built once; see `pqlab.panels.controls`."""
         return []
 
+    def above(self) -> list[widgets.Widget]:
+        """Widgets between controls and figure, built once; `refresh` keeps them right."""
+        return []
+
     def below(self) -> list[widgets.Widget]:
         """Widgets under the figure, built once; `refresh` keeps them right."""
         return []
@@ -161,7 +165,7 @@ class Panel(traitlets.HasTraits):
             row = widgets.Box(self.controls(), layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
             heading = [widgets.HTML(f"<b>{html.escape(self.title)}</b>")] if self.title else []
             self._widget = widgets.VBox(
-                [*heading, row, self.view, self._status, *self.below()],
+                [*heading, row, *self.above(), self.view, self._status, *self.below()],
                 layout=widgets.Layout(width="100%"),
             )
             self._widget.add_class("pqlab-panel")
