@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from .calibrate import calibrate, train
 from .codebook import Codebooks, LayerCodec, Origin
 from .codebook_file import CodebookError
 from .codec import Codec, IdentityCodec, PQCodec
-from .geometry import attention_geometry
+from .geometry import PQSpec, attention_geometry
+from .kmeans import distortion, kmeans, product_kmeans
+from .samples import Samples, collect_kv, record_kv
 
 __all__ = [
-    "Codebooks",
     "CodebookError",
+    "Codebooks",
     "Codec",
     "IdentityCodec",
     "LayerCodec",
     "Origin",
     "PQCodec",
+    "PQSpec",
+    "Samples",
     "attention_geometry",
+    "calibrate",
+    "collect_kv",
+    "distortion",
+    "kmeans",
+    "product_kmeans",
+    "record_kv",
+    "train",
 ]

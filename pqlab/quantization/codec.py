@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..kernels import reference
+from ..kernels import ops, reference
 from ..paging.layout import PageLayout
 
 
@@ -143,7 +143,7 @@ class PQCodec(_Spaces):
     def quantize(self, y: Tensor) -> Tensor:
         *batch, heads, n, d = self._checked(y, self.head_dim).shape
         rows = y.movedim(-3, 0).reshape(heads, -1, d)  # [H, batch * n, d]
-        codes = reference.encode(rows, self.centroids)
+        codes = ops.encode(rows, self.centroids)
         return codes.view(heads, *batch, n, self.num_subspaces).movedim(0, -3)
 
     def dequantize(self, codes: Tensor) -> Tensor:

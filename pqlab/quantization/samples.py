@@ -1,0 +1,172 @@
+"""Keys and values of a real text, as a cache sees them: after the rotary embedding, from every full-attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..errors import UnsupportedModelError
+from .geometry import attention_geometry, describe, text_config
+from .kmeans import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NUM_TOKENS = 8192
+WINDOW = 2048
+NUM_SINKS = 4
+
+_MAX_CHARS = 4_000_000  # of a text that are tokenized to choose windows from
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples of every full-attention layer, by the model's layer index: keys and values, each [H, n, d]."""
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+
+    @property
+    def num_samples(self) -> int:
+        """n: vectors per layer, kv head and side."""
+        return next(iter(self.keys.values())).shape[1]
+
+
+def collect_kv(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Sequence[str],
+    *,
+    num_tokens: int = NUM_TOKENS,
+    window: int = WINDOW,
+    num_sinks: int = NUM_SINKS,
+    progress: Progress | None = None,
+) -> Samples:
+    """Run text through the model, window by window, and keep the keys and values.
+
+    Each window starts a new sequence; its first `num_sinks` tokens are no samples, since a cache keeps them exact.
+
+    Args:
+        text: one text, of which windows are taken evenly from beginning to end, or several, taken in turn.
+        num_tokens: tokens to run through the model, sinks included; fewer if the text is shorter.
+        window: tokens of a sequence, at most (the model's own limit holds too).
+        progress: called with (tokens done, tokens to do).
+
+    Raises:
+        ValueError: the text gives no sample.
+        UnsupportedModelError: the model has no full-attention layer, or its cache does not hold plain keys and values.
+    """
+    limit = getattr(text_config(model), "max_position_embeddings", None) or window
+    windows = split_text(tokenizer, text, num_tokens, min(window, limit))
+    if all(len(ids) <= num_sinks for ids in windows):
+        have = sum(map(len, windows))
+        raise ValueError(
+            f"the text gives no sample: {have} tokens, of which the first {num_sinks} of a window do not count"
+        )
+    parts: list[Samples] = []
+    total = sum(map(len, windows))
+    done = 0
+    for ids in windows:
+        parts.append(record_kv(model, torch.tensor([ids]), num_sinks=num_sinks))
+        done += len(ids)
+        if progress is not None:
+            progress(done, total)
+    return Samples(
+        {i: torch.cat([part.keys.pop(i) for part in parts], 1) for i in list(parts[0].keys)},
+        {i: torch.cat([part.values.pop(i) for part in parts], 1) for i in list(parts[0].values)},
+    )
+
+
+@torch.no_grad()
+def record_kv(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, *, num_sinks: int = NUM_SINKS
+) -> Samples:
+    """Keys and values of one batch of sequences; pads and the first `num_sinks` real tokens of a row are left out.
+
+    Only the body of the model runs, not the projection to the vocabulary.
+
+    Args:
+        input_ids: [B, n] token ids; attention_mask: [B, n], 0 where a token is a pad; None means no pads.
+    """
+    geometry = attention_geometry(model)
+    input_ids = input_ids.to(model.device)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(model.device)
+    place = mask.cumsum(-1) * mask  # 1, 2, .. of the real tokens, 0 at pads
+    recorder = _Recorder(text_config(model), place > num_sinks, geometry)
+    was_training = model.training
+    model.eval()
+    try:
+        model.base_model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=(place - 1).clamp_min(0),
+            past_key_values=recorder,
+            use_cache=True,
+        )
+    finally:
+        model.train(was_training)
+    found = recorder.samples
+    shapes = {i: (k.shape[0], k.shape[2]) for i, k in found.keys.items()}
+    if shapes != geometry or {i: (v.shape[0], v.shape[2]) for i, v in found.values.items()} != geometry:
+        got = describe(shapes) if shapes else "nothing"
+        raise UnsupportedModelError(
+            f"{describe(geometry)} should reach the cache of this model, but it was given {got}"
+        )
+    return found
+
+
+class _Recorder(DynamicCache):
+    """A cache that keeps the chosen tokens of the full-attention layers and forgets the rest.
+
+    It is for one forward call: every layer sees its own new keys and values and nothing before them.
+    """
+
+    def __init__(self, config, chosen: Tensor, layer_ids) -> None:
+        super().__init__(config=config)
+        self.chosen = chosen  # bool [B, n]
+        self.layer_ids = frozenset(layer_ids)
+        self.samples = Samples({}, {})
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx in self.layer_ids:
+            for kept, states in ((self.samples.keys, key_states), (self.samples.values, value_states)):
+                kept[layer_idx] = states.movedim(1, 0)[:, self.chosen.to(states.device)]  # [H, chosen, d]
+        return key_states, value_states
+
+
+def split_text(
+    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str], num_tokens: int, window: int
+) -> list[list[int]]:
+    """Token ids of windows of at most `window` tokens and `num_tokens` together; see `collect_kv`.
+
+    Every window starts with the tokenizer's first special token, if it puts one.
+    """
+    if not isinstance(text, str):
+        windows: list[list[int]] = []
+        for one in text:
+            left = num_tokens - sum(map(len, windows))
+            windows += split_text(tokenizer, one, left, window) if left > 0 else []
+        return windows
+    ids = tokenizer(text[:_MAX_CHARS], add_special_tokens=False, verbose=False)["input_ids"]
+    first = tokenizer("a")["input_ids"][:1]
+    prefix = first if first == [tokenizer.bos_token_id] else []
+    size = window - len(prefix)
+    count = -(-num_tokens // window)
+    room = len(ids) - size
+    if len(ids) <= count * size:
+        starts = list(range(0, len(ids), size))
+    else:
+        starts = [i * room // max(1, count - 1) for i in range(count)]
+    out, left = [], num_tokens
+    for start in starts:
+        piece = prefix + ids[start : start + min(size, left - len(prefix))]
+        if left <= len(prefix):
+            break
+        out.append(piece)
+        left -= len(piece)
+    return out
