@@ -5,6 +5,8 @@ Every fixture imports what it needs itself, so that tests of plain data structur
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ MODEL_KINDS = ("llama", "qwen3", "mistral", "gemma3")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("PQLAB_BUILD", "eager")  # one backend from the first test to the last
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
@@ -26,8 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def all_threads():
     """As many threads as torch would take by itself, for tests that run a real model."""
-    import os
-
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     yield
