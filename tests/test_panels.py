@@ -1,0 +1,476 @@
+"""Panels: state in and out, errors where a person sees them, one figure changed in place, files that need nobody."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import traitlets
+from tiny_trace import tiny_cache_and_trace
+
+from pqlab.cost import ModelShape
+from pqlab.errors import ConfigError
+from pqlab.panels import Panel, controls, decode_stepper, memory_layout, page_settings
+from pqlab.panels.latest import Latest
+from pqlab.panels.view import changes, plain
+
+
+class Wave(Panel):
+    """A panel as a user would write it."""
+
+    title = "Wave"
+    sweep = "bits"
+
+    bits = traitlets.Int(4).tag(state=True)
+    shape = traitlets.Enum(["sin", "cos"], "sin").tag(state=True)
+    draws = 0
+
+    def controls(self):
+        return [
+            controls.number(self, "bits", "bits", low=1, high=9, step=2),
+            controls.choice(self, "shape", "shape", ["sin", "cos"]),
+        ]
+
+    def draw(self) -> go.Figure:
+        self.draws += 1
+        if self.bits > 16:
+            raise ConfigError(f"bits = {self.bits} is too much")
+        frame = self.frame()
+        return go.Figure([go.Scatter(x=frame.x, y=frame.y)], layout={"title": {"text": f"{self.bits} bits"}})
+
+    def frame(self) -> pd.DataFrame:
+        x = np.linspace(-3, 3, 20)
+        return pd.DataFrame({"x": x, "y": np.round(getattr(np, self.shape)(x) * 2**self.bits) / 2**self.bits})
+
+    def sweep_values(self, name):
+        return {"bits": [1, 3, 5]}[name]
+
+
+@pytest.fixture
+def wave():
+    panel = Wave()
+    yield panel
+    panel.close()
+
+
+@pytest.fixture
+def tiny(tiny_tokenizer):
+    return tiny_cache_and_trace(tiny_tokenizer)
+
+
+def find(panel: Panel, css_class: str) -> widgets.Widget:
+    """The control of a panel with a CSS class, as the browser tests find it too."""
+    found = [w for w in _tree(panel.widget) if css_class in getattr(w, "_dom_classes", ())]
+    assert len(found) == 1, f"{css_class}: {found}"
+    return found[0]
+
+
+def _tree(widget: widgets.Widget) -> list[widgets.Widget]:
+    return [widget, *(w for child in getattr(widget, "children", ()) for w in _tree(child))]
+
+
+# -- state --------------------------------------------------------------------------------------------------------
+
+
+def test_state_is_read_and_set_as_values(wave):
+    wave.widget  # noqa: B018  built
+    before = wave.draws
+    assert wave.state == {"bits": 4, "shape": "sin"}
+    wave.state = {"bits": 7, "shape": "cos"}
+    assert wave.state == {"bits": 7, "shape": "cos"} and wave.figure.layout.title.text == "7 bits"
+    assert wave.draws == before + 1, "several settings at once are one redraw"
+    json.dumps(wave.state)
+
+
+def test_unknown_state_is_refused(wave):
+    with pytest.raises(TypeError, match="no state volume; it has bits, shape"):
+        wave.state = {"volume": 3}
+    with pytest.raises(TypeError, match="Wave has no state volume"):
+        Wave(volume=3)
+
+
+def test_state_is_set_whole_or_not_at_all(wave):
+    with pytest.raises(traitlets.TraitError):
+        wave.state = {"bits": 6, "shape": "tan"}
+    assert wave.state == {"bits": 4, "shape": "sin"}
+
+
+# -- controls -----------------------------------------------------------------------------------------------------
+
+
+def test_controls_set_the_state_and_follow_it(wave):
+    slider, entry = find(wave, "pqlab-bits"), find(wave, "pqlab-bits-entry")
+    slider.value = 7
+    assert wave.bits == entry.value == 7 and wave.figure.layout.title.text == "7 bits"
+    entry.value = 3
+    assert wave.bits == slider.value == 3
+    find(wave, "pqlab-shape").value = "cos"
+    assert wave.shape == "cos"
+    wave.shape = "sin"
+    assert find(wave, "pqlab-shape").value == "sin"
+
+
+def test_a_number_beside_the_slider_may_be_off_its_grid(wave):
+    """The slider shows the nearest it can; the state keeps what was typed."""
+    find(wave, "pqlab-bits-entry").value = 12
+    assert (wave.bits, find(wave, "pqlab-bits").value) == (12, 9)
+    find(wave, "pqlab-bits-entry").value = 6
+    assert (wave.bits, find(wave, "pqlab-bits").value) == (6, 5)
+
+
+def test_number_over_values_shows_the_nearest():
+    panel = page_settings()
+    panel.context = 5000
+    assert find(panel, "pqlab-context").value == 4096 and find(panel, "pqlab-context-entry").value == 5000
+    find(panel, "pqlab-context").value = 8192
+    assert panel.context == 8192
+    panel.close()
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_shown_and_the_figure_stays(wave):
+    find(wave, "pqlab-bits-entry").value = 99
+    assert isinstance(wave.error, ConfigError)
+    assert 'role="status"' in wave.status and "ConfigError: bits = 99 is too much" in wave.status
+    assert wave.figure.layout.title.text == "4 bits"
+    find(wave, "pqlab-bits-entry").value = 2
+    assert wave.error is None and "ConfigError" not in wave.status
+    assert wave.figure.layout.title.text == "2 bits"
+
+
+def test_a_state_that_cannot_be_drawn_at_first_is_no_dead_end():
+    panel = Wave(bits=50)
+    panel.widget  # noqa: B018  built
+    assert isinstance(panel.error, ConfigError) and "too much" in panel.status
+    panel.bits = 3
+    assert panel.error is None and panel.figure.layout.title.text == "3 bits"
+    assert panel.view._figure["data"][0]["type"] == "scatter"
+    panel.close()
+
+
+def test_errors_are_escaped(wave):
+    with wave.guarded():
+        raise ValueError("<img src=x>")
+    assert "<img" not in wave.status and "&lt;img" in wave.status
+
+
+def test_errors_of_buttons_are_shown(wave):
+    def fail() -> None:
+        raise RuntimeError("no such thing")
+
+    button = controls.button(wave, "go", fail)
+    button.click()
+    assert "RuntimeError: no such thing" in wave.status
+
+
+# -- one figure, changed in place ---------------------------------------------------------------------------------
+
+
+def test_only_what_changed_is_sent(wave, monkeypatch):
+    sent = []
+    view = wave.view
+    monkeypatch.setattr(view, "send", lambda message, buffers=None: sent.append(message))
+    wave.bits = 1
+    wave.bits = 1
+    assert len(sent) == 1 and sent[0]["kind"] == "patch"
+    assert set(sent[0]["traces"]["0"]) == {"y"} and sent[0]["layout"] == {"title": {"text": "1 bits"}}
+    assert wave.view is view, "one view for the panel's life"
+    assert view._figure == plain(wave.figure), "a page that opens later gets the whole present figure"
+
+
+def test_patch_turns_one_figure_into_the_other():
+    one, other = (plain(Wave(bits=bits, shape=shape).draw()) for bits, shape in ((2, "sin"), (6, "cos")))
+    other["layout"]["height"] = 300
+    other["data"][0].pop("x")
+    patch = changes(one, other)
+    for target, found in ((one["data"][0], patch["traces"]["0"]), (one["layout"], patch["layout"])):
+        target.update(found)
+        for key in [key for key, value in target.items() if value is None]:
+            del target[key]
+    assert one == other
+
+
+def test_other_traces_are_sent_whole():
+    bars = plain(go.Figure(go.Bar(x=[1], y=[2])))
+    assert changes(bars, plain(go.Figure(go.Scatter(x=[1], y=[2])))) is None
+    assert changes(bars, bars) == {"traces": {}, "layout": {}}
+
+
+def test_plotlyjs_comes_from_the_kernel(wave, monkeypatch):
+    sent = []
+    monkeypatch.setattr(wave.view, "send", lambda message, buffers=None: sent.append((message, buffers)))
+    wave.view._answer(None, {"kind": "plotly.js"}, [])
+    (message, (code,)) = sent[0]
+    assert message == {"kind": "plotly.js"} and b"plotly.js v" in code[:100]
+
+
+def test_clicks_reach_the_panel(wave, monkeypatch):
+    points = []
+    monkeypatch.setattr(wave, "click", points.append)
+    wave.view._answer(None, {"kind": "click", "point": {"trace": 0, "x": 1.5}}, [])
+    assert points == [{"trace": 0, "x": 1.5}]
+
+
+# -- work in the background ---------------------------------------------------------------------------------------
+
+
+def test_latest_wins():
+    latest, begun, go_on, ran, shown = Latest(), threading.Event(), threading.Event(), [], []
+
+    def work(number: int):
+        def run() -> int:
+            ran.append(number)
+            begun.set()
+            assert go_on.wait(10)
+            return number
+
+        return run
+
+    latest.submit(work(0), lambda result, error: shown.append(result))
+    assert begun.wait(10)
+    for number in range(1, 6):
+        latest.submit(work(number), lambda result, error: shown.append(result))
+    go_on.set()
+    assert latest.wait(10)
+    assert ran == [0, 5], "requests that did not begin are replaced"
+    assert shown == [5], "only the newest result is shown"
+
+
+def test_background_work_is_marked_and_its_errors_are_shown(wave):
+    go_on, shown = threading.Event(), []
+    wave.background(lambda: go_on.wait(10) and "done", shown.append, busy="measuring")
+    assert "measuring" in wave.status and "pqlab-busy" in wave.status
+    go_on.set()
+    assert wave.wait(10) and shown == ["done"] and "measuring" not in wave.status
+
+    def fail() -> None:
+        raise MemoryError("no room")
+
+    wave.background(fail, shown.append, busy="measuring")
+    assert wave.wait(10) and "MemoryError: no room" in wave.status and shown == ["done"]
+
+
+def test_a_dear_panel_draws_in_the_background():
+    threads = []
+
+    class Dear(Wave):
+        dear = True
+
+        def draw(self) -> go.Figure:
+            threads.append(threading.current_thread())
+            return super().draw()
+
+    panel = Dear()
+    panel.widget  # noqa: B018  built
+    panel.bits = 2
+    assert panel.wait(10) and panel.figure.layout.title.text == "2 bits"
+    assert threads[-1] is not threading.main_thread()
+    panel.close()
+
+
+def test_results_arrive_in_the_event_loop_of_a_kernel(wave):
+    import asyncio
+
+    async def cell() -> list[threading.Thread]:
+        where = []
+        wave.background(lambda: 1, lambda result: where.append(threading.current_thread()), busy="working")
+        for _ in range(200):
+            if where:
+                break
+            await asyncio.sleep(0.02)
+        return where
+
+    assert asyncio.run(cell()) == [threading.current_thread()]
+
+
+# -- life ---------------------------------------------------------------------------------------------------------
+
+
+def test_close_removes_every_widget_and_may_be_repeated():
+    panel = Wave()
+    everything = _tree(panel.widget)
+    assert len(everything) > 6
+    panel.close()
+    panel.close()
+    assert all(widget.comm is None for widget in everything)
+    panel.bits = 5  # nothing listens any more
+    assert panel.error is None
+
+
+def test_display_is_a_widget_or_static_html(wave, monkeypatch):
+    bundle = wave._repr_mimebundle_(include=None, exclude=None)
+    assert "application/vnd.jupyter.widget-view+json" in (bundle[0] if isinstance(bundle, tuple) else bundle)
+    monkeypatch.setenv("PQLAB_PANELS", "static")
+    static = wave._repr_mimebundle_()
+    assert set(static) == {"text/plain", "text/html"} and "Plotly.react" in static["text/html"]
+
+
+def test_html_file_is_self_contained_and_leaves_the_panel_alone(wave, tmp_path):
+    path = wave.to_html(tmp_path / "wave.html")
+    text = path.read_text(encoding="utf-8")
+    assert "plotly.js v" in text and not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
+    data = json.loads(re.search(r"\{frames, templates\} = (\{.*\});\n", text).group(1).replace("<\\/", "</"))
+    assert [frame["label"] for frame in data["frames"]] == ["1", "3", "4", "5"], "the present value is among them"
+    assert [frame["layout"]["title"]["text"] for frame in data["frames"]][2] == "4 bits"
+    assert set(data["templates"]) == {"light", "dark"}
+    assert "<table" in data["frames"][0]["table"]
+    assert wave.state == {"bits": 4, "shape": "sin"}
+    with pytest.raises(ValueError, match="no state of Wave"):
+        wave.to_html(tmp_path / "other.html", sweep="volume")
+    assert "<output>" not in wave.to_html(tmp_path / "still.html", sweep="").read_text(encoding="utf-8")
+
+
+# -- page settings ------------------------------------------------------------------------------------------------
+
+
+def test_settings_panel_moves_with_the_page_size():
+    panel = page_settings(size_pool=False, max_pages=200)
+    before = panel.frame().set_index("quantity").value["capacity of the pool"]
+    find(panel, "pqlab-page_size").value = 128
+    after = panel.frame().set_index("quantity").value["capacity of the pool"]
+    assert (before, after) == (200 * 64, 200 * 128) and panel.error is None
+    assert f"{after:,.0f} tokens" in find(panel, "pqlab-numbers").value
+    panel.close()
+
+
+def test_settings_panel_says_what_is_out_of_range_and_why():
+    panel = page_settings()
+    ranges = find(panel, "pqlab-ranges")
+    assert "✗" not in ranges.value
+    find(panel, "pqlab-nbits-entry").value = 3
+    assert "3 is outside the report&#x27;s range (4 to 8); the nearest good value is 4" in ranges.value
+    assert panel.error is None, "the library can do it, the report does not"
+    find(panel, "pqlab-page_size-entry").value = 100
+    assert isinstance(panel.error, ConfigError) and "nearest good value is 96" in panel.status
+    assert "100 is outside the report&#x27;s range (16 to 512, a multiple of 16)" in ranges.value
+    panel.close()
+
+
+def test_presets_set_everything_they_name():
+    panel = page_settings(preset="scenario:batch", model="Llama-3.1-8B")
+    assert panel.preset == "scenario:batch"
+    assert (panel.page_size, panel.residual_length, panel.max_pages, panel.M, panel.size_pool) == (
+        32,
+        64,
+        1000,
+        32,
+        False,
+    )
+    assert find(panel, "pqlab-preset").value == "scenario:batch"
+    panel.page_size = 64
+    assert panel.preset == "" and find(panel, "pqlab-preset").value == ""
+    find(panel, "pqlab-preset").value = "memory:16-32GB"
+    assert panel.page_size == 64 and panel.preset == "memory:16-32GB", "equal presets: the chosen one is named"
+    panel.close()
+
+
+def test_another_model_keeps_the_default_M_and_own_shapes_come_first():
+    panel = page_settings(ModelShape(4, 6, 3, 96, "mine"))
+    assert panel.model == "mine" and panel.M == 48
+    panel.model = "Llama-3.1-8B"
+    assert panel.M == 64
+    panel.M = 32
+    panel.model = "SmolLM2-135M"
+    assert panel.M == 32, "an M that was chosen stays"
+    with pytest.raises(traitlets.TraitError, match="there are mine"):
+        panel.model = "GPT-9"
+    panel.close()
+
+
+# -- memory layout ------------------------------------------------------------------------------------------------
+
+
+def test_layout_panel_says_that_codes_are_random():
+    panel = memory_layout()
+    assert "random codes" in panel.figure.layout.title.text
+    panel.state = {"page_size": 32, "slot": 20}
+    assert find(panel, "pqlab-slot").max == 31
+    panel.page_size = 16
+    assert panel.slot == 15, "a slot stays inside the page"
+    panel.close()
+
+
+def test_layout_panel_shows_codes_of_a_cache(tiny):
+    cache, _ = tiny
+    panel = memory_layout(cache, side="V", head=2)
+    stored = cache.quantized_layers[0].codes(0)[1]
+    assert np.array_equal(panel.codes, stored[2, :16].numpy())
+    assert panel.figure.layout.title.text == f"codes of the cache: layer 0, V, page {cache.table.pages(0)[0]}, head 2"
+    find(panel, "pqlab-page-entry").value = 777
+    assert "page 777 is outside [0, 60)" in panel.status
+    panel.close()
+
+
+def test_layout_panel_measures_on_a_button(monkeypatch):
+    from pqlab.evaluation import layout_bench
+
+    monkeypatch.setattr(
+        layout_bench.measure_orders,
+        "__kwdefaults__",
+        {
+            **layout_bench.measure_orders.__kwdefaults__,
+            "num_bytes": 2**18,
+            "repeats": 1,
+        },
+    )  # a smaller pool, as a user could ask for
+    panel = memory_layout()
+    assert panel.frame().gb_per_s.isna().all()
+    button = next(w for w in _tree(panel.widget) if isinstance(w, widgets.Button))
+    button.click()
+    assert "measuring" in panel.status
+    assert panel.wait(30) and panel.error is None
+    assert (panel.frame().gb_per_s > 0).all() and panel.measured.device.iloc[0] in panel.status
+    panel.pattern = "token"
+    assert panel.measured is None, "a measurement belongs to its pattern"
+    panel.close()
+
+
+# -- decode stepper -----------------------------------------------------------------------------------------------
+
+
+def test_stepper_steps_by_slider_button_and_click(tiny):
+    _, trace = tiny
+    panel = decode_stepper(trace, layer=1)
+    find(panel, "pqlab-step").value = 9
+    assert "step 9 of 40" in panel.figure.layout.annotations[0].text
+    find(panel, "pqlab-step-on").click()
+    find(panel, "pqlab-step-on").click()
+    find(panel, "pqlab-step-back").click()
+    assert panel.step == 10
+    panel.view._answer(None, {"kind": "click", "point": {"trace": 0, "x": 33, "y": 0.1}}, [])
+    assert panel.step == 33
+    errors = next(i for i, found in enumerate(panel.figure.data) if found.name == "errors")
+    panel.view._answer(None, {"kind": "click", "point": {"trace": errors, "x": 5, "y": "0"}}, [])
+    assert (panel.layer, panel.head) == (0, 5) and panel.error is None
+    assert trace.steps.token[33] in find(panel, "pqlab-text").value
+    panel.close()
+
+
+def test_stepper_text_and_pages_follow_the_step(tiny):
+    _, trace = tiny
+    panel = decode_stepper(trace)
+    pages = find(panel, "pqlab-pages")
+    panel.step = 1
+    few = pages.value.count("<tr>")
+    panel.step = 40
+    assert pages.value.count("<tr>") > few
+    assert panel.frame().token_id.tolist() and panel.error is None
+    panel.step = 99
+    assert "99" in panel.status and panel.error is not None
+    panel.close()
+
+
+def test_stepper_opens_a_file(tiny, tmp_path):
+    _, trace = tiny
+    panel = decode_stepper(trace.save(tmp_path / "trace.safetensors"), step=5, kind="end to end")
+    assert "step 5 of 40" in panel.figure.layout.annotations[0].text
+    panel.to_html(tmp_path / "stepper.html", sweep="head")
+    panel.close()
