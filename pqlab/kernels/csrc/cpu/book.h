@@ -4,7 +4,7 @@
 //   d_m = 3, 5, 6, 7     padded with zeros to 4 or 8
 //   d_m > 8              cut into ceil(d_m / 8) entries of 8 that share the subspace's code, the last one padded
 #pragma once
-#include <vector>
+#include "buffer.h"
 
 #include "vec.h"
 
@@ -23,7 +23,7 @@ struct Book {
 };
 
 // `copy` owns the table where the book has to be laid out anew.
-inline Book make_book(const float* book, int64_t m, int64_t nbits, int64_t dm, std::vector<float>& copy) {
+inline Book make_book(const float* book, int64_t m, int64_t nbits, int64_t dm, Buffer<float>& copy) {
     Book b{m, dm, int64_t(1) << nbits, dm, 1, book};
     if (dm == 1 || dm == 2 || dm == 4 || dm == 8) return b;
     b.width = dm == 3 ? 4 : 8;

@@ -27,25 +27,39 @@ inline uint64_t gather_bits(uint64_t codes, int nbits) {
 #endif
 }
 
-// m subspaces of one tile to one code a byte, out [m][16].
-inline void unpack_tile(uint8_t* out, const uint8_t* packed, int64_t m, int nbits) {
-    int64_t i = 0;
+// 16 codes of one subspace from 2 * nbits bytes to one code a byte. Reads 16 bytes where `whole` says that it may.
+inline void unpack_codes(uint8_t* codes, const uint8_t* packed, int nbits, bool whole = false) {
 #ifdef PQ_AVX2
-    if (nbits == 4)
-        for (; i + 2 <= 2 * m; i += 2) {
-            const __m128i bytes = _mm_loadl_epi64((const __m128i*)(packed + i * 4)), low = _mm_set1_epi8(15);
-            const __m128i codes = _mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4));
-            _mm_storeu_si128((__m128i*)(out + i * 8), _mm_and_si128(codes, low));
-        }
+    if (nbits == 4) {
+        const __m128i bytes = _mm_loadl_epi64((const __m128i*)packed);
+        const __m128i nibbles = _mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4));
+        _mm_storeu_si128((__m128i*)codes, _mm_and_si128(nibbles, _mm_set1_epi8(15)));
+        return;
+    }
 #endif
-    for (; i < 2 * m; i++) {
+    for (int half = 0; half < 2; half++) {
         uint64_t word = 0;
-        if ((i + 1) * nbits + 8 <= 2 * m * nbits)
-            std::memcpy(&word, packed + i * nbits, 8);
+        if (whole)
+            std::memcpy(&word, packed + half * nbits, 8);
         else
-            std::memcpy(&word, packed + i * nbits, size_t(nbits));
-        const uint64_t codes = spread(word, nbits);
-        std::memcpy(out + i * 8, &codes, 8);
+            std::memcpy(&word, packed + half * nbits, size_t(nbits));
+        word = spread(word, nbits);
+        std::memcpy(codes + 8 * half, &word, 8);
+    }
+}
+
+// m subspaces of `n` tiles to one code a byte: out [m][stride], the tiles of a subspace side by side.
+inline void unpack_tiles(uint8_t* out, int64_t stride, const uint8_t* const* tiles, int64_t n, int64_t m, int nbits) {
+    const int64_t bytes = 2 * nbits;
+    for (int64_t first = 0; first < n; first += 4) {  // four tiles fill a cache line of the result
+        const int64_t last = first + 4 < n ? first + 4 : n;
+        for (int64_t s = 0; s < m; s++)
+            for (int64_t t = first; t < last; t++) {
+                if (nbits == 8)
+                    std::memcpy(out + s * stride + t * TILE, tiles[t] + s * TILE, TILE);
+                else
+                    unpack_codes(out + s * stride + t * TILE, tiles[t] + s * bytes, nbits, (s + 1) * bytes + 8 <= m * bytes);
+            }
     }
 }
 

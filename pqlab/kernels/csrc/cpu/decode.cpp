@@ -12,6 +12,7 @@
 
 #include "api.h"
 #include "book.h"
+#include "buffer.h"
 #include "convert.h"
 #include "dense.h"
 #include "lookup.h"
@@ -19,7 +20,6 @@
 namespace pq {
 namespace {
 
-constexpr int64_t BLOCK_TILES = 32;    // tokens of a lookup block: 512
 constexpr int64_t LOOKUP_ROWS = 4;     // more query rows than this: dequantize blocks instead
 constexpr int64_t MIN_LOOKUPS = 8192;  // per thread; below, waking another thread costs more than it saves
 
@@ -30,8 +30,8 @@ struct Segment {
 
 // Memory of one thread; grows, is kept for the next call.
 struct Scratch {
-    std::vector<float> q, scores, spread, sums, kt, v, rows, k_book, v_book;
-    std::vector<uint8_t> k_codes, v_codes;
+    Buffer<float> q, scores, weights, sums, k, kt, v, k_book, v_book;
+    Buffer<uint8_t> codes;
     std::vector<const uint8_t*> k_tiles, v_tiles;
 };
 
@@ -63,41 +63,39 @@ struct Decode {
         return PQ_OK;
     }
 
-    const uint8_t* tile_address(const uint8_t* pages, int64_t bytes, int64_t pair, int64_t tile) const {
-        const int64_t id = a.page_table[pair / a.heads * a.table_width + tile / a.tiles];
-        return pages + ((id * a.heads + pair % a.heads) * a.tiles + tile % a.tiles) * bytes;
-    }
-
-    // Addresses of the byte codes of tiles [first, first + n), unpacked into `bytes` when they are narrower.
-    void locate(const uint8_t* pages, int64_t m, int64_t nbits, int64_t pair, int64_t first, int64_t n,
-                std::vector<uint8_t>& bytes, std::vector<const uint8_t*>& out) const {
+    // Addresses of tiles [first, first + n) of a pair.
+    void find(const uint8_t* pages, int64_t tile_bytes, int64_t pair, int64_t first, int64_t n,
+              std::vector<const uint8_t*>& out) const {
         out.resize(size_t(n));
-        if (nbits < 8) bytes.resize(size_t(n * m * TILE));
+        const int32_t* table = a.page_table + pair / a.heads * a.table_width;
         for (int64_t i = 0; i < n; i++) {
-            const uint8_t* tile = tile_address(pages, m * 2 * nbits, pair, first + i);
-            if (nbits < 8) {
-                unpack_tile(bytes.data() + i * m * TILE, tile, m, int(nbits));
-                tile = bytes.data() + i * m * TILE;
-            }
-            out[size_t(i)] = tile;
+            const int64_t page = table[(first + i) / a.tiles] * a.heads + pair % a.heads;
+            out[size_t(i)] = pages + (page * a.tiles + (first + i) % a.tiles) * tile_bytes;
         }
+    }
+    void find_k(int64_t pair, int64_t first, int64_t n, std::vector<const uint8_t*>& out) const {
+        find(a.k_pages, a.k_m * 2 * a.k_nbits, pair, first, n, out);
+    }
+    void find_v(int64_t pair, int64_t first, int64_t n, std::vector<const uint8_t*>& out) const {
+        find(a.v_pages, a.v_m * 2 * a.v_nbits, pair, first, n, out);
     }
 
     void run(const Segment& segment, Scratch& s, const Rows& rows) const;
     void run_exact(int64_t pair, Scratch& s, const Rows& rows) const;
+    Block exact_block(const void* k, const void* v, int64_t at, int n, Scratch& s) const;
     void run_dense(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const;
     template <int ROWS>
     void run_lookup(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows,
                     int64_t first_row) const;
-    void merge(int64_t pair, const Rows* parts, int64_t num_parts, std::vector<float>& line) const;
+    void merge(int64_t pair, const Rows* parts, int64_t num_parts, Buffer<float>& line) const;
 };
 
 // -- codes, few rows -------------------------------------------------------------------------------------------------
 
 template <int ROWS>
-void score(const std::vector<const uint8_t*>& tiles, const Book& book, const float* q, float* scores, int64_t stride) {
+void score(const Scratch& s, const Book& book, const float* q, float* scores, Ahead next) {
     const auto call = [&](auto f) {
-        f(tiles.data(), int64_t(tiles.size()), book.entries(), book.parts, book.centroids, book.table, q, scores, stride);
+        f(s.codes.data(), int64_t(s.k_tiles.size()), book.entries(), book.parts, book.centroids, book.table, q, scores, next);
     };
     switch (book.width) {
         case 1: return call(score_codes<1, ROWS>);
@@ -108,9 +106,9 @@ void score(const std::vector<const uint8_t*>& tiles, const Book& book, const flo
 }
 
 template <int ROWS>
-void add(const std::vector<const uint8_t*>& tiles, const Book& book, const float* spread, int64_t stride, float* sums) {
+void add(const Scratch& s, const Book& book, const float* weights, float* sums, Ahead next) {
     const auto call = [&](auto f) {
-        f(tiles.data(), int64_t(tiles.size()), book.entries(), book.parts, book.centroids, book.table, spread, stride, sums);
+        f(s.codes.data(), int64_t(s.v_tiles.size()), book.entries(), book.parts, book.centroids, book.table, weights, sums, next);
     };
     switch (book.width) {
         case 1: return call(add_values<1, ROWS>);
@@ -120,15 +118,25 @@ void add(const std::vector<const uint8_t*>& tiles, const Book& book, const float
     }
 }
 
+// out = each of n weights `times` over.
+void repeat_each(float* out, const float* weights, int64_t n, int64_t times) {
+    if (times == 2)
+        for (int64_t t = 0; t < n; t++) out[2 * t] = out[2 * t + 1] = weights[t];
+    else if (times == 4)
+        for (int64_t t = 0; t < n; t++) out[4 * t] = out[4 * t + 1] = out[4 * t + 2] = out[4 * t + 3] = weights[t];
+    else
+        std::memcpy(out, weights, size_t(n) * 4);
+}
+
 template <int ROWS>
 void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows,
                         int64_t first_row) const {
-    const int64_t stride = BLOCK_TILES * TILE, repeats = v.width == 8 ? 1 : v.width;
-    const int64_t d = a.head_dim, width = padded(d);
-    s.scores.resize(size_t(ROWS * stride));
-    s.spread.resize(size_t(ROWS * stride * repeats));
+    const int64_t repeats = v.width == 8 ? 1 : v.width, d = a.head_dim, width = padded(d);
+    s.scores.resize(size_t(ROWS * BLOCK_TOKENS));
+    s.weights.resize(size_t(ROWS * BLOCK_TOKENS * repeats));
     s.sums.assign(size_t(ROWS * v.entries() * WIDTH), 0.f);
-    std::vector<float>& q = s.kt;  // [ROWS][entries][width], zero where the book is padded
+    s.codes.resize(size_t(std::max(a.k_m, a.v_m) * CODE_STRIDE));
+    Buffer<float>& q = s.k;  // [ROWS][entries][width], zero where the book is padded
     q.assign(size_t(ROWS * k.entries() * k.width), 0.f);
     for (int64_t e = 0; e < k.entries(); e++)
         for (int64_t i = 0; i < k.width; i++)
@@ -138,14 +146,16 @@ void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Sc
 
     float m[ROWS], l[ROWS];
     for (int r = 0; r < ROWS; r++) m[r] = -INFINITY, l[r] = 0.f;
-    for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += BLOCK_TILES) {
-        const int64_t n = std::min(BLOCK_TILES, segment.last_tile - tile);
+    int64_t n = std::min(BLOCK_TILES, segment.last_tile - segment.first_tile);
+    find_k(segment.pair, segment.first_tile, n, s.k_tiles);
+    for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += n) {
+        n = int64_t(s.k_tiles.size());
         const int64_t tokens = std::min(n * TILE, coded(segment.pair) - tile * TILE);
-        locate(a.k_pages, a.k_m, a.k_nbits, segment.pair, tile, n, s.k_codes, s.k_tiles);
-        locate(a.v_pages, a.v_m, a.v_nbits, segment.pair, tile, n, s.v_codes, s.v_tiles);
-        score<ROWS>(s.k_tiles, k, q.data(), s.scores.data(), stride);
+        find_v(segment.pair, tile, n, s.v_tiles);
+        unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
+        score<ROWS>(s, k, q.data(), s.scores.data(), Ahead{s.v_tiles.data(), n, a.v_m * 2 * a.v_nbits});
         for (int r = 0; r < ROWS; r++) {
-            float* p = s.scores.data() + r * stride;
+            float* p = s.scores.data() + r * BLOCK_TOKENS;
             for (int64_t t = tokens; t < n * TILE; t++) p[t] = -INFINITY;
             const float factor = softmax_row(p, int(n * TILE), m[r], l[r]);
             if (factor != 1.f)
@@ -153,14 +163,11 @@ void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Sc
                     float* sum = s.sums.data() + (e * ROWS + r) * WIDTH;
                     store(sum, load(sum) * splat(factor));
                 }
-            float* spread = s.spread.data() + r * stride * repeats;
-            if (repeats == 2)
-                for (int64_t t = 0; t < n * TILE; t++) spread[2 * t] = spread[2 * t + 1] = p[t];
-            else
-                for (int64_t t = 0; t < n * TILE; t++)
-                    for (int64_t i = 0; i < repeats; i++) spread[t * repeats + i] = p[t];
+            repeat_each(s.weights.data() + r * BLOCK_TOKENS * repeats, p, n * TILE, repeats);
         }
-        add<ROWS>(s.v_tiles, v, s.spread.data(), stride * repeats, s.sums.data());
+        find_k(segment.pair, tile + n, std::min(BLOCK_TILES, segment.last_tile - tile - n), s.k_tiles);
+        unpack_tiles(s.codes.data(), CODE_STRIDE, s.v_tiles.data(), n, a.v_m, int(a.v_nbits));
+        add<ROWS>(s, v, s.weights.data(), s.sums.data(), Ahead{s.k_tiles.data(), int64_t(s.k_tiles.size()), a.k_m * 2 * a.k_nbits});
     }
     for (int r = 0; r < ROWS; r++) {
         const int64_t row = first_row + r;
@@ -176,14 +183,14 @@ void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Sc
 
 // -- codes, many rows ------------------------------------------------------------------------------------------------
 
-// Entries of one tile into out[dim * dim_stride + token * token_stride].
-void dequantize_tile(const Book& book, const uint8_t* codes, float* out, int64_t dim_stride, int64_t token_stride) {
+// Entries of n tiles into out[dim * dim_stride + token * token_stride]; codes [m][CODE_STRIDE].
+void dequantize(const Book& book, const uint8_t* codes, int64_t n, float* out, int64_t dim_stride, int64_t token_stride) {
     for (int64_t e = 0; e < book.entries(); e++) {
         const float* table = book.table + e * book.centroids * book.width;
-        const uint8_t* c = codes + e / book.parts * TILE;
+        const uint8_t* c = codes + e / book.parts * CODE_STRIDE;
         const int64_t first = book.dim(e, 0), dims = std::min(book.width, book.dm - e % book.parts * book.width);
         for (int64_t i = 0; i < dims; i++)
-            for (int t = 0; t < TILE; t++)
+            for (int64_t t = 0; t < n * TILE; t++)
                 out[(first + i) * dim_stride + t * token_stride] = table[c[t] * book.width + i];
     }
 }
@@ -192,50 +199,29 @@ void Decode::run_dense(const Segment& segment, const Book& k, const Book& v, Scr
     const int64_t d = a.head_dim, width = padded(d);
     s.kt.resize(size_t(d * BLOCK));
     s.v.assign(size_t(BLOCK * width), 0.f);
+    s.codes.resize(size_t(std::max(a.k_m, a.v_m) * CODE_STRIDE));
     constexpr int64_t TILES = BLOCK / TILE;
     for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += TILES) {
         const int64_t n = std::min(TILES, segment.last_tile - tile);
-        locate(a.k_pages, a.k_m, a.k_nbits, segment.pair, tile, n, s.k_codes, s.k_tiles);
-        locate(a.v_pages, a.v_m, a.v_nbits, segment.pair, tile, n, s.v_codes, s.v_tiles);
-        for (int64_t i = 0; i < n; i++) {
-            dequantize_tile(k, s.k_tiles[size_t(i)], s.kt.data() + i * TILE, BLOCK, 1);
-            dequantize_tile(v, s.v_tiles[size_t(i)], s.v.data() + i * TILE * width, 1, width);
-        }
+        find_k(segment.pair, tile, n, s.k_tiles);
+        find_v(segment.pair, tile, n, s.v_tiles);
+        unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
+        dequantize(k, s.codes.data(), n, s.kt.data(), BLOCK, 1);
+        unpack_tiles(s.codes.data(), CODE_STRIDE, s.v_tiles.data(), n, a.v_m, int(a.v_nbits));
+        dequantize(v, s.codes.data(), n, s.v.data(), 1, width);
         const int64_t tokens = std::min(n * TILE, coded(segment.pair) - tile * TILE);
-        attend_block(s.q.data(), rows, Block{int(tokens), s.kt.data(), s.v.data()});
+        attend_block(s.q.data(), rows, Block{int(tokens), s.kt.data(), nullptr, s.v.data(), 0, width});
     }
 }
 
 // -- exact tokens ----------------------------------------------------------------------------------------------------
 
 void Decode::run_exact(int64_t pair, Scratch& s, const Rows& rows) const {
-    const int64_t d = a.head_dim, width = padded(d);
+    const int64_t d = a.head_dim;
     const int32_t* length = a.lengths + pair / a.heads * 3;
-    s.kt.assign(size_t(d * BLOCK), 0.f);
-    s.v.assign(size_t(BLOCK * width), 0.f);
-    std::vector<float>& k_rows = s.spread;  // [8][d padded]
-    k_rows.assign(size_t(WIDTH * width), 0.f);
     const auto range = [&](const void* k, const void* v, int64_t slots, int64_t begin, int64_t end) {
-        for (int64_t first = begin; first < end; first += BLOCK) {
-            const int n = int(std::min<int64_t>(BLOCK, end - first));
-            for (int t = 0; t < n; t++)
-                to_float(s.v.data() + t * width, v, (pair * slots + first + t) * d, d, a.dtype);
-            for (int t = 0; t < n; t += WIDTH) {
-                for (int i = 0; i < WIDTH; i++)
-                    if (t + i < n)
-                        to_float(k_rows.data() + i * width, k, (pair * slots + first + t + i) * d, d, a.dtype);
-                    else
-                        std::memset(k_rows.data() + i * width, 0, size_t(width) * 4);
-                for (int64_t dim = 0; dim < d; dim += WIDTH) {
-                    f8 square[WIDTH];
-                    for (int i = 0; i < WIDTH; i++) square[i] = load(k_rows.data() + i * width + dim);
-                    transpose(square);
-                    for (int64_t i = 0; i < std::min<int64_t>(WIDTH, d - dim); i++)
-                        store(s.kt.data() + (dim + i) * BLOCK + t, square[i]);
-                }
-            }
-            attend_block(s.q.data(), rows, Block{n, s.kt.data(), s.v.data()});
-        }
+        for (int64_t first = begin; first < end; first += BLOCK)
+            attend_block(s.q.data(), rows, exact_block(k, v, (pair * slots + first) * d, int(std::min<int64_t>(BLOCK, end - first)), s));
     };
     range(a.sink_k, a.sink_v, a.num_sinks, 0, length[0]);
     if (length[2]) {  // the ring: one or two runs of slots
@@ -243,6 +229,42 @@ void Decode::run_exact(int64_t pair, Scratch& s, const Rows& rows) const {
         range(a.window_k, a.window_v, a.window_slots, begin, std::min(end, a.window_slots));
         if (end > a.window_slots) range(a.window_k, a.window_v, a.window_slots, 0, end - a.window_slots);
     }
+}
+
+// n consecutive keys and values from element `at` on; read in place where they can be.
+Block Decode::exact_block(const void* k, const void* v, int64_t at, int n, Scratch& s) const {
+    const int64_t d = a.head_dim, width = padded(d);
+    Block block{n, nullptr, nullptr, nullptr, d, d};
+    if (a.dtype == PQ_FLOAT32 && width == d) {
+        block.v = (const float*)v + at;
+    } else {
+        s.v.resize(size_t(BLOCK * width));
+        block.v = s.v.data();
+        block.v_stride = width;
+        for (int t = 0; t < n; t++) {
+            to_float(s.v.data() + t * width, v, at + t * d, d, a.dtype);
+            std::fill(s.v.data() + t * width + d, s.v.data() + (t + 1) * width, 0.f);
+        }
+    }
+    const bool few = group_rows <= LOOKUP_ROWS && d % WIDTH == 0;
+    if (few && a.dtype == PQ_FLOAT32) {
+        block.k = (const float*)k + at;
+        return block;
+    }
+    s.k.resize(size_t((BLOCK + 1) * width));
+    to_float(s.k.data(), k, at, n * d, a.dtype);
+    block.k = s.k.data();
+    if (few) return block;
+    s.kt.resize(size_t(padded(d) * BLOCK));
+    for (int t = 0; t < n; t += WIDTH)
+        for (int64_t dim = 0; dim < d; dim += WIDTH) {  // reads past a row's or the block's end stay in the scratch
+            f8 square[WIDTH];
+            for (int i = 0; i < WIDTH; i++) square[i] = load(s.k.data() + (t + i) * d + dim);
+            transpose(square);
+            for (int i = 0; i < WIDTH; i++) store(s.kt.data() + (dim + i) * BLOCK + t, square[i]);
+        }
+    block.kt = s.kt.data();
+    return block;
 }
 
 // -- segments, and their merging -------------------------------------------------------------------------------------
@@ -265,7 +287,7 @@ void Decode::run(const Segment& segment, Scratch& s, const Rows& rows) const {
     if (segment.exact) run_exact(segment.pair, s, rows);
 }
 
-void Decode::merge(int64_t pair, const Rows* parts, int64_t num_parts, std::vector<float>& line) const {
+void Decode::merge(int64_t pair, const Rows* parts, int64_t num_parts, Buffer<float>& line) const {
     const int64_t d = a.head_dim, width = padded(d);
     line.resize(size_t(width));
     for (int64_t r = 0; r < group_rows; r++) {
@@ -322,7 +344,7 @@ int decode(const pq_decode_args& args) {
     while (thread < threads) first_of_thread[size_t(++thread)] = int64_t(segments.size());
 
     const int64_t row_floats = 2 + padded(args.head_dim);
-    static thread_local std::vector<float> memory;
+    static thread_local Buffer<float> memory;
     memory.resize(segments.size() * size_t(job.group_rows * row_floats));
     std::vector<Rows> parts;
     for (size_t i = 0; i < segments.size(); i++) {

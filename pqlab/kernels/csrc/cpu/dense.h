@@ -24,12 +24,58 @@ struct Rows {
     }
 };
 
-// A block of keys and values in float32: kt [d][BLOCK] transposed, columns from n on are zero; v [BLOCK][padded(d)].
+// A block of n keys and values in float32. Keys lie transposed, kt [d][BLOCK], or as rows k [n][k_stride] when kt is
+// null (then d is a multiple of 8); v [n][v_stride] with padded(d) readable floats a row.
 struct Block {
     int n;
-    const float* kt;
-    const float* v;
+    const float *kt, *k, *v;
+    int64_t k_stride, v_stride;
 };
+
+// s[row][token] = q[row] . k[token], four sums of eight lanes at a time.
+template <int ROWS>
+void score_rows(const float* q, int64_t d, const Block& block, float (*s)[BLOCK]) {
+    constexpr int TOKENS = ROWS > 3 ? 2 : 4;
+    for (int t = 0; t < block.n; t += TOKENS) {
+        f8 sum[ROWS][TOKENS] = {};
+        const float* k[TOKENS];
+        for (int i = 0; i < TOKENS; i++) k[i] = block.k + std::min(t + i, block.n - 1) * block.k_stride;
+        for (int64_t i = 0; i < d; i += WIDTH) {
+            f8 x[TOKENS];
+#pragma GCC unroll 4
+            for (int j = 0; j < TOKENS; j++) x[j] = load(k[j] + i);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                const f8 y = load(q + r * d + i);
+#pragma GCC unroll 4
+                for (int j = 0; j < TOKENS; j++) sum[r][j] += x[j] * y;
+            }
+        }
+        for (int r = 0; r < ROWS; r++) {
+            float sums[4] = {};
+            add_groups<WIDTH, TOKENS>(sums, sum[r]);
+            std::memcpy(s[r] + t, sums, TOKENS * 4);
+        }
+    }
+}
+
+// The same from transposed keys.
+template <int ROWS>
+void score_columns(const float* q, int64_t d, const Block& block, float (*s)[BLOCK]) {
+    for (int col = 0; col < block.n; col += 16) {
+        f8 sum[ROWS][2] = {};
+        for (int64_t i = 0; i < d; i++) {
+            const f8 k0 = load(block.kt + i * BLOCK + col), k1 = load(block.kt + i * BLOCK + col + 8);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                const f8 x = splat(q[r * d + i]);
+                sum[r][0] += x * k0;
+                sum[r][1] += x * k1;
+            }
+        }
+        for (int r = 0; r < ROWS; r++) store(s[r] + col, sum[r][0]), store(s[r] + col + 8, sum[r][1]);
+    }
+}
 
 // s[row] becomes e^(s - m'); the factor for what came before is returned.
 inline float softmax_row(float* s, int n, float& m, float& l) {
@@ -51,22 +97,13 @@ inline float softmax_row(float* s, int n, float& m, float& l) {
 }
 
 template <int ROWS>
-void attend_rows(const float* q, const Rows& rows, int64_t first, const Block& block) {
+PQ_NOINLINE void attend_rows(const float* q, const Rows& rows, int64_t first, const Block& block) {
     const int64_t d = rows.dim, width = padded(d);
-    alignas(32) float s[ROWS][BLOCK];
-    for (int col = 0; col < block.n; col += 16) {
-        f8 sum[ROWS][2] = {};
-        for (int64_t i = 0; i < d; i++) {
-            const f8 k0 = load(block.kt + i * BLOCK + col), k1 = load(block.kt + i * BLOCK + col + 8);
-#pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++) {
-                const f8 x = splat(q[(first + r) * d + i]);
-                sum[r][0] += x * k0;
-                sum[r][1] += x * k1;
-            }
-        }
-        for (int r = 0; r < ROWS; r++) store(s[r] + col, sum[r][0]), store(s[r] + col + 8, sum[r][1]);
-    }
+    alignas(64) float s[ROWS][BLOCK];
+    if (block.kt)
+        score_columns<ROWS>(q + first * d, d, block, s);
+    else
+        score_rows<ROWS>(q + first * d, d, block, s);
     float factor[ROWS];
     for (int r = 0; r < ROWS; r++) factor[r] = softmax_row(s[r], block.n, rows.m[first + r], rows.l[first + r]);
     for (int64_t col = 0; col < width; col += 16) {
@@ -78,7 +115,7 @@ void attend_rows(const float* q, const Rows& rows, int64_t first, const Block& b
             sum[r][1] = load(acc + 8) * splat(factor[r]);
         }
         for (int t = 0; t < block.n; t++) {
-            const f8 v0 = load(block.v + t * width + col), v1 = load(block.v + t * width + col + 8);
+            const f8 v0 = load(block.v + t * block.v_stride + col), v1 = load(block.v + t * block.v_stride + col + 8);
 #pragma GCC unroll 6
             for (int r = 0; r < ROWS; r++) {
                 const f8 p = splat(s[r][t]);

@@ -7,12 +7,13 @@
 // rounding: a vector that is a centroid has to find itself.
 #include <algorithm>
 #include <new>
-#include <vector>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "api.h"
+#include "buffer.h"
 #include "codes.h"
 #include "convert.h"
 
@@ -97,7 +98,7 @@ void store_pages(const pq_encode_args& a, int64_t head, int64_t first, int n, in
         const int64_t id = a.page_ids[tile / a.tiles];
         uint8_t* packed = a.codes + (((id * a.groups + head) * a.tiles + tile % a.tiles) * a.m + subspace) * 2 * a.nbits;
         uint8_t merged[TILE];
-        if (count < TILE) unpack_tile(merged, packed, 1, int(a.nbits));
+        if (count < TILE) unpack_codes(merged, packed, int(a.nbits));
         std::memcpy(merged + lane, codes + t, size_t(count));
         if (a.nbits == 8) std::memcpy(packed, merged, TILE);
         else pack_codes(packed, merged, int(a.nbits));
@@ -121,7 +122,7 @@ int encode(const pq_encode_args& a) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        static thread_local std::vector<float> memory;
+        static thread_local Buffer<float> memory;
         try {
             memory.resize(size_t(a.head_dim * (STRIP + 1)));
         } catch (const std::bad_alloc&) {

@@ -14,6 +14,30 @@ namespace pq {
 template <int D>
 constexpr int64_t CHUNK_FLOATS = D <= 2 ? 8192 : D == 4 ? 16384 : 65536;
 
+// Memory that will be wanted soon: `count` tiles of `bytes` bytes, fetched bit by bit between other work. Pages lie
+// anywhere, so the hardware sees no pattern; without this the loops wait for memory half of the time.
+struct Ahead {
+    const uint8_t* const* tiles;
+    int64_t count, bytes;
+    int64_t at = 0;
+
+    // How many lines each of `calls` calls has to fetch.
+    int64_t share(int64_t calls) const { return (count * ((bytes + 63) / 64) + calls - 1) / calls; }
+
+    PQ_INLINE void fetch(int64_t lines) {
+        for (; lines > 0 && count > 0; lines--) {
+            __builtin_prefetch(*tiles + at, 0, 2);
+            at += 64;
+            if (at >= bytes) at = 0, tiles++, count--;
+        }
+    }
+};
+
+// Byte codes of a block of tokens, subspace by subspace: [m][CODE_STRIDE]. In the pages the 16 codes of a subspace lie
+// M * 16 bytes apart from tile to tile; walked like that, a power of two, all lines of a block fall into few cache sets.
+constexpr int64_t BLOCK_TILES = 32, BLOCK_TOKENS = BLOCK_TILES * TILE;
+constexpr int64_t CODE_STRIDE = BLOCK_TOKENS + 64;
+
 // Entries of 8 / D consecutive tokens, side by side.
 template <int D>
 PQ_INLINE f8 entries(const float* table, const uint8_t* codes);
@@ -72,64 +96,27 @@ PQ_INLINE f8 repeat(const float* p) {
 #endif
 }
 
-// Adds the sums over groups of D lanes of N vectors to out[0 .. N * 8/D).
-template <int D, int N>
-PQ_INLINE void add_groups(float* out, const f8* x) {
-#ifdef PQ_AVX2
-    if constexpr (D == 1) {
-        for (int i = 0; i < N; i++) store(out + i * WIDTH, load(out + i * WIDTH) + x[i]);
-        return;
-    }
-    if constexpr (D > 1 && N % 2 == 0) {
-        __m256 pairs[N / 2];  // lanes of two vectors: a01 a23 b01 b23 | a45 a67 b45 b67
-        for (int i = 0; i < N / 2; i++) pairs[i] = _mm256_hadd_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
-        if constexpr (D == 2) {
-            for (int i = 0; i < N / 2; i++) {
-                const __m256d sums = _mm256_permute4x64_pd(_mm256_castps_pd(pairs[i]), 0xd8);
-                store(out + i * WIDTH, load(out + i * WIDTH) + (f8)_mm256_castpd_ps(sums));
-            }
-            return;
-        }
-        const __m256 fours = _mm256_hadd_ps(pairs[0], pairs[N / 2 - 1]);  // a0123 b0123 c0123 d0123 | a4567 ..
-        const __m128 low = _mm256_castps256_ps128(fours), high = _mm256_extractf128_ps(fours, 1);
-        if constexpr (D == 4) {
-            _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_unpacklo_ps(low, high)));
-            if constexpr (N == 4)
-                _mm_storeu_ps(out + 4, _mm_add_ps(_mm_loadu_ps(out + 4), _mm_unpackhi_ps(low, high)));
-            return;
-        }
-        const __m128 sums = _mm_add_ps(low, high);
-        if constexpr (N == 4)
-            _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
-        else
-            _mm_storel_pi((__m64*)out, _mm_add_ps(_mm_loadl_pi(_mm_setzero_ps(), (const __m64*)out), sums));
-        return;
-    }
-#endif
-    for (int i = 0; i < N; i++)
-        for (int t = 0; t < WIDTH / D; t++)
-            for (int lane = 0; lane < D; lane++) out[i * WIDTH / D + t] += x[i][t * D + lane];
-}
-
-// scores[row * stride + token] = q[row] . k[token] over `tiles` tiles of byte codes.
-//   tile_codes[tile]: [subspaces][16]; book [subspaces * parts][C][D]; q [ROWS][subspaces * parts][D], scaled.
-//   `parts` consecutive entries share a subspace's code (d_m > 8, so D = 8).
+// scores[row][token] = q[row] . k[token] over `tiles` tiles.
+//   codes [subspaces][CODE_STRIDE]; book [subspaces * parts][C][D]; q [ROWS][subspaces * parts][D], scaled;
+//   scores [ROWS][BLOCK_TOKENS]. `parts` consecutive entries share a subspace's code (d_m > 8, so D = 8).
 template <int D, int ROWS>
-PQ_NOINLINE void score_codes(const uint8_t* const* tile_codes, int64_t tiles, int64_t num_entries, int64_t parts, int64_t centroids,
-                 const float* book, const float* q, float* scores, int64_t stride) {
-    constexpr int PER_TILE = 2 * D;               // vectors of entries in a tile
+PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_entries, int64_t parts, int64_t centroids,
+                             const float* book, const float* q, float* scores, Ahead next) {
+    constexpr int PER_TILE = 2 * D;                                        // vectors of entries in a tile
     constexpr int AT_ONCE = ROWS > 2 ? 2 : (PER_TILE < 4 ? PER_TILE : 4);  // they share the loads of q
     constexpr int TOKENS = WIDTH / D;
-    for (int row = 0; row < ROWS; row++) std::memset(scores + row * stride, 0, size_t(tiles) * TILE * 4);
+    for (int row = 0; row < ROWS; row++) std::memset(scores + row * BLOCK_TOKENS, 0, size_t(tiles) * TILE * 4);
     const int64_t table = centroids * D, chunk = std::max<int64_t>(1, CHUNK_FLOATS<D> / table);
+    const int64_t lines = next.share((num_entries + chunk - 1) / chunk * tiles);
     for (int64_t first = 0; first < num_entries; first += chunk) {
         const int64_t last = std::min(first + chunk, num_entries);
         for (int64_t tile = 0; tile < tiles; tile++) {
+            next.fetch(lines);
             for (int group = 0; group < PER_TILE; group += AT_ONCE) {
-                const uint8_t* codes = tile_codes[tile] + group * TOKENS;
+                const uint8_t* here = codes + tile * TILE + group * TOKENS;
                 f8 sum[ROWS][AT_ONCE] = {};
                 for (int64_t e = first; e < last; e++) {
-                    const uint8_t* c = codes + (D == 8 ? e / parts : e) * TILE;
+                    const uint8_t* c = here + (D == 8 ? e / parts : e) * CODE_STRIDE;
                     f8 x[AT_ONCE];
 #pragma GCC unroll 4
                     for (int i = 0; i < AT_ONCE; i++) x[i] = entries<D>(book + e * table, c + i * TOKENS);
@@ -141,47 +128,60 @@ PQ_NOINLINE void score_codes(const uint8_t* const* tile_codes, int64_t tiles, in
                     }
                 }
                 for (int row = 0; row < ROWS; row++)
-                    add_groups<D, AT_ONCE>(scores + row * stride + tile * TILE + group * TOKENS, sum[row]);
+                    add_groups<D, AT_ONCE>(scores + row * BLOCK_TOKENS + tile * TILE + group * TOKENS, sum[row]);
             }
         }
     }
 }
 
-// sums[entry][row][8] += weight[token] * entry: the lanes of a vector are still apart (see `fold_values`).
-//   spread [ROWS][stride]: the weight of each token D times over (D <= 4), or once (D = 8).
-template <int D, int ROWS>
-PQ_NOINLINE void add_values(const uint8_t* const* tile_codes, int64_t tiles, int64_t num_entries, int64_t parts, int64_t centroids,
-                const float* book, const float* spread, int64_t stride, float* sums) {
-    constexpr int PER_TILE = 2 * D, TOKENS = WIDTH / D;
+// Entries [first, first + AT_ONCE) of `add_values`; they share the loads of the weights.
+template <int D, int ROWS, int AT_ONCE>
+PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first, int64_t parts, int64_t centroids,
+                             const float* book, const float* weights, float* sums) {
+    constexpr int PER_TILE = 2 * D, TOKENS = WIDTH / D, REPEATS = D == 8 ? 1 : D;
     // Independent sums: a fused multiply-add takes four cycles, the vectors of a tile come faster than that.
-    constexpr int CHAINS = D == 1 ? 1 : D == 8 && ROWS <= 2 ? 4 : 2;
+    constexpr int CHAINS = D >= 4 && ROWS * AT_ONCE <= 4 ? 2 : 1;
     const int64_t table = centroids * D;
-    for (int64_t e = 0; e < num_entries; e++) {
-        f8 sum[ROWS][CHAINS] = {};
-        for (int row = 0; row < ROWS; row++) sum[row][0] = load(sums + (e * ROWS + row) * WIDTH);
-        const int64_t offset = (D == 8 ? e / parts : e) * TILE;
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            const uint8_t* c = tile_codes[tile] + offset;
+    const uint8_t* c[AT_ONCE];
+    f8 sum[AT_ONCE][ROWS][CHAINS] = {};
+    for (int i = 0; i < AT_ONCE; i++) {
+        c[i] = codes + (D == 8 ? (first + i) / parts : first + i) * CODE_STRIDE;
+        for (int row = 0; row < ROWS; row++) sum[i][row][0] = load(sums + ((first + i) * ROWS + row) * WIDTH);
+    }
+    for (int64_t t = 0; t < tiles * TILE; t += 4 * TOKENS > TILE ? TILE : 4 * TOKENS) {
 #pragma GCC unroll 4
-            for (int i = 0; i < PER_TILE; i += CHAINS) {
+        for (int v = 0; v < (4 < PER_TILE ? 4 : PER_TILE); v++) {
+            f8 x[AT_ONCE];
 #pragma GCC unroll 4
-                for (int chain = 0; chain < CHAINS; chain++) {
-                    const f8 x = entries<D>(book + e * table, c + (i + chain) * TOKENS);
-                    const int64_t at = D == 8 ? tile * TILE + i + chain : (tile * PER_TILE + i + chain) * WIDTH;
+            for (int i = 0; i < AT_ONCE; i++) x[i] = entries<D>(book + (first + i) * table, c[i] + t + v * TOKENS);
 #pragma GCC unroll 4
-                    for (int row = 0; row < ROWS; row++) {
-                        const float* w = spread + row * stride + at;
-                        sum[row][chain] += x * (D == 8 ? splat(*w) : load(w));
-                    }
-                }
+            for (int row = 0; row < ROWS; row++) {
+                const float* w = weights + (row * BLOCK_TOKENS + t + v * TOKENS) * REPEATS;
+                const f8 y = D == 8 ? splat(*w) : load(w);
+#pragma GCC unroll 4
+                for (int i = 0; i < AT_ONCE; i++) sum[i][row][v % CHAINS] += x[i] * y;
             }
         }
-        for (int row = 0; row < ROWS; row++) {
-            f8 total = sum[row][0];
-            for (int chain = 1; chain < CHAINS; chain++) total += sum[row][chain];
-            store(sums + (e * ROWS + row) * WIDTH, total);
-        }
     }
+    for (int i = 0; i < AT_ONCE; i++)
+        for (int row = 0; row < ROWS; row++)
+            store(sums + ((first + i) * ROWS + row) * WIDTH,
+                  CHAINS == 1 ? sum[i][row][0] : sum[i][row][0] + sum[i][row][CHAINS - 1]);
+}
+
+// sums[entry][row][8] += weight[row][token] * entry: the lanes of a vector are still apart, each holds one dimension of
+// one token in 8/D.
+//   weights [ROWS][BLOCK_TOKENS]: of each token D times over (D <= 4), or once (D = 8).
+template <int D, int ROWS>
+void add_values(const uint8_t* codes, int64_t tiles, int64_t num_entries, int64_t parts, int64_t centroids,
+                const float* book, const float* weights, float* sums, Ahead next) {
+    const int64_t lines = next.share(std::max<int64_t>(1, num_entries / 2));
+    int64_t e = 0;
+    for (; e + 2 <= num_entries; e += 2) {
+        next.fetch(lines);
+        add_entries<D, ROWS, 2>(codes, tiles, e, parts, centroids, book, weights, sums);
+    }
+    if (e < num_entries) add_entries<D, ROWS, 1>(codes, tiles, e, parts, centroids, book, weights, sums);
 }
 
 }  // namespace pq

@@ -54,6 +54,45 @@ inline f8 exp(f8 x) {
     return x < splat(-87.f) ? splat(0.f) : y * (f8)power;
 }
 
+// Adds the sums over groups of D lanes of N vectors to out[0 .. N * 8/D).
+template <int D, int N>
+PQ_INLINE void add_groups(float* out, const f8* x) {
+#ifdef PQ_AVX2
+    if constexpr (D == 1) {
+        for (int i = 0; i < N; i++) store(out + i * WIDTH, load(out + i * WIDTH) + x[i]);
+        return;
+    }
+    if constexpr (D > 1 && N % 2 == 0) {
+        __m256 pairs[N / 2];  // lanes of two vectors: a01 a23 b01 b23 | a45 a67 b45 b67
+        for (int i = 0; i < N / 2; i++) pairs[i] = _mm256_hadd_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+        if constexpr (D == 2) {
+            for (int i = 0; i < N / 2; i++) {
+                const __m256d sums = _mm256_permute4x64_pd(_mm256_castps_pd(pairs[i]), 0xd8);
+                store(out + i * WIDTH, load(out + i * WIDTH) + (f8)_mm256_castpd_ps(sums));
+            }
+            return;
+        }
+        const __m256 fours = _mm256_hadd_ps(pairs[0], pairs[N / 2 - 1]);  // a0123 b0123 c0123 d0123 | a4567 ..
+        const __m128 low = _mm256_castps256_ps128(fours), high = _mm256_extractf128_ps(fours, 1);
+        if constexpr (D == 4) {
+            _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), _mm_unpacklo_ps(low, high)));
+            if constexpr (N == 4)
+                _mm_storeu_ps(out + 4, _mm_add_ps(_mm_loadu_ps(out + 4), _mm_unpackhi_ps(low, high)));
+            return;
+        }
+        const __m128 sums = _mm_add_ps(low, high);
+        if constexpr (N == 4)
+            _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+        else
+            _mm_storel_pi((__m64*)out, _mm_add_ps(_mm_loadl_pi(_mm_setzero_ps(), (const __m64*)out), sums));
+        return;
+    }
+#endif
+    for (int i = 0; i < N; i++)
+        for (int t = 0; t < WIDTH / D; t++)
+            for (int lane = 0; lane < D; lane++) out[i * WIDTH / D + t] += x[i][t * D + lane];
+}
+
 // rows[i][j] -> rows[j][i]
 inline void transpose(f8 rows[8]) {
 #ifdef PQ_AVX2
