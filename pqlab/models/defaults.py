@@ -45,7 +45,7 @@ def default_codebooks(
         books = calibrate(model, tokenizer, load_text(text), pq, text_name=Path(text).name, progress=progress)
         books.save(target)
 
-    what = f"codebooks for {pq}"
+    what = f"the codebooks {path.name}"
     build_once(path, build, what)
     try:
         return Codebooks.load(path, model)
