@@ -397,7 +397,10 @@ def test_torch_and_the_kernels_share_one_pool_of_threads(cpu):
         (0, lambda q: q[:, :1].expand(-1, 3, -1, -1), "3 query heads cannot be shared by 2"),
         (3, lambda table: table.long(), "page_table must be int32"),
         (5, lambda books: books[:, :, :100], "k books must be"),
-        (9, lambda window: window.double(), "must be torch.float32 as q is"),
+        (6, lambda books: books.double(), "v books must be float32"),
+        (2, lambda pages: pages[1:], "differ in pages or tiles"),
+        (4, lambda lengths: lengths[:, :2], r"lengths must be int32 \[2, 3\]"),
+        (9, lambda window: window.double(), r"window_k and window_v must be torch.float32 \(as q is\)"),
         (11, lambda nbits: 7, "14 bytes a tile"),
     ],
 )

@@ -71,10 +71,10 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, query_heads, steps, head_dim = q.shape
         max_pages, heads, tiles, k_m, _ = k_pages.shape
-        out = torch.empty((batch, query_heads, steps, head_dim), dtype=q.dtype)
-        lse = torch.empty((batch, query_heads, steps), dtype=torch.float32)
         tensors = (q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v)
-        tensors = tuple(t.contiguous() for t in tensors)  # a copy only where a caller passes strides
+        tensors = [_plain(t) for t in tensors]
+        out = torch.empty_like(tensors[0])
+        lse = torch.empty((batch, query_heads, steps), dtype=torch.float32)
         code = self._library.pq_decode(
             _DECODE_ARGS.pack(
                 *[t.data_ptr() for t in tensors], out.data_ptr(), lse.data_ptr(),
@@ -90,7 +90,7 @@ class CpuBackend(Backend):
         groups, n, head_dim = x.shape
         _, m, num_centroids, _ = books.shape
         codes = torch.empty((groups, n, m), dtype=torch.uint8)
-        x, books = x.contiguous(), _as_float(books)
+        x, books = _plain(x), _plain(books.to(torch.float32))
         code = self._library.pq_encode(
             _ENCODE_ARGS.pack(
                 x.data_ptr(), books.data_ptr(), codes.data_ptr(), 0,
@@ -108,7 +108,7 @@ class CpuBackend(Backend):
         max_pages, _, tiles, m, _ = pages.shape
         if not pages.is_contiguous():
             raise ValueError(f"pqlab.encode_pages_: pages must be contiguous, their strides are {pages.stride()}")
-        x, books, page_ids = x.contiguous(), _as_float(books), page_ids.to(torch.int64).contiguous()
+        x, books, page_ids = _plain(x), _plain(books), _plain(page_ids.to(torch.int64))
         code = self._library.pq_encode(
             _ENCODE_ARGS.pack(
                 x.data_ptr(), books.data_ptr(), pages.data_ptr(), page_ids.data_ptr(),
@@ -119,8 +119,11 @@ class CpuBackend(Backend):
             _fail("encode_pages_", code, f"page_ids {page_ids.tolist()} of {max_pages} pages")
 
 
-def _as_float(books: Tensor) -> Tensor:
-    return books.to(torch.float32).contiguous()
+def _plain(x: Tensor) -> Tensor:
+    """Contiguous, a copy only where a caller passes strides; its address is about to be read by the CPU."""
+    if not x.is_cpu:
+        raise ValueError(f"all tensors of a call must be on the CPU, one is on {x.device}")
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _fail(op: str, code: int, what: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelMissingError
-from ..paging.layout import TILE
+from . import checks
 from .backend import Backend, ReferenceBackend, current_setting
 
 log = logging.getLogger("pqlab")
@@ -76,7 +76,8 @@ def decode(
     Raises:
         ValueError: shapes that do not fit each other. KernelMissingError: a forced backend cannot run.
     """
-    return torch.ops.pqlab.decode.default(
+    op = _decode if _is_plain(q) else torch.ops.pqlab.decode.default
+    return op(
         q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
         k_nbits, v_nbits, scale,
     )  # fmt: skip
@@ -133,7 +134,8 @@ def append_(
         before, after: int32 [B, 3]: sinks, coded, window of each row before and after; a row whose sum does not
             change brings no token (a pad).
     """
-    torch.ops.pqlab.append_.default(
+    op = _append if _is_plain(k) else torch.ops.pqlab.append_.default
+    op(
         sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
         k_nbits, v_nbits,
     )  # fmt: skip
@@ -171,6 +173,11 @@ def chosen(op: str, device_type: str) -> tuple[str, str]:
     """Backend and reason that an ordinary call on this device would get now, without its arguments."""
     backend, reason = _choose(op, device_type, None)
     return backend.name, reason
+
+
+def _is_plain(x: Tensor) -> bool:
+    """An ordinary tensor in ordinary Python: torch's dispatcher, 15 us for a dozen tensors, has nothing to add."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 # -- choice ----------------------------------------------------------------------------------------------------------
@@ -225,88 +232,6 @@ def _run(op: str, device_type: str, args: tuple[Any, ...]) -> Any:
     return getattr(backend, op)(*args)
 
 
-# -- checks: shapes that do not fit each other would read foreign memory ----------------------------------------------
-
-
-def _fail(op: str, what: str) -> None:
-    raise ValueError(f"pqlab.{op}: {what}")
-
-
-def _check_pages(op: str, side: str, pages: Tensor, books: Tensor, nbits: int, heads: int, head_dim: int) -> None:
-    if pages.dtype != torch.uint8 or pages.dim() != 5:
-        _fail(op, f"{side} pages must be uint8 [max_pages, H, tiles, M, 2 * nbits], got {pages.dtype} {[*pages.shape]}")
-    _, page_heads, _, m, tile_bytes = pages.shape
-    if page_heads != heads or tile_bytes != 2 * nbits:
-        _fail(op, f"{side} pages {[*pages.shape]} do not have {heads} heads and {2 * nbits} bytes a tile")
-    if nbits == 32:
-        if m != head_dim:
-            _fail(op, f"the identity codec has one code per dimension, {head_dim}; {side} pages hold {m}")
-    elif not 1 <= nbits <= 8 or books.shape != (heads, m, 1 << nbits, head_dim // m) or head_dim % m:
-        want = [heads, m, 1 << nbits, head_dim // m] if 1 <= nbits <= 8 else "nbits 1..8 or 32"
-        _fail(op, f"{side} books must be {want} for pages {[*pages.shape]}, d {head_dim}, got {[*books.shape]}")
-
-
-def _check_decode(args: tuple[Any, ...]) -> None:
-    q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v, *rest = args
-    k_nbits, v_nbits, _ = rest
-    if q.dim() != 4:
-        _fail("decode", f"q must be [B, Hq, S, d], got {[*q.shape]}")
-    batch, query_heads, _, head_dim = q.shape
-    heads = k_pages.shape[1] if k_pages.dim() == 5 else 0
-    if not heads or query_heads % heads:
-        _fail("decode", f"{query_heads} query heads cannot be shared by {heads} kv heads")
-    _check_pages("decode", "k", k_pages, k_books, k_nbits, heads, head_dim)
-    _check_pages("decode", "v", v_pages, v_books, v_nbits, heads, head_dim)
-    if k_pages.shape[2] != v_pages.shape[2] or k_pages.shape[0] != v_pages.shape[0]:
-        _fail("decode", f"k pages {[*k_pages.shape]} and v pages {[*v_pages.shape]} differ in pages or tiles")
-    if page_table.dtype != torch.int32 or page_table.dim() != 2 or page_table.shape[0] != batch:
-        _fail("decode", f"page_table must be int32 [{batch}, n], got {page_table.dtype} {[*page_table.shape]}")
-    if lengths.dtype != torch.int32 or lengths.shape != (batch, 3):
-        _fail("decode", f"lengths must be int32 [{batch}, 3], got {lengths.dtype} {[*lengths.shape]}")
-    for name, k, v in (("sink", sink_k, sink_v), ("window", window_k, window_v)):
-        if k.dim() != 4 or k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != head_dim:
-            want = f"[{batch}, {heads}, n, {head_dim}]"
-            _fail("decode", f"{name}_k and {name}_v must be {want}, got {[*k.shape]} and {[*v.shape]}")
-        if k.dtype != q.dtype or v.dtype != q.dtype:
-            _fail("decode", f"{name}_k and {name}_v must be {q.dtype} as q is, got {k.dtype} and {v.dtype}")
-
-
-def _check_encode(x: Tensor, books: Tensor) -> None:
-    if x.dim() != 3 or books.dim() != 4 or books.shape[0] != x.shape[0] or not 1 <= books.shape[2] <= 256:
-        _fail("encode", f"x must be [G, n, d] and books [G, M, C <= 256, dm], got {[*x.shape]} and {[*books.shape]}")
-    if books.shape[1] * books.shape[3] != x.shape[2]:
-        _fail("encode", f"{books.shape[1]} subspaces of {books.shape[3]} dimensions do not make d = {x.shape[2]}")
-
-
-def _check_encode_pages(args: tuple[Any, ...]) -> None:
-    pages, x, books, page_ids, first_slot, nbits = args
-    if x.dim() != 3:
-        _fail("encode_pages_", f"x must be [H, n, d], got {[*x.shape]}")
-    heads, n, head_dim = x.shape
-    _check_pages("encode_pages_", "the", pages, books, nbits, heads, head_dim)
-    page_size = pages.shape[2] * TILE
-    if page_ids.dim() != 1 or not 0 <= first_slot < page_size or first_slot + n > page_ids.numel() * page_size:
-        pages_given = f"{page_ids.numel()} pages of {page_size}"
-        _fail("encode_pages_", f"{n} tokens from slot {first_slot} do not fit into {pages_given}")
-
-
-def _check_append(args: tuple[Any, ...]) -> None:
-    sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books, *nbits = (
-        args
-    )
-    batch, heads, _, head_dim = window_k.shape
-    _check_pages("append_", "k", k_pages, k_books, nbits[0], heads, head_dim)
-    _check_pages("append_", "v", v_pages, v_books, nbits[1], heads, v.shape[-1])
-    if k.shape != (batch, heads, 1, head_dim) or v.shape[:3] != (batch, heads, 1):
-        _fail("append_", f"k and v must be [{batch}, {heads}, 1, d], got {[*k.shape]} and {[*v.shape]}")
-    if any(x.dtype != k.dtype for x in (sink_k, sink_v, window_k, window_v, v)):
-        _fail("append_", f"sinks and window must be {k.dtype} as k and v are")
-    if before.shape != (batch, 3) or after.shape != (batch, 3) or {before.dtype, after.dtype} != {torch.int32}:
-        _fail("append_", f"before and after must be int32 [{batch}, 3], got {[*before.shape]} and {[*after.shape]}")
-    if page_table.dtype != torch.int32 or page_table.dim() != 2 or page_table.shape[0] != batch:
-        _fail("append_", f"page_table must be int32 [{batch}, n], got {page_table.dtype} {[*page_table.shape]}")
-
-
 # -- torch.library ---------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("pqlab", "DEF")  # must live as long as the process
@@ -327,22 +252,22 @@ _library.define(
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
-    _check_decode(args)
+    checks.decode(*args)
     return _run("decode", args[0].device.type, args)
 
 
 def _encode(*args: Any) -> Tensor:
-    _check_encode(*args)
+    checks.encode(*args)
     return _run("encode", args[0].device.type, args)
 
 
 def _encode_pages(*args: Any) -> None:
-    _check_encode_pages(args)
+    checks.encode_pages(*args)
     _run("encode_pages_", args[0].device.type, args)
 
 
 def _append(*args: Any) -> None:
-    _check_append(args)
+    checks.append(*args)
     _run("append_", args[6].device.type, args)
 
 
@@ -355,7 +280,7 @@ _library.impl("append_", _append, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("pqlab::decode", lib=_library)
 def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    _check_decode(args)
+    checks.decode(*args)
     q = args[0]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
@@ -363,15 +288,15 @@ def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("pqlab::encode", lib=_library)
 def _encode_fake(x: Tensor, books: Tensor) -> Tensor:
-    _check_encode(x, books)
+    checks.encode(x, books)
     return x.new_empty((x.shape[0], x.shape[1], books.shape[1]), dtype=torch.uint8)
 
 
 @torch.library.register_fake("pqlab::encode_pages_", lib=_library)
 def _encode_pages_fake(*args: Any) -> None:
-    _check_encode_pages(args)
+    checks.encode_pages(*args)
 
 
 @torch.library.register_fake("pqlab::append_", lib=_library)
 def _append_fake(*args: Any) -> None:
-    _check_append(args)
+    checks.append(*args)

@@ -1,0 +1,143 @@
+"""Do the arguments of an operation fit each other? What does not would make a kernel read foreign memory.
+
+The test that runs before every call compares the shapes in one expression; only when it fails are they looked at one
+by one to find the sentence for the error.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..paging.layout import TILE
+
+
+def decode(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
+    k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
+    k_nbits: int, v_nbits: int, scale: float,
+) -> None:  # fmt: skip
+    """Raises ValueError for what `ops.decode` cannot take."""
+    batch, query_heads, _, head_dim = _dims(q, 4)
+    max_pages, heads, tiles, _, _ = _dims(k_pages, 5)
+    exact, dtype = (batch, heads, head_dim), q.dtype
+    if (
+        heads
+        and query_heads % heads == 0
+        and _pages_fit(k_pages, k_books, k_nbits, heads, head_dim)
+        and _pages_fit(v_pages, v_books, v_nbits, heads, head_dim)
+        and v_pages.shape[:3] == (max_pages, heads, tiles)
+        and page_table.dtype == lengths.dtype == torch.int32
+        and _dims(page_table, 2)[0] == batch
+        and lengths.shape == (batch, 3)
+        and _exact_fit(sink_k, sink_v, exact, dtype)
+        and _exact_fit(window_k, window_v, exact, dtype)
+    ):
+        return
+    if q.dim() != 4:
+        _fail("decode", f"q must be [B, Hq, S, d], got {[*q.shape]}")
+    if not heads or query_heads % heads:
+        _fail("decode", f"{query_heads} query heads cannot be shared by {heads} kv heads")
+    _explain_pages("decode", "k", k_pages, k_books, k_nbits, heads, head_dim)
+    _explain_pages("decode", "v", v_pages, v_books, v_nbits, heads, head_dim)
+    _explain_table("decode", page_table, batch)
+    if lengths.dtype != torch.int32 or lengths.shape != (batch, 3):
+        _fail("decode", f"lengths must be int32 [{batch}, 3], got {lengths.dtype} {[*lengths.shape]}")
+    for name, k, v in (("sink", sink_k, sink_v), ("window", window_k, window_v)):
+        if not _exact_fit(k, v, exact, dtype):
+            want = f"{dtype} (as q is) [{batch}, {heads}, n, {head_dim}]"
+            got = f"{k.dtype} {[*k.shape]} and {v.dtype} {[*v.shape]}"
+            _fail("decode", f"{name}_k and {name}_v must be {want}, got {got}")
+    _fail("decode", f"k pages {[*k_pages.shape]} and v pages {[*v_pages.shape]} differ in pages or tiles")
+
+
+def encode(x: Tensor, books: Tensor) -> None:
+    """Raises ValueError for what `ops.encode` cannot take."""
+    groups, _, head_dim = _dims(x, 3)
+    book_groups, m, num_centroids, dm = _dims(books, 4)
+    if x.dim() != 3 or book_groups != groups or not 1 <= num_centroids <= 256:
+        _fail("encode", f"x must be [G, n, d] and books [G, M, C <= 256, dm], got {[*x.shape]} and {[*books.shape]}")
+    if m * dm != head_dim:
+        _fail("encode", f"{m} subspaces of {dm} dimensions do not make d = {head_dim}")
+
+
+def encode_pages(pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, first_slot: int, nbits: int) -> None:
+    """Raises ValueError for what `ops.encode_pages_` cannot take."""
+    if x.dim() != 3:
+        _fail("encode_pages_", f"x must be [H, n, d], got {[*x.shape]}")
+    heads, n, head_dim = x.shape
+    if not _pages_fit(pages, books, nbits, heads, head_dim):
+        _explain_pages("encode_pages_", "the", pages, books, nbits, heads, head_dim)
+    page_size = pages.shape[2] * TILE
+    if page_ids.dim() != 1 or not 0 <= first_slot < page_size or first_slot + n > page_ids.numel() * page_size:
+        pages_given = f"{page_ids.numel()} pages of {page_size}"
+        _fail("encode_pages_", f"{n} tokens from slot {first_slot} do not fit into {pages_given}")
+
+
+def append(
+    sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor, k_pages: Tensor, v_pages: Tensor,
+    k: Tensor, v: Tensor, page_table: Tensor, before: Tensor, after: Tensor, k_books: Tensor, v_books: Tensor,
+    k_nbits: int, v_nbits: int,
+) -> None:  # fmt: skip
+    """Raises ValueError for what `ops.append_` cannot take."""
+    batch, heads, _, head_dim = _dims(window_k, 4)
+    exact, dtype = (batch, heads, head_dim), k.dtype
+    if not _pages_fit(k_pages, k_books, k_nbits, heads, head_dim):
+        _explain_pages("append_", "k", k_pages, k_books, k_nbits, heads, head_dim)
+    if not _pages_fit(v_pages, v_books, v_nbits, heads, head_dim):
+        _explain_pages("append_", "v", v_pages, v_books, v_nbits, heads, head_dim)
+    if not k.shape == v.shape == (batch, heads, 1, head_dim):
+        _fail("append_", f"k and v must be [{batch}, {heads}, 1, {head_dim}], got {[*k.shape]} and {[*v.shape]}")
+    if not (_exact_fit(sink_k, sink_v, exact, dtype) and _exact_fit(window_k, window_v, exact, dtype)):
+        got = ", ".join(f"{x.dtype} {[*x.shape]}" for x in (sink_k, sink_v, window_k, window_v))
+        _fail("append_", f"sinks and window must be {dtype} (as k is) [{batch}, {heads}, n, {head_dim}], got {got}")
+    if not (before.shape == after.shape == (batch, 3) and before.dtype == after.dtype == torch.int32):
+        _fail("append_", f"before and after must be int32 [{batch}, 3], got {[*before.shape]} and {[*after.shape]}")
+    _explain_table("append_", page_table, batch)
+
+
+def _dims(x: Tensor, count: int) -> tuple[int, ...]:
+    """The shape, or zeros when it has another number of dimensions: they fit nothing."""
+    shape = x.shape
+    return shape if len(shape) == count else (0,) * count
+
+
+def _pages_fit(pages: Tensor, books: Tensor, nbits: int, heads: int, head_dim: int) -> bool:
+    _, page_heads, _, m, tile_bytes = _dims(pages, 5)
+    if pages.dtype != torch.uint8 or page_heads != heads or tile_bytes != 2 * nbits or not m or head_dim % m:
+        return False
+    if nbits == 32:
+        return m == head_dim
+    fits = 1 <= nbits <= 8 and books.shape == (heads, m, 1 << nbits, head_dim // m)
+    return fits and books.dtype == torch.float32
+
+
+def _exact_fit(k: Tensor, v: Tensor, batch_heads_dim: tuple[int, int, int], dtype: torch.dtype) -> bool:
+    batch, heads, slots, head_dim = _dims(k, 4)
+    return k.dtype == v.dtype == dtype and (batch, heads, head_dim) == batch_heads_dim and v.shape == k.shape
+
+
+def _explain_pages(op: str, side: str, pages: Tensor, books: Tensor, nbits: int, heads: int, head_dim: int) -> None:
+    """Raises for pages and books that do not fit; returns when they do."""
+    if pages.dtype != torch.uint8 or pages.dim() != 5:
+        _fail(op, f"{side} pages must be uint8 [max_pages, H, tiles, M, 2 * nbits], got {pages.dtype} {[*pages.shape]}")
+    _, page_heads, _, m, tile_bytes = pages.shape
+    if page_heads != heads or tile_bytes != 2 * nbits:
+        _fail(op, f"{side} pages {[*pages.shape]} do not have {heads} heads and {2 * nbits} bytes a tile")
+    if nbits == 32 and m != head_dim:
+        _fail(op, f"the identity codec has one code per dimension, {head_dim}; {side} pages hold {m}")
+    if not _pages_fit(pages, books, nbits, heads, head_dim):
+        want = f"float32 {[heads, m, 1 << nbits, head_dim // m]}" if 1 <= nbits <= 8 and m else "for nbits 1..8 or 32"
+        got = f"{books.dtype} {[*books.shape]} and nbits {nbits}"
+        _fail(op, f"{side} books must be {want} for pages {[*pages.shape]} and d {head_dim}, got {got}")
+
+
+def _explain_table(op: str, page_table: Tensor, batch: int) -> None:
+    if page_table.dtype != torch.int32 or page_table.dim() != 2 or page_table.shape[0] != batch:
+        _fail(op, f"page_table must be int32 [{batch}, n], got {page_table.dtype} {[*page_table.shape]}")
+
+
+def _fail(op: str, what: str) -> NoReturn:
+    raise ValueError(f"pqlab.{op}: {what}")
