@@ -18,7 +18,7 @@ from ..config import PQConfig
 from ..paging.layout import SIDES
 from .codebook import Codebooks, LayerCodec, Origin
 from .codec import PQCodec
-from .geometry import PQSpec, num_layers, setting
+from .geometry import PQSpec, attention_geometry, num_layers, setting
 from .kmeans import ITERATIONS, product_kmeans
 from .samples import NUM_SINKS, NUM_TOKENS, WINDOW, Samples, collect_kv
 
@@ -64,6 +64,9 @@ def calibrate(
         ConfigError: M does not divide the head size.
         UnsupportedModelError: the model has nothing to quantize.
     """
+    for i, (_, head_dim) in attention_geometry(model).items():
+        for pq in setting(config, i):
+            pq.num_subspaces(head_dim)  # raises before the long work
     with _reporting(progress) as report:
         samples = collect_kv(
             model,
