@@ -7,7 +7,7 @@ from .codebook import Codebooks, LayerCodec, Origin
 from .codebook_file import CodebookError
 from .codec import Codec, IdentityCodec, PQCodec
 from .geometry import PQSpec, attention_geometry
-from .kmeans import distortion, kmeans, product_kmeans
+from .kmeans import distortion, product_kmeans
 from .samples import Samples, collect_kv, record_kv
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "calibrate",
     "collect_kv",
     "distortion",
-    "kmeans",
     "product_kmeans",
     "record_kv",
     "train",

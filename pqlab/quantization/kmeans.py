@@ -25,7 +25,7 @@ ITERATIONS = 12
 Progress = Callable[[int, int], None]
 """Called with (done, total); the unit is the callee's own."""
 
-_RELOCATIONS = 6  # first iterations that move centroids of little worth; afterwards only empty cells move
+_RELOCATIONS = (1, 3, 5)  # iterations that move centroids of little worth; in the others only empty cells move
 _SEEDING_SAMPLES = 4096
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}  # of the samples that are trained on at once
 _RELOCATE_CODEBOOKS = {"cpu": 16, "cuda": 1024}  # at once: each needs a C x C matrix of distances
@@ -80,7 +80,7 @@ def product_kmeans(
             codes = ops.encode(part, centroids)
             cells = _cells(columns, codes, num_centroids)
             centroids = torch.where(cells.count > 0, cells.mean, centroids.double())
-            only_empty = i >= min(_RELOCATIONS, iterations - 2)
+            only_empty = i not in _RELOCATIONS or i >= iterations - 2
             if i + 1 < iterations and not (only_empty and cells.count.all()):
                 centroids = _relocate(centroids, cells, _spread(columns, codes, cells), only_empty)
             centroids = centroids.float().contiguous()
