@@ -93,9 +93,9 @@ struct Decode {
 // -- codes, few rows -------------------------------------------------------------------------------------------------
 
 template <int ROWS>
-void score(const Scratch& s, const Book& book, const float* q, float* scores, Ahead next) {
+void score(const uint8_t* codes, int64_t tiles, const Book& book, const float* q, float* scores, Ahead next) {
     const auto call = [&](auto f) {
-        f(s.codes.data(), int64_t(s.k_tiles.size()), book.entries(), book.parts, book.centroids, book.table, q, scores, next);
+        f(codes, tiles, book.entries(), book.parts, book.centroids, book.table, q, scores, next);
     };
     switch (book.width) {
         case 1: return call(score_codes<1, ROWS>);
@@ -106,9 +106,9 @@ void score(const Scratch& s, const Book& book, const float* q, float* scores, Ah
 }
 
 template <int ROWS>
-void add(const Scratch& s, const Book& book, const float* weights, float* sums, Ahead next) {
+void add(const uint8_t* codes, int64_t tiles, const Book& book, const float* weights, float* sums, Ahead next) {
     const auto call = [&](auto f) {
-        f(s.codes.data(), int64_t(s.v_tiles.size()), book.entries(), book.parts, book.centroids, book.table, weights, sums, next);
+        f(codes, tiles, book.entries(), book.parts, book.centroids, book.table, weights, sums, next);
     };
     switch (book.width) {
         case 1: return call(add_values<1, ROWS>);
@@ -118,14 +118,13 @@ void add(const Scratch& s, const Book& book, const float* weights, float* sums, 
     }
 }
 
-// out = each of n weights `times` over.
-void repeat_each(float* out, const float* weights, int64_t n, int64_t times) {
-    if (times == 2)
-        for (int64_t t = 0; t < n; t++) out[2 * t] = out[2 * t + 1] = weights[t];
-    else if (times == 4)
-        for (int64_t t = 0; t < n; t++) out[4 * t] = out[4 * t + 1] = out[4 * t + 2] = out[4 * t + 3] = weights[t];
-    else
-        std::memcpy(out, weights, size_t(n) * 4);
+// Scores to weights, each as often as `add_values` wants it.
+float weigh(float* scores, int n, float& m, float& l, float* weights, int64_t repeats) {
+    switch (repeats) {
+        case 2: return softmax_row<2>(scores, n, m, l, weights);
+        case 4: return softmax_row<4>(scores, n, m, l, weights);
+        default: return softmax_row<1>(scores, n, m, l, weights);
+    }
 }
 
 template <int ROWS>
@@ -153,21 +152,22 @@ void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Sc
         const int64_t tokens = std::min(n * TILE, coded(segment.pair) - tile * TILE);
         find_v(segment.pair, tile, n, s.v_tiles);
         unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
-        score<ROWS>(s, k, q.data(), s.scores.data(), Ahead{s.v_tiles.data(), n, a.v_m * 2 * a.v_nbits});
+        const Ahead values{s.v_tiles.data(), n, a.v_m * 2 * a.v_nbits};
+        score<ROWS>(s.codes.data(), n, k, q.data(), s.scores.data(), values);
         for (int r = 0; r < ROWS; r++) {
             float* p = s.scores.data() + r * BLOCK_TOKENS;
             for (int64_t t = tokens; t < n * TILE; t++) p[t] = -INFINITY;
-            const float factor = softmax_row(p, int(n * TILE), m[r], l[r]);
+            const float factor = weigh(p, int(n * TILE), m[r], l[r], s.weights.data() + r * BLOCK_TOKENS * repeats, repeats);
             if (factor != 1.f)
                 for (int64_t e = 0; e < v.entries(); e++) {
                     float* sum = s.sums.data() + (e * ROWS + r) * WIDTH;
                     store(sum, load(sum) * splat(factor));
                 }
-            repeat_each(s.weights.data() + r * BLOCK_TOKENS * repeats, p, n * TILE, repeats);
         }
         find_k(segment.pair, tile + n, std::min(BLOCK_TILES, segment.last_tile - tile - n), s.k_tiles);
+        const Ahead next{s.k_tiles.data(), int64_t(s.k_tiles.size()), a.k_m * 2 * a.k_nbits};
         unpack_tiles(s.codes.data(), CODE_STRIDE, s.v_tiles.data(), n, a.v_m, int(a.v_nbits));
-        add<ROWS>(s, v, s.weights.data(), s.sums.data(), Ahead{s.k_tiles.data(), int64_t(s.k_tiles.size()), a.k_m * 2 * a.k_nbits});
+        add<ROWS>(s.codes.data(), n, v, s.weights.data(), s.sums.data(), next);
     }
     for (int r = 0; r < ROWS; r++) {
         const int64_t row = first_row + r;

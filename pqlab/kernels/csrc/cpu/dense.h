@@ -77,8 +77,9 @@ void score_columns(const float* q, int64_t d, const Block& block, float (*s)[BLO
     }
 }
 
-// s[row] becomes e^(s - m'); the factor for what came before is returned.
-inline float softmax_row(float* s, int n, float& m, float& l) {
+// s[row] becomes e^(s - m'), each REPEATS times over in `out`; the factor for what came before is returned.
+template <int REPEATS = 1>
+inline float softmax_row(float* s, int n, float& m, float& l, float* out) {
     const int whole = (n + WIDTH - 1) / WIDTH * WIDTH;
     for (int i = n; i < whole; i++) s[i] = -INFINITY;
     f8 top = load(s);
@@ -87,10 +88,10 @@ inline float softmax_row(float* s, int n, float& m, float& l) {
     f8 sum = {};
     for (int i = 0; i < whole; i += WIDTH) {
         const f8 p = exp(load(s + i) - splat(next));
-        store(s + i, p);
+        store_repeated<REPEATS>(out + i * REPEATS, p);
         sum += p;
     }
-    const float factor = std::exp(m - next);  // m = -inf at first: 0
+    const float factor = m == next ? 1.f : std::exp(m - next);  // m = -inf at first: 0
     l = l * factor + sum_of(sum);
     m = next;
     return factor;
@@ -105,7 +106,7 @@ PQ_NOINLINE void attend_rows(const float* q, const Rows& rows, int64_t first, co
     else
         score_rows<ROWS>(q + first * d, d, block, s);
     float factor[ROWS];
-    for (int r = 0; r < ROWS; r++) factor[r] = softmax_row(s[r], block.n, rows.m[first + r], rows.l[first + r]);
+    for (int r = 0; r < ROWS; r++) factor[r] = softmax_row(s[r], block.n, rows.m[first + r], rows.l[first + r], s[r]);
     for (int64_t col = 0; col < width; col += 16) {
         f8 sum[ROWS][2];
 #pragma GCC unroll 6

@@ -33,8 +33,9 @@ struct Ahead {
     }
 };
 
-// Byte codes of a block of tokens, subspace by subspace: [m][CODE_STRIDE]. In the pages the 16 codes of a subspace lie
-// M * 16 bytes apart from tile to tile; walked like that, a power of two, all lines of a block fall into few cache sets.
+// Tokens that are scored, weighed and added up in one go. Their codes are put side by side first, [m][CODE_STRIDE]
+// (`unpack_tiles`): in a page the codes of a subspace lie M * 16 bytes apart from tile to tile, mostly a power of two;
+// walked like that, a block's cache lines fall into few sets and push each other out, which costs more than the copy.
 constexpr int64_t BLOCK_TILES = 32, BLOCK_TOKENS = BLOCK_TILES * TILE;
 constexpr int64_t CODE_STRIDE = BLOCK_TOKENS + 64;
 
@@ -171,7 +172,7 @@ PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first,
 
 // sums[entry][row][8] += weight[row][token] * entry: the lanes of a vector are still apart, each holds one dimension of
 // one token in 8/D.
-//   weights [ROWS][BLOCK_TOKENS]: of each token D times over (D <= 4), or once (D = 8).
+//   codes [subspaces][CODE_STRIDE]; weights [ROWS][BLOCK_TOKENS]: of each token D times over (D <= 4), or once (D = 8).
 template <int D, int ROWS>
 void add_values(const uint8_t* codes, int64_t tiles, int64_t num_entries, int64_t parts, int64_t centroids,
                 const float* book, const float* weights, float* sums, Ahead next) {

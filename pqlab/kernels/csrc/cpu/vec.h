@@ -54,6 +54,25 @@ inline f8 exp(f8 x) {
     return x < splat(-87.f) ? splat(0.f) : y * (f8)power;
 }
 
+// Every lane TIMES times over, in 8 * TIMES floats.
+template <int TIMES>
+PQ_INLINE void store_repeated(float* out, f8 x) {
+#ifdef PQ_AVX2
+    if constexpr (TIMES == 2) {
+        const __m256 low = _mm256_unpacklo_ps((__m256)x, (__m256)x), high = _mm256_unpackhi_ps((__m256)x, (__m256)x);
+        store(out, (f8)_mm256_permute2f128_ps(low, high, 0x20));  // 0 0 1 1 2 2 3 3
+        store(out + WIDTH, (f8)_mm256_permute2f128_ps(low, high, 0x31));
+        return;
+    }
+#endif
+    if constexpr (TIMES == 1) {
+        store(out, x);
+        return;
+    }
+    for (int i = 0; i < WIDTH; i++)
+        for (int j = 0; j < TIMES; j++) out[i * TIMES + j] = x[i];
+}
+
 // Adds the sums over groups of D lanes of N vectors to out[0 .. N * 8/D).
 template <int D, int N>
 PQ_INLINE void add_groups(float* out, const f8* x) {
