@@ -18,7 +18,7 @@ from pqlab.cost import ModelShape
 from pqlab.errors import ConfigError
 from pqlab.panels import Panel, controls, decode_stepper, memory_layout, page_settings
 from pqlab.panels.latest import Latest
-from pqlab.panels.view import changes, plain
+from pqlab.panels.view import FigureView, changes, plain
 
 
 class Wave(Panel):
@@ -204,12 +204,19 @@ def test_other_traces_are_sent_whole():
     assert changes(bars, bars) == {"traces": {}, "layout": {}}
 
 
-def test_plotlyjs_comes_from_the_kernel(wave, monkeypatch):
+def test_plotlyjs_comes_with_the_first_figure_and_when_asked_for(monkeypatch):
     sent = []
-    monkeypatch.setattr(wave.view, "send", lambda message, buffers=None: sent.append((message, buffers)))
-    wave.view._answer(None, {"kind": "plotly.js"}, [])
-    (message, (code,)) = sent[0]
-    assert message == {"kind": "plotly.js"} and b"plotly.js v" in code[:100]
+    monkeypatch.setattr(FigureView, "send", lambda self, message, buffers=None: sent.append((message, buffers)))
+    monkeypatch.setattr(FigureView, "_sent", False)
+    panels = Wave(), Wave()
+    views = [panel.view for panel in panels]
+    assert len(sent) == 1, "a busy kernel could not answer a page that asks: the first figure brings it along"
+    views[1]._answer(None, {"kind": "plotly.js"}, [])
+    assert len(sent) == 2
+    for message, (code,) in sent:
+        assert message == {"kind": "plotly.js"} and b"plotly.js v" in code[:100]
+    for panel in panels:
+        panel.close()
 
 
 def test_clicks_reach_the_panel(wave, monkeypatch):

@@ -1,32 +1,38 @@
 // Shows one plotly figure, follows the theme and the width of its page, applies patches from the kernel.
 // plotly.js comes from the kernel, once per page, after the widget is up: anywidget gives up on a widget whose own
-// module takes longer than two seconds to start, and plotly.js can, on a busy machine.
+// module takes longer than two seconds to start, and plotly.js can, on a busy machine. The kernel sends it with its
+// first figure; a page that was opened later asks for it, which a busy kernel answers late.
 
-const LOADED = (globalThis.__pqlab_plotly ??= {}); // version -> {promise, resolve, asked}
-const ASK_AGAIN = 20_000; // ms, should the kernel that was asked have died
+const LOADED = (globalThis.__pqlab_plotly ??= {}); // version -> {promise, resolve, done, asked}
+const ASK_AFTER = 3_000; // ms
+const ASK_AGAIN = 120_000;
 
-function plotly(model) {
-  const version = model.get("_version");
-  const entry = (LOADED[version] ??= (() => {
+function entryOf(model) {
+  return (LOADED[model.get("_version")] ??= (() => {
     let resolve;
     const promise = new Promise((done) => { resolve = done; });
-    return { promise, resolve, asked: -Infinity };
+    return { promise, resolve, done: false, asked: performance.now() + ASK_AFTER - ASK_AGAIN };
   })());
-  const ask = () => {
-    if (entry.done || performance.now() - entry.asked < ASK_AGAIN) return;
+}
+
+async function take(model, code) {
+  const entry = entryOf(model);
+  if (entry.done) return;
+  entry.done = true;
+  const parts = ["const module = {exports: {}};\n", code, "\nexport default module.exports;"];
+  const url = URL.createObjectURL(new Blob(parts, { type: "text/javascript" }));
+  entry.resolve((await import(url)).default);
+  URL.revokeObjectURL(url);
+}
+
+function plotly(model) {
+  const entry = entryOf(model);
+  const timer = setInterval(() => {
+    if (entry.done) return clearInterval(timer);
+    if (performance.now() - entry.asked < ASK_AGAIN) return;
     entry.asked = performance.now();
     model.send({ kind: "plotly.js" });
-  };
-  model.on("msg:custom", async (message, buffers) => {
-    if (message.kind !== "plotly.js" || entry.done) return;
-    entry.done = true;
-    const parts = ["const module = {exports: {}};\n", buffers[0], "\nexport default module.exports;"];
-    const url = URL.createObjectURL(new Blob(parts, { type: "text/javascript" }));
-    entry.resolve((await import(url)).default);
-    URL.revokeObjectURL(url);
-  });
-  ask();
-  const timer = setInterval(() => (entry.done ? clearInterval(timer) : ask()), 1000);
+  }, 500);
   return { ready: entry.promise, stop: () => clearInterval(timer) };
 }
 
@@ -38,7 +44,8 @@ function merge(object, changes) {
 }
 
 function initialize({ model }) {
-  model.on("msg:custom", (message) => {
+  model.on("msg:custom", (message, buffers) => {
+    if (message.kind === "plotly.js") take(model, buffers[0]);
     if (message.kind !== "patch") return;
     const figure = model.get("_figure");
     for (const [index, changes] of Object.entries(message.traces)) merge(figure.data[index], changes);

@@ -1,7 +1,8 @@
 """One figure in the browser, sent whole once and then by what changes.
 
 plotly's own `FigureWidget` carries plotly.js (5 MB) in every figure, evaluates it for each, and loses all later
-updates when that takes longer than the two seconds that anywidget waits. This view asks for plotly.js once a page.
+updates when that takes longer than the two seconds that anywidget waits. Here plotly.js is sent once, with the first
+figure of a kernel; it does not wait to be asked for, since a kernel that runs a whole notebook answers only afterwards.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import anywidget
 import plotly.graph_objects as go
@@ -60,6 +61,9 @@ class FigureView(anywidget.AnyWidget):
 
     _esm = Path(__file__).with_name("view.js")
 
+    _sent: ClassVar[bool] = False
+    """Whether a figure of this kernel has brought plotly.js along."""
+
     theme = traitlets.Enum(("auto", *THEMES), default_value="auto").tag(sync=True)
     _figure = traitlets.Dict().tag(sync=True)
     _templates = traitlets.Dict().tag(sync=True)
@@ -74,6 +78,9 @@ class FigureView(anywidget.AnyWidget):
             _version=get_plotlyjs_version(),
         )
         self.on_msg(self._answer)
+        if not FigureView._sent:
+            FigureView._sent = True
+            self._send_plotlyjs()
 
     def show(self, figure: go.Figure) -> None:
         """Change the picture into `figure`; zoom and hidden traces stay as they are.
@@ -90,6 +97,9 @@ class FigureView(anywidget.AnyWidget):
 
     def _answer(self, _: Any, message: Plain, buffers: list[Any]) -> None:
         if message.get("kind") == "plotly.js":
-            self.send({"kind": "plotly.js"}, buffers=[get_plotlyjs().encode()])
+            self._send_plotlyjs()
         elif message.get("kind") == "click":
             self.on_click(message["point"])
+
+    def _send_plotlyjs(self) -> None:
+        self.send({"kind": "plotly.js"}, buffers=[get_plotlyjs().encode()])
