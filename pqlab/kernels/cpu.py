@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .backend import Backend, BuildStatus
 from .build import Extension
 
@@ -24,6 +25,8 @@ SOURCES = Path(__file__).parent / "csrc" / "cpu"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DECODE_ARGS = struct.Struct("=13Q15qd")  # struct pq_decode_args of csrc/cpu/api.h: 8 bytes a field
 _ENCODE_ARGS = struct.Struct("=4Q10q")  # struct pq_encode_args
+_FLUSH = 4  # pq_result: stored, and some row flushes now
+_APPEND_ARGS = struct.Struct("=8Q5q")  # struct pq_append_args
 _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append_": (6, 13)}
 """Where the arguments of an operation hold its vectors, and where its (one or two) nbits begin."""
 _IDENTITY = "the identity codec (nbits 32) runs on the reference only"
@@ -40,7 +43,7 @@ class CpuBackend(Backend):
 
     def _load(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        for function in (library.pq_decode, library.pq_encode):
+        for function in (library.pq_decode, library.pq_encode, library.pq_append):
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         library.pq_isa.restype = ctypes.c_char_p
         self._library = library
@@ -106,8 +109,7 @@ class CpuBackend(Backend):
     ) -> None:
         groups, n, head_dim = x.shape
         max_pages, _, tiles, m, _ = pages.shape
-        if not pages.is_contiguous():
-            raise ValueError(f"pqlab.encode_pages_: pages must be contiguous, their strides are {pages.stride()}")
+        _in_place("encode_pages_", pages=pages)
         x, books, page_ids = _plain(x), _plain(books), _plain(page_ids.to(torch.int64))
         code = self._library.pq_encode(
             _ENCODE_ARGS.pack(
@@ -117,6 +119,34 @@ class CpuBackend(Backend):
         )  # fmt: skip
         if code:
             _fail("encode_pages_", code, f"page_ids {page_ids.tolist()} of {max_pages} pages")
+
+    def append_(
+        self, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor, k_pages: Tensor, v_pages: Tensor,
+        k: Tensor, v: Tensor, page_table: Tensor, before: Tensor, after: Tensor, k_books: Tensor, v_books: Tensor,
+        k_nbits: int, v_nbits: int,
+    ) -> None:  # fmt: skip
+        _in_place("append_", sink_k=sink_k, sink_v=sink_v, window_k=window_k, window_v=window_v)
+        batch, heads, slots, head_dim = window_k.shape
+        k, v, before, after = _plain(k), _plain(v), _plain(before), _plain(after)
+        written = (sink_k, sink_v, window_k, window_v, k, v, before, after)
+        code = self._library.pq_append(
+            _APPEND_ARGS.pack(
+                *[t.data_ptr() for t in written],
+                batch, heads, sink_k.shape[2], slots, head_dim * k.element_size(),
+            )
+        )  # fmt: skip
+        if code == _FLUSH:
+            old, new, flush = before.tolist(), after.tolist(), reference.flush_
+            flush(window_k, k_pages, page_table, old, new, k_books, k_nbits, self.encode_pages_)
+            flush(window_v, v_pages, page_table, old, new, v_books, v_nbits, self.encode_pages_)
+        elif code:
+            _fail("append_", code, f"before {before.tolist()}, {sink_k.shape[2]} sinks, {slots} window slots")
+
+
+def _in_place(op: str, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not (x.is_contiguous() and x.is_cpu):
+            raise ValueError(f"pqlab.{op}: {name} is written in place and must be contiguous on the CPU")
 
 
 def _plain(x: Tensor) -> Tensor:

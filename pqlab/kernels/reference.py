@@ -170,10 +170,9 @@ def append_(
     encode_pages_: Callable[..., None] | None = None,
 ) -> None:
     """Store one new token a row and flush what leaves the window; see `kernels.ops.append_`."""
-    encode_pages_ = encode_pages_ or globals()["encode_pages_"]
     num_sinks, slots = sink_k.shape[2], window_k.shape[2]
-    page_size = k_pages.shape[2] * TILE
-    for row, (old, new) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+    rows_before, rows_after = before.tolist(), after.tolist()
+    for row, (old, new) in enumerate(zip(rows_before, rows_after, strict=True)):
         token = sum(old)
         if sum(new) == token:
             continue
@@ -181,12 +180,29 @@ def append_(
         into = (sink_k, sink_v) if token < num_sinks else (window_k, window_v)
         for target, x in zip(into, (k, v), strict=True):
             target[row, :, place] = x[row, :, 0]
+    flush_(window_k, k_pages, page_table, rows_before, rows_after, k_books, k_nbits, encode_pages_)
+    flush_(window_v, v_pages, page_table, rows_before, rows_after, v_books, v_nbits, encode_pages_)
+
+
+def flush_(
+    window: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    before: list[list[int]],
+    after: list[list[int]],
+    books: Tensor,
+    nbits: int,
+    encode_pages_: Callable[..., None] | None = None,
+) -> None:
+    """One side of the flush in `append_`: ring tokens [before.coded, after.coded) of each row become codes."""
+    slots, page_size = window.shape[2], pages.shape[2] * TILE
+    for row, (old, new) in enumerate(zip(before, after, strict=True)):
         first, end = old[1], new[1]
         if end > first:
-            ring = torch.arange(first, end, device=k.device) % slots
+            ring = torch.arange(first, end, device=window.device) % slots
             ids = page_table[row, first // page_size : -(-end // page_size)]
-            encode_pages_(k_pages, window_k[row].index_select(1, ring), k_books, ids, first % page_size, k_nbits)
-            encode_pages_(v_pages, window_v[row].index_select(1, ring), v_books, ids, first % page_size, v_nbits)
+            x = window[row].index_select(1, ring)
+            (encode_pages_ or globals()["encode_pages_"])(pages, x, books, ids, first % page_size, nbits)
 
 
 def encode_pages_(pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, first_slot: int, nbits: int) -> None:

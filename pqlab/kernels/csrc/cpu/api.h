@@ -10,6 +10,7 @@ enum pq_result : int {
     PQ_BAD_PAGE = 1,     // a page id outside [0, max_pages) where a token lies
     PQ_BAD_LENGTHS = 2,  // lengths beyond what sinks, page table or window hold
     PQ_NO_MEMORY = 3,
+    PQ_FLUSH = 4,  // pq_append: stored, and some row's oldest tokens are to be encoded now
 };
 
 struct pq_decode_args {
@@ -40,7 +41,16 @@ struct pq_encode_args {
     int64_t first_slot, tiles, nbits, max_pages;  // of the paged form
 };
 
+struct pq_append_args {
+    uint8_t *sink_k, *sink_v;      // [B, H, num_sinks, vector_bytes]
+    uint8_t *window_k, *window_v;  // [B, H, window_slots, vector_bytes], a ring
+    const uint8_t *k, *v;          // [B, H, vector_bytes]: one token a row
+    const int32_t *before, *after;  // [B, 3]: sinks, coded, window
+    int64_t batch, heads, num_sinks, window_slots, vector_bytes;
+};
+
 extern "C" {
+int pq_append(const pq_append_args* args);
 int pq_decode(const pq_decode_args* args);
 int pq_encode(const pq_encode_args* args);
 const char* pq_isa();

@@ -24,44 +24,55 @@ constexpr int STRIP = 32;  // tokens
 constexpr int VECTORS = STRIP / WIDTH;
 constexpr int64_t MIN_CODES = 512;  // per thread
 
-// codes[token] for the 32 tokens of xt [dims][32]; book [centroids][dims].
-template <int DIMS>  // 0: any
-void nearest(const float* xt, const float* book, int64_t centroids, int64_t dims, uint8_t* codes) {
-    if constexpr (DIMS > 0) dims = DIMS;
-    f8 best[VECTORS];
+// The best so far of 32 tokens.
+struct Best {
+    f8 distance[VECTORS];
     i8 index[VECTORS];
-    for (int v = 0; v < VECTORS; v++) best[v] = splat(INFINITY), index[v] = i8{};
-    for (int64_t c = 0; c < centroids; c++) {
-        f8 distance[VECTORS];
-        const f8 c0 = splat(book[c * dims]);
+};
+
+// Centroids c .. c + AT_ONCE - 1 against 32 tokens, xt [dims][32]; book [centroids][dims].
+template <int DIMS, int AT_ONCE>  // DIMS 0: any
+PQ_INLINE void compare(const float* xt, const float* book, int64_t c, int64_t dims, Best& best) {
+    f8 distance[AT_ONCE][VECTORS] = {};
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < (DIMS ? DIMS : dims); i++) {
+        f8 ci[AT_ONCE];
+#pragma GCC unroll 2
+        for (int a = 0; a < AT_ONCE; a++) ci[a] = splat(book[(c + a) * dims + i]);
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
-            const f8 delta = load(xt + v * WIDTH) - c0;
-            distance[v] = delta * delta;
+            const f8 x = load(xt + i * STRIP + v * WIDTH);
+#pragma GCC unroll 2
+            for (int a = 0; a < AT_ONCE; a++) distance[a][v] += (x - ci[a]) * (x - ci[a]);
         }
-#pragma GCC unroll 8
-        for (int64_t i = 1; i < dims; i++) {
-            const f8 ci = splat(book[c * dims + i]);
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) {
-                const f8 delta = load(xt + i * STRIP + v * WIDTH) - ci;
-                distance[v] += delta * delta;
-            }
-        }
-        const i8 number = (i8)splat(0.f) + int32_t(c);
+    }
+#pragma GCC unroll 2
+    for (int a = 0; a < AT_ONCE; a++) {
+        const i8 number = i8{} + int32_t(c + a);
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
-            const i8 closer = distance[v] < best[v];
+            const i8 closer = distance[a][v] < best.distance[v];
 #ifdef PQ_AVX2
-            best[v] = (f8)_mm256_min_ps((__m256)distance[v], (__m256)best[v]);
-            index[v] = (i8)_mm256_blendv_epi8((__m256i)index[v], (__m256i)number, (__m256i)closer);
+            best.distance[v] = (f8)_mm256_min_ps((__m256)distance[a][v], (__m256)best.distance[v]);
+            best.index[v] = (i8)_mm256_blendv_epi8((__m256i)best.index[v], (__m256i)number, (__m256i)closer);
 #else
-            best[v] = closer ? distance[v] : best[v];
-            index[v] = closer ? number : index[v];
+            best.distance[v] = closer ? distance[a][v] : best.distance[v];
+            best.index[v] = closer ? number : best.index[v];
 #endif
         }
     }
-    for (int t = 0; t < STRIP; t++) codes[t] = uint8_t(index[t / WIDTH][t % WIDTH]);
+}
+
+// codes[token] for 32 tokens. Wide subvectors take two centroids at a time, which share the loads of x.
+template <int DIMS>
+PQ_NOINLINE void nearest(const float* xt, const float* book, int64_t centroids, int64_t dims, uint8_t* codes) {
+    constexpr int AT_ONCE = DIMS == 0 || DIMS > 4 ? 2 : 1;
+    Best best;
+    for (int v = 0; v < VECTORS; v++) best.distance[v] = splat(INFINITY), best.index[v] = i8{};
+    int64_t c = 0;
+    for (; c + AT_ONCE <= centroids; c += AT_ONCE) compare<DIMS, AT_ONCE>(xt, book, c, dims, best);
+    if (c < centroids) compare<DIMS, 1>(xt, book, c, dims, best);
+    for (int t = 0; t < STRIP; t++) codes[t] = uint8_t(best.index[t / WIDTH][t % WIDTH]);
 }
 
 void nearest(const float* xt, const float* book, int64_t centroids, int64_t dims, uint8_t* codes) {
