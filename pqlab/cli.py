@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -14,10 +15,12 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="pqlab", description="A paged, product-quantized KV cache, seen and run.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
-        import_module(module).configure(command)
+        if argv[:1] == [name]:  # only the chosen one is imported: the doctor must not depend on the others
+            import_module(module).configure(command)
     args = parser.parse_args(argv)
     return import_module(COMMANDS[args.command][0]).run(args)
