@@ -52,6 +52,9 @@ def report(findings: dict[str, Finding]) -> str:
     return "\n".join(lines if problems else [*lines, "No problems found."])
 
 
+_REMEDY = "Mend what the message names; a broken package: run make setup, or pip install --force-reinstall it"
+
+
 def _guarded(probe: Probe) -> Finding:
     try:
         return probe()
@@ -60,5 +63,5 @@ def _guarded(probe: Probe) -> Finding:
     except BaseException as error:  # a broken package may even call sys.exit
         with contextlib.suppress(BaseException):
             said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            return Finding(f"failed ({said})", "this probe failed", "Its message is above; it may be the cause itself")
-        return Finding("failed", "this probe failed and its error has no text", "Run the others' remedies first")
+            return Finding(f"failed ({said})", f"this probe failed ({said})", _REMEDY)
+        return Finding("failed", "this probe failed and its error has no text", _REMEDY)

@@ -98,8 +98,15 @@ def packages(extra: str = "", why: str = "") -> Probe:
 
 
 def torch_build() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return Finding(
+            f"cannot be imported ({said})",
+            "nothing runs without torch",
+            f"Install it anew: {sys.executable} -m pip install --force-reinstall torch, or: rm -r .venv; make setup",
+        )
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     return Finding(f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
 
