@@ -22,6 +22,7 @@ from .build import Extension
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 
+_FLOAT = torch.empty(0, dtype=torch.float32)  # new_empty is quicker than torch.empty
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DECODE_ARGS = struct.Struct("=13Q15qd")  # struct pq_decode_args of csrc/cpu/api.h: 8 bytes a field
 _ENCODE_ARGS = struct.Struct("=4Q10q")  # struct pq_encode_args
@@ -75,9 +76,9 @@ class CpuBackend(Backend):
         batch, query_heads, steps, head_dim = q.shape
         max_pages, heads, tiles, k_m, _ = k_pages.shape
         tensors = (q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v)
-        tensors = [_plain(t) for t in tensors]
+        tensors = [t if t.is_contiguous() and t.is_cpu else _plain(t) for t in tensors]
         out = torch.empty_like(tensors[0])
-        lse = torch.empty((batch, query_heads, steps), dtype=torch.float32)
+        lse = _FLOAT.new_empty((batch, query_heads, steps))
         code = self._library.pq_decode(
             _DECODE_ARGS.pack(
                 *[t.data_ptr() for t in tensors], out.data_ptr(), lse.data_ptr(),

@@ -15,6 +15,7 @@ struct Book {
     int64_t width, parts;      // D and entries per subspace
     const float* table;        // [m * parts, centroids, width]
 
+    bool padded() const { return width * parts != dm; }
     int64_t entries() const { return m * parts; }
     int64_t dim(int64_t entry, int64_t i) const {  // the dimension that lane i of an entry stands for, or -1: padding
         const int64_t within = entry % parts * width + i;

@@ -183,15 +183,36 @@ void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Sc
 
 // -- codes, many rows ------------------------------------------------------------------------------------------------
 
-// Entries of n tiles into out[dim * dim_stride + token * token_stride]; codes [m][CODE_STRIDE].
-void dequantize(const Book& book, const uint8_t* codes, int64_t n, float* out, int64_t dim_stride, int64_t token_stride) {
-    for (int64_t e = 0; e < book.entries(); e++) {
-        const float* table = book.table + e * book.centroids * book.width;
-        const uint8_t* c = codes + e / book.parts * CODE_STRIDE;
-        const int64_t first = book.dim(e, 0), dims = std::min(book.width, book.dm - e % book.parts * book.width);
-        for (int64_t i = 0; i < dims; i++)
-            for (int64_t t = 0; t < n * TILE; t++)
-                out[(first + i) * dim_stride + t * token_stride] = table[c[t] * book.width + i];
+// Entries of padded books into out[dim * dim_stride + token * token_stride].
+void dequantize_padded(const Book& book, const uint8_t* codes, int64_t n, float* out, int64_t dim_stride,
+                       int64_t token_stride) {
+    for (int64_t e = 0; e < book.entries(); e++)
+        for (int64_t i = 0; i < book.width && book.dim(e, i) >= 0; i++)
+            for (int64_t t = 0; t < n; t++)
+                out[book.dim(e, i) * dim_stride + t * token_stride] =
+                    book.table[(e * book.centroids + codes[e / book.parts * CODE_STRIDE + t]) * book.width + i];
+}
+
+// Keys as columns kt [d][BLOCK], values as rows v [BLOCK][width].
+void dequantize_keys(const Book& book, const uint8_t* codes, int64_t n, float* kt) {
+    if (book.padded()) return dequantize_padded(book, codes, n, kt, BLOCK, 1);
+    const auto call = [&](auto f) { f(codes, n, book.entries(), book.parts, book.centroids, book.table, kt, BLOCK); };
+    switch (book.width) {
+        case 1: return call(dequantize_columns<1>);
+        case 2: return call(dequantize_columns<2>);
+        case 4: return call(dequantize_columns<4>);
+        default: return call(dequantize_columns<8>);
+    }
+}
+
+void dequantize_values(const Book& book, const uint8_t* codes, int64_t n, float* v, int64_t width) {
+    if (book.padded()) return dequantize_padded(book, codes, n, v, 1, width);
+    const auto call = [&](auto f) { f(codes, n, book.entries(), book.parts, book.centroids, book.table, v, width); };
+    switch (book.width) {
+        case 1: return call(dequantize_rows<1>);
+        case 2: return call(dequantize_rows<2>);
+        case 4: return call(dequantize_rows<4>);
+        default: return call(dequantize_rows<8>);
     }
 }
 
@@ -206,10 +227,15 @@ void Decode::run_dense(const Segment& segment, const Book& k, const Book& v, Scr
         find_k(segment.pair, tile, n, s.k_tiles);
         find_v(segment.pair, tile, n, s.v_tiles);
         unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
-        dequantize(k, s.codes.data(), n, s.kt.data(), BLOCK, 1);
+        dequantize_keys(k, s.codes.data(), n * TILE, s.kt.data());
         unpack_tiles(s.codes.data(), CODE_STRIDE, s.v_tiles.data(), n, a.v_m, int(a.v_nbits));
-        dequantize(v, s.codes.data(), n, s.v.data(), 1, width);
+        dequantize_values(v, s.codes.data(), n * TILE, s.v.data(), width);
         const int64_t tokens = std::min(n * TILE, coded(segment.pair) - tile * TILE);
+        const int64_t coming = std::min(TILES, segment.last_tile - tile - n);
+        find_k(segment.pair, tile + n, coming, s.k_tiles);
+        find_v(segment.pair, tile + n, coming, s.v_tiles);
+        Ahead{s.k_tiles.data(), coming, a.k_m * 2 * a.k_nbits}.fetch(INT64_MAX);
+        Ahead{s.v_tiles.data(), coming, a.v_m * 2 * a.v_nbits}.fetch(INT64_MAX);
         attend_block(s.q.data(), rows, Block{int(tokens), s.kt.data(), nullptr, s.v.data(), 0, width});
     }
 }

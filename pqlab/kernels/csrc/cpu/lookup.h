@@ -185,4 +185,40 @@ void add_values(const uint8_t* codes, int64_t tiles, int64_t num_entries, int64_
     if (e < num_entries) add_entries<D, ROWS, 1>(codes, tiles, e, parts, centroids, book, weights, sums);
 }
 
+// Keys of n tokens (a multiple of 16) as columns: out[entry * D + i][token], `stride` floats a row; no padded entries.
+template <int D>
+void dequantize_columns(const uint8_t* codes, int64_t n, int64_t num_entries, int64_t parts, int64_t centroids,
+                        const float* book, float* out, int64_t stride) {
+    for (int64_t e = 0; e < num_entries; e++) {
+        const float* table = book + e * centroids * D;
+        const uint8_t* c = codes + (D == 8 ? e / parts : e) * CODE_STRIDE;
+        float* rows = out + e * D * stride;
+        for (int64_t t = 0; t < n; t += WIDTH) {
+            f8 x[8] = {};
+            if constexpr (D == 1) {
+                x[0] = entries<1>(table, c + t);
+            } else if constexpr (D == 2) {
+                x[0] = entries<2>(table, c + t);
+                x[1] = entries<2>(table, c + t + 4);
+                split_pairs(x[0], x[1]);
+            } else {
+                for (int i = 0; i < WIDTH; i++) std::memcpy(&x[i], table + c[t + i] * D, D * 4);
+                transpose(x);
+            }
+            for (int i = 0; i < D; i++) store(rows + i * stride + t, x[i]);
+        }
+    }
+}
+
+// Values of n tokens as rows: out[token][entry * D + i], `stride` floats a row; no padded entries.
+template <int D>
+void dequantize_rows(const uint8_t* codes, int64_t n, int64_t num_entries, int64_t parts, int64_t centroids,
+                     const float* book, float* out, int64_t stride) {
+    for (int64_t e = 0; e < num_entries; e++) {
+        const float* table = book + e * centroids * D;
+        const uint8_t* c = codes + (D == 8 ? e / parts : e) * CODE_STRIDE;
+        for (int64_t t = 0; t < n; t++) std::memcpy(out + t * stride + e * D, table + c[t] * D, D * 4);
+    }
+}
+
 }  // namespace pq

@@ -54,6 +54,20 @@ inline f8 exp(f8 x) {
     return x < splat(-87.f) ? splat(0.f) : y * (f8)power;
 }
 
+// a0 b0 a1 b1 .. a7 b7 in two vectors -> a0 .. a7 and b0 .. b7
+PQ_INLINE void split_pairs(f8& x, f8& y) {
+#ifdef PQ_AVX2
+    const __m256 a = _mm256_shuffle_ps((__m256)x, (__m256)y, 0x88), b = _mm256_shuffle_ps((__m256)x, (__m256)y, 0xdd);
+    x = (f8)_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8);
+    y = (f8)_mm256_permute4x64_pd(_mm256_castps_pd(b), 0xd8);
+#else
+    f8 a, b;
+    for (int i = 0; i < 4; i++) a[i] = x[2 * i], a[i + 4] = y[2 * i], b[i] = x[2 * i + 1], b[i + 4] = y[2 * i + 1];
+    x = a;
+    y = b;
+#endif
+}
+
 // Every lane TIMES times over, in 8 * TIMES floats.
 template <int TIMES>
 PQ_INLINE void store_repeated(float* out, f8 x) {
