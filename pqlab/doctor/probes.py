@@ -24,8 +24,13 @@ def _output(*command: str, timeout: float = 20) -> str:
     return text.splitlines()[0] if text else f"exit code {done.returncode}"
 
 
-def pqlab_version() -> Finding:
-    return Finding(f"{importlib.metadata.version('pqlab')}, {Path(__file__).parents[1]}")
+def pqlab_itself() -> Finding:
+    value = f"{importlib.metadata.version('pqlab')}, {Path(__file__).parents[1]}"
+    try:
+        from .. import PagedPQCache  # noqa: F401
+    except Exception as error:
+        return Finding(value, f"it cannot be used here: {' '.join(str(error).split())}", "Mend what the message names")
+    return Finding(value)
 
 
 def python() -> Finding:
@@ -223,7 +228,7 @@ def chromium() -> Finding:
 
 
 PROBES: dict[str, Probe] = {
-    "pqlab": pqlab_version,
+    "pqlab": pqlab_itself,
     "python": python,
     "system": system,
     "cpu": cpu,
