@@ -29,7 +29,8 @@ def pqlab_itself() -> Finding:
     try:
         from .. import PagedPQCache  # noqa: F401
     except Exception as error:
-        return Finding(value, f"it cannot be used here: {' '.join(str(error.__cause__ or error).split())}", "Mend what the message names")
+        said = " ".join(str(error.__cause__ or error).split())
+        return Finding(value, f"it cannot be used here: {said}", "Mend what the message names")
     return Finding(value)
 
 
