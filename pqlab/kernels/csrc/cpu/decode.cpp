@@ -1,8 +1,10 @@
 // Attention over a paged PQ cache (the `decode` of kernels/ops.py): work is split over (row, kv head, tokens).
 //
-// The tokens of all (row, kv head) pairs make one line, measured in tiles; every thread takes an equal, contiguous part
-// of it, so that one sequence with three kv heads keeps any number of threads busy. A part of a pair is a segment: it
-// leaves (m, l, acc) for each query row, and the segments of a pair are merged at the end.
+// The tokens of all (row, kv head) pairs make one line, measured in tiles. The line is cut into shares that shrink
+// towards its end, and every thread takes the next share when it has done one: a sequence with three kv heads keeps any
+// number of threads busy, and a thread that another program holds up leaves the rest to the others. The part of a share
+// that lies in one pair is a segment: it leaves (m, l, acc) for each query row, and a pair's segments are merged at the
+// end. There is one parallel region, so that the threads meet once.
 #include <algorithm>
 #include <new>
 #include <vector>
@@ -10,310 +12,49 @@
 #include <omp.h>
 #endif
 
-#include "api.h"
-#include "book.h"
-#include "buffer.h"
-#include "convert.h"
-#include "dense.h"
-#include "lookup.h"
+#include "segment.h"
 
 namespace pq {
 namespace {
 
-constexpr int64_t LOOKUP_ROWS = 4;     // more query rows than this: dequantize blocks instead
-constexpr int64_t MIN_LOOKUPS = 8192;  // per thread; below, waking another thread costs more than it saves
+constexpr int64_t MIN_LOOKUPS = 8192;    // per thread; below, waking another thread costs more than it saves
+constexpr int64_t MIN_SHARE = 16;        // tiles
+constexpr int64_t MANY_FLOATS = 65536;   // results above this are merged by all threads
 
-struct Segment {
-    int64_t pair, first_tile, last_tile;  // coded tiles [first, last)
-    bool exact;                           // sinks and window too
+struct Plan {
+    std::vector<Segment> segments;
+    std::vector<int64_t> first_of_share, first_of_pair;  // segments, and one past the last
 };
 
-// Memory of one thread; grows, is kept for the next call.
-struct Scratch {
-    Buffer<float> q, scores, weights, sums, k, kt, v, k_book, v_book;
-    Buffer<uint8_t> codes;
-    std::vector<const uint8_t*> k_tiles, v_tiles;
-};
-
-struct Decode {
-    const pq_decode_args& a;
-    int64_t group_rows, page_tokens;
-
-    explicit Decode(const pq_decode_args& args)
-        : a(args), group_rows(args.query_heads / args.heads * args.steps), page_tokens(args.tiles * TILE) {}
-
-    int64_t coded(int64_t pair) const { return a.lengths[pair / a.heads * 3 + 1]; }
-    int64_t coded_tiles(int64_t pair) const { return (coded(pair) + TILE - 1) / TILE; }
-    int64_t exact_tokens(int64_t pair) const {
-        const int32_t* row = a.lengths + pair / a.heads * 3;
-        return row[0] + row[2];
-    }
-
-    int check() const {
-        for (int64_t b = 0; b < a.batch; b++) {
-            const int32_t* row = a.lengths + b * 3;
-            if (row[0] < 0 || row[0] > a.num_sinks || row[1] < 0 || row[1] > a.table_width * page_tokens || row[2] < 0 ||
-                row[2] > a.window_slots)
-                return PQ_BAD_LENGTHS;
-            for (int64_t page = 0; page * page_tokens < row[1]; page++) {
-                const int32_t id = a.page_table[b * a.table_width + page];
-                if (id < 0 || id >= a.max_pages) return PQ_BAD_PAGE;
+Plan make_plan(const Decode& job, int64_t pairs, int64_t threads, const std::vector<int64_t>& start) {
+    const int64_t total = start.back();
+    Plan plan;
+    int64_t share_end = 0;
+    for (int64_t p = 0; p < pairs; p++) {
+        plan.first_of_pair.push_back(int64_t(plan.segments.size()));
+        const int64_t pair_end = start[size_t(p) + 1], coded_start = pair_end - job.coded_tiles(p);
+        for (int64_t at = start[size_t(p)]; at < pair_end;) {
+            if (at >= share_end) {
+                plan.first_of_share.push_back(int64_t(plan.segments.size()));
+                const int64_t part = threads == 1 ? total : (total - at + 2 * threads - 1) / (2 * threads);
+                share_end = at + std::max(part, MIN_SHARE);
+                if (total - share_end < MIN_SHARE) share_end = total;
             }
-        }
-        return PQ_OK;
-    }
-
-    // Addresses of tiles [first, first + n) of a pair.
-    void find(const uint8_t* pages, int64_t tile_bytes, int64_t pair, int64_t first, int64_t n,
-              std::vector<const uint8_t*>& out) const {
-        out.resize(size_t(n));
-        const int32_t* table = a.page_table + pair / a.heads * a.table_width;
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t page = table[(first + i) / a.tiles] * a.heads + pair % a.heads;
-            out[size_t(i)] = pages + (page * a.tiles + (first + i) % a.tiles) * tile_bytes;
+            const int64_t end = std::max(std::min(share_end, pair_end), coded_start);  // exact tokens are not split
+            plan.segments.push_back({p, std::max(at, coded_start) - coded_start, end - coded_start, at == start[size_t(p)]});
+            at = end;
         }
     }
-    void find_k(int64_t pair, int64_t first, int64_t n, std::vector<const uint8_t*>& out) const {
-        find(a.k_pages, a.k_m * 2 * a.k_nbits, pair, first, n, out);
-    }
-    void find_v(int64_t pair, int64_t first, int64_t n, std::vector<const uint8_t*>& out) const {
-        find(a.v_pages, a.v_m * 2 * a.v_nbits, pair, first, n, out);
-    }
-
-    void run(const Segment& segment, Scratch& s, const Rows& rows) const;
-    void run_exact(int64_t pair, Scratch& s, const Rows& rows) const;
-    Block exact_block(const void* k, const void* v, int64_t at, int n, Scratch& s) const;
-    void run_dense(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const;
-    template <int ROWS>
-    void run_lookup(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows,
-                    int64_t first_row) const;
-    void merge(int64_t pair, const Rows* parts, int64_t num_parts, Buffer<float>& line) const;
-};
-
-// -- codes, few rows -------------------------------------------------------------------------------------------------
-
-template <int ROWS>
-void score(const uint8_t* codes, int64_t tiles, const Book& book, const float* q, float* scores, Ahead next) {
-    const auto call = [&](auto f) {
-        f(codes, tiles, book.entries(), book.parts, book.centroids, book.table, q, scores, next);
-    };
-    switch (book.width) {
-        case 1: return call(score_codes<1, ROWS>);
-        case 2: return call(score_codes<2, ROWS>);
-        case 4: return call(score_codes<4, ROWS>);
-        default: return call(score_codes<8, ROWS>);
-    }
+    plan.first_of_pair.push_back(int64_t(plan.segments.size()));
+    plan.first_of_share.push_back(int64_t(plan.segments.size()));
+    return plan;
 }
 
-template <int ROWS>
-void add(const uint8_t* codes, int64_t tiles, const Book& book, const float* weights, float* sums, Ahead next) {
-    const auto call = [&](auto f) {
-        f(codes, tiles, book.entries(), book.parts, book.centroids, book.table, weights, sums, next);
-    };
-    switch (book.width) {
-        case 1: return call(add_values<1, ROWS>);
-        case 2: return call(add_values<2, ROWS>);
-        case 4: return call(add_values<4, ROWS>);
-        default: return call(add_values<8, ROWS>);
-    }
-}
-
-// Scores to weights, each as often as `add_values` wants it.
-float weigh(float* scores, int n, float& m, float& l, float* weights, int64_t repeats) {
-    switch (repeats) {
-        case 2: return softmax_row<2>(scores, n, m, l, weights);
-        case 4: return softmax_row<4>(scores, n, m, l, weights);
-        default: return softmax_row<1>(scores, n, m, l, weights);
-    }
-}
-
-template <int ROWS>
-void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows,
-                        int64_t first_row) const {
-    const int64_t repeats = v.width == 8 ? 1 : v.width, d = a.head_dim, width = padded(d);
-    s.scores.resize(size_t(ROWS * BLOCK_TOKENS));
-    s.weights.resize(size_t(ROWS * BLOCK_TOKENS * repeats));
-    s.sums.assign(size_t(ROWS * v.entries() * WIDTH), 0.f);
-    s.codes.resize(size_t(std::max(a.k_m, a.v_m) * CODE_STRIDE));
-    Buffer<float>& q = s.k;  // [ROWS][entries][width], zero where the book is padded
-    q.assign(size_t(ROWS * k.entries() * k.width), 0.f);
-    for (int64_t e = 0; e < k.entries(); e++)
-        for (int64_t i = 0; i < k.width; i++)
-            if (k.dim(e, i) >= 0)
-                for (int r = 0; r < ROWS; r++)
-                    q[size_t((r * k.entries() + e) * k.width + i)] = s.q[size_t((first_row + r) * d + k.dim(e, i))];
-
-    float m[ROWS], l[ROWS];
-    for (int r = 0; r < ROWS; r++) m[r] = -INFINITY, l[r] = 0.f;
-    int64_t n = std::min(BLOCK_TILES, segment.last_tile - segment.first_tile);
-    find_k(segment.pair, segment.first_tile, n, s.k_tiles);
-    for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += n) {
-        n = int64_t(s.k_tiles.size());
-        const int64_t tokens = std::min(n * TILE, coded(segment.pair) - tile * TILE);
-        find_v(segment.pair, tile, n, s.v_tiles);
-        unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
-        const Ahead values{s.v_tiles.data(), n, a.v_m * 2 * a.v_nbits};
-        score<ROWS>(s.codes.data(), n, k, q.data(), s.scores.data(), values);
-        for (int r = 0; r < ROWS; r++) {
-            float* p = s.scores.data() + r * BLOCK_TOKENS;
-            for (int64_t t = tokens; t < n * TILE; t++) p[t] = -INFINITY;
-            const float factor = weigh(p, int(n * TILE), m[r], l[r], s.weights.data() + r * BLOCK_TOKENS * repeats, repeats);
-            if (factor != 1.f)
-                for (int64_t e = 0; e < v.entries(); e++) {
-                    float* sum = s.sums.data() + (e * ROWS + r) * WIDTH;
-                    store(sum, load(sum) * splat(factor));
-                }
-        }
-        find_k(segment.pair, tile + n, std::min(BLOCK_TILES, segment.last_tile - tile - n), s.k_tiles);
-        const Ahead next{s.k_tiles.data(), int64_t(s.k_tiles.size()), a.k_m * 2 * a.k_nbits};
-        unpack_tiles(s.codes.data(), CODE_STRIDE, s.v_tiles.data(), n, a.v_m, int(a.v_nbits));
-        add<ROWS>(s.codes.data(), n, v, s.weights.data(), s.sums.data(), next);
-    }
-    for (int r = 0; r < ROWS; r++) {
-        const int64_t row = first_row + r;
-        rows.m[row] = m[r];
-        rows.l[row] = l[r];
-        float* acc = rows.acc + row * width;
-        for (int64_t e = 0; e < v.entries(); e++)
-            for (int64_t lane = 0; lane < WIDTH; lane++)
-                if (const int64_t dim = v.dim(e, lane % v.width); dim >= 0)
-                    acc[dim] += s.sums[size_t((e * ROWS + r) * WIDTH + lane)];
-    }
-}
-
-// -- codes, many rows ------------------------------------------------------------------------------------------------
-
-// Entries of padded books into out[dim * dim_stride + token * token_stride].
-void dequantize_padded(const Book& book, const uint8_t* codes, int64_t n, float* out, int64_t dim_stride,
-                       int64_t token_stride) {
-    for (int64_t e = 0; e < book.entries(); e++)
-        for (int64_t i = 0; i < book.width && book.dim(e, i) >= 0; i++)
-            for (int64_t t = 0; t < n; t++)
-                out[book.dim(e, i) * dim_stride + t * token_stride] =
-                    book.table[(e * book.centroids + codes[e / book.parts * CODE_STRIDE + t]) * book.width + i];
-}
-
-// Keys as columns kt [d][BLOCK], values as rows v [BLOCK][width].
-void dequantize_keys(const Book& book, const uint8_t* codes, int64_t n, float* kt) {
-    if (book.padded()) return dequantize_padded(book, codes, n, kt, BLOCK, 1);
-    const auto call = [&](auto f) { f(codes, n, book.entries(), book.parts, book.centroids, book.table, kt, BLOCK); };
-    switch (book.width) {
-        case 1: return call(dequantize_columns<1>);
-        case 2: return call(dequantize_columns<2>);
-        case 4: return call(dequantize_columns<4>);
-        default: return call(dequantize_columns<8>);
-    }
-}
-
-void dequantize_values(const Book& book, const uint8_t* codes, int64_t n, float* v, int64_t width) {
-    if (book.padded()) return dequantize_padded(book, codes, n, v, 1, width);
-    const auto call = [&](auto f) { f(codes, n, book.entries(), book.parts, book.centroids, book.table, v, width); };
-    switch (book.width) {
-        case 1: return call(dequantize_rows<1>);
-        case 2: return call(dequantize_rows<2>);
-        case 4: return call(dequantize_rows<4>);
-        default: return call(dequantize_rows<8>);
-    }
-}
-
-void Decode::run_dense(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const {
-    const int64_t d = a.head_dim, width = padded(d);
-    s.kt.resize(size_t(d * BLOCK));
-    s.v.assign(size_t(BLOCK * width), 0.f);
-    s.codes.resize(size_t(std::max(a.k_m, a.v_m) * CODE_STRIDE));
-    constexpr int64_t TILES = BLOCK / TILE;
-    for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += TILES) {
-        const int64_t n = std::min(TILES, segment.last_tile - tile);
-        find_k(segment.pair, tile, n, s.k_tiles);
-        find_v(segment.pair, tile, n, s.v_tiles);
-        unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
-        dequantize_keys(k, s.codes.data(), n * TILE, s.kt.data());
-        unpack_tiles(s.codes.data(), CODE_STRIDE, s.v_tiles.data(), n, a.v_m, int(a.v_nbits));
-        dequantize_values(v, s.codes.data(), n * TILE, s.v.data(), width);
-        const int64_t tokens = std::min(n * TILE, coded(segment.pair) - tile * TILE);
-        const int64_t coming = std::min(TILES, segment.last_tile - tile - n);
-        find_k(segment.pair, tile + n, coming, s.k_tiles);
-        find_v(segment.pair, tile + n, coming, s.v_tiles);
-        Ahead{s.k_tiles.data(), coming, a.k_m * 2 * a.k_nbits}.fetch(INT64_MAX);
-        Ahead{s.v_tiles.data(), coming, a.v_m * 2 * a.v_nbits}.fetch(INT64_MAX);
-        attend_block(s.q.data(), rows, Block{int(tokens), s.kt.data(), nullptr, s.v.data(), 0, width});
-    }
-}
-
-// -- exact tokens ----------------------------------------------------------------------------------------------------
-
-void Decode::run_exact(int64_t pair, Scratch& s, const Rows& rows) const {
-    const int64_t d = a.head_dim;
-    const int32_t* length = a.lengths + pair / a.heads * 3;
-    const auto range = [&](const void* k, const void* v, int64_t slots, int64_t begin, int64_t end) {
-        for (int64_t first = begin; first < end; first += BLOCK)
-            attend_block(s.q.data(), rows, exact_block(k, v, (pair * slots + first) * d, int(std::min<int64_t>(BLOCK, end - first)), s));
-    };
-    range(a.sink_k, a.sink_v, a.num_sinks, 0, length[0]);
-    if (length[2]) {  // the ring: one or two runs of slots
-        const int64_t begin = length[1] % a.window_slots, end = begin + length[2];
-        range(a.window_k, a.window_v, a.window_slots, begin, std::min(end, a.window_slots));
-        if (end > a.window_slots) range(a.window_k, a.window_v, a.window_slots, 0, end - a.window_slots);
-    }
-}
-
-// n consecutive keys and values from element `at` on; read in place where they can be.
-Block Decode::exact_block(const void* k, const void* v, int64_t at, int n, Scratch& s) const {
-    const int64_t d = a.head_dim, width = padded(d);
-    Block block{n, nullptr, nullptr, nullptr, d, d};
-    if (a.dtype == PQ_FLOAT32 && width == d) {
-        block.v = (const float*)v + at;
-    } else {
-        s.v.resize(size_t(BLOCK * width));
-        block.v = s.v.data();
-        block.v_stride = width;
-        for (int t = 0; t < n; t++) {
-            to_float(s.v.data() + t * width, v, at + t * d, d, a.dtype);
-            std::fill(s.v.data() + t * width + d, s.v.data() + (t + 1) * width, 0.f);
-        }
-    }
-    const bool few = group_rows <= LOOKUP_ROWS && d % WIDTH == 0;
-    if (few && a.dtype == PQ_FLOAT32) {
-        block.k = (const float*)k + at;
-        return block;
-    }
-    s.k.resize(size_t((BLOCK + 1) * width));
-    to_float(s.k.data(), k, at, n * d, a.dtype);
-    block.k = s.k.data();
-    if (few) return block;
-    s.kt.resize(size_t(padded(d) * BLOCK));
-    for (int t = 0; t < n; t += WIDTH)
-        for (int64_t dim = 0; dim < d; dim += WIDTH) {  // reads past a row's or the block's end stay in the scratch
-            f8 square[WIDTH];
-            for (int i = 0; i < WIDTH; i++) square[i] = load(s.k.data() + (t + i) * d + dim);
-            transpose(square);
-            for (int i = 0; i < WIDTH; i++) store(s.kt.data() + (dim + i) * BLOCK + t, square[i]);
-        }
-    block.kt = s.kt.data();
-    return block;
-}
-
-// -- segments, and their merging -------------------------------------------------------------------------------------
-
-void Decode::run(const Segment& segment, Scratch& s, const Rows& rows) const {
-    const int64_t d = a.head_dim, head = segment.pair % a.heads;
-    rows.clear();
-    s.q.resize(size_t(group_rows * d));
-    to_float(s.q.data(), a.q, segment.pair * group_rows * d, group_rows * d, a.dtype, float(a.scale));
-    if (segment.first_tile < segment.last_tile) {
-        const int64_t k_dm = d / a.k_m, v_dm = d / a.v_m;
-        const Book k = make_book(a.k_books + head * d * (int64_t(1) << a.k_nbits), a.k_m, a.k_nbits, k_dm, s.k_book);
-        const Book v = make_book(a.v_books + head * d * (int64_t(1) << a.v_nbits), a.v_m, a.v_nbits, v_dm, s.v_book);
-        if (group_rows > LOOKUP_ROWS) run_dense(segment, k, v, s, rows);
-        else if (group_rows == 1) run_lookup<1>(segment, k, v, s, rows, 0);
-        else if (group_rows == 2) run_lookup<2>(segment, k, v, s, rows, 0);
-        else if (group_rows == 3) run_lookup<3>(segment, k, v, s, rows, 0);
-        else run_lookup<4>(segment, k, v, s, rows, 0);
-    }
-    if (segment.exact) run_exact(segment.pair, s, rows);
-}
-
-void Decode::merge(int64_t pair, const Rows* parts, int64_t num_parts, Buffer<float>& line) const {
+// Results of a pair from its segments: out = sum acc e^(m_i - m) / sum l e^(m_i - m).
+void merge(const Decode& job, int64_t pair, const Rows* parts, int64_t num_parts) {
+    const pq_decode_args& a = job.a;
+    const int64_t group_rows = job.group_rows;
+    static thread_local Buffer<float> line;
     const int64_t d = a.head_dim, width = padded(d);
     line.resize(size_t(width));
     for (int64_t r = 0; r < group_rows; r++) {
@@ -342,61 +83,44 @@ int decode(const pq_decode_args& args) {
     std::vector<int64_t> start(size_t(pairs) + 1, 0);
     for (int64_t p = 0; p < pairs; p++)
         start[size_t(p) + 1] = start[size_t(p)] + 1 + job.exact_tokens(p) / TILE + job.coded_tiles(p);
-    const int64_t total = start.back();
     int64_t threads = 1;
 #ifdef _OPENMP
-    threads = std::min<int64_t>(omp_get_max_threads(), total);
-    if (omp_in_parallel()) threads = 1;
-#endif
-    threads = std::max<int64_t>(1, std::min(threads, total * TILE * (args.k_m + args.v_m) / 2 / MIN_LOOKUPS));
-
-    std::vector<Segment> segments;
-    std::vector<int64_t> first_of_thread(size_t(threads) + 1, 0), first_of_pair(size_t(pairs) + 1, 0);
-    int64_t thread = 0;
-    for (int64_t p = 0; p < pairs; p++) {
-        first_of_pair[size_t(p)] = int64_t(segments.size());
-        const int64_t tiles = job.coded_tiles(p), coded_start = start[size_t(p) + 1] - tiles;
-        for (int64_t at = start[size_t(p)]; at < start[size_t(p) + 1];) {
-            while (thread + 1 < threads && at >= total * (thread + 1) / threads)
-                first_of_thread[size_t(++thread)] = int64_t(segments.size());
-            const bool exact = at == start[size_t(p)];
-            int64_t end = thread + 1 < threads ? total * (thread + 1) / threads : total;
-            end = std::max(std::min(end, start[size_t(p) + 1]), coded_start);  // exact tokens are not split
-            segments.push_back({p, std::max(at, coded_start) - coded_start, end - coded_start, exact});
-            at = end;
-        }
+    if (!omp_in_parallel()) {
+        const int64_t lookups = start.back() * TILE * (args.k_m + args.v_m) / 2;
+        const int64_t useful = lookups * std::max<int64_t>(1, job.group_rows / LOOKUP_ROWS) / MIN_LOOKUPS;
+        threads = std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), useful));
     }
-    first_of_pair[size_t(pairs)] = int64_t(segments.size());
-    while (thread < threads) first_of_thread[size_t(++thread)] = int64_t(segments.size());
+#endif
+    const Plan plan = make_plan(job, pairs, threads, start);
 
     const int64_t row_floats = 2 + padded(args.head_dim);
     static thread_local Buffer<float> memory;
-    memory.resize(segments.size() * size_t(job.group_rows * row_floats));
+    memory.resize(plan.segments.size() * size_t(job.group_rows * row_floats));
     std::vector<Rows> parts;
-    for (size_t i = 0; i < segments.size(); i++) {
+    for (size_t i = 0; i < plan.segments.size(); i++) {
         float* base = memory.data() + i * size_t(job.group_rows * row_floats);
         parts.push_back({job.group_rows, args.head_dim, base, base + job.group_rows, base + 2 * job.group_rows});
     }
+    const int64_t shares = int64_t(plan.first_of_share.size()) - 1;
     int failed = 0;
-#pragma omp parallel num_threads(int(threads)) if (threads > 1) reduction(| : failed)
-    {
+#pragma omp parallel for num_threads(int(threads)) if (threads > 1) schedule(dynamic, 1) reduction(| : failed)
+    for (int64_t share = 0; share < shares; share++) {
         static thread_local Scratch scratch;
-#pragma omp for schedule(static, 1)
-        for (int64_t t = 0; t < threads; t++) {
-            try {
-                for (int64_t i = first_of_thread[size_t(t)]; i < first_of_thread[size_t(t) + 1]; i++)
-                    job.run(segments[size_t(i)], scratch, parts[size_t(i)]);
-            } catch (const std::bad_alloc&) {
-                failed = 1;
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < pairs; p++) {
-            const int64_t first = first_of_pair[size_t(p)];
-            job.merge(p, parts.data() + first, first_of_pair[size_t(p) + 1] - first, scratch.sums);
+        try {
+            for (int64_t i = plan.first_of_share[size_t(share)]; i < plan.first_of_share[size_t(share) + 1]; i++)
+                job.run(plan.segments[size_t(i)], scratch, parts[size_t(i)]);
+        } catch (const std::bad_alloc&) {
+            failed = 1;
         }
     }
-    return failed ? PQ_NO_MEMORY : PQ_OK;
+    if (failed) return PQ_NO_MEMORY;
+    const bool many = threads > 1 && int64_t(parts.size()) * job.group_rows * row_floats > MANY_FLOATS;
+#pragma omp parallel for num_threads(int(threads)) if (many) schedule(static)
+    for (int64_t p = 0; p < pairs; p++) {
+        const int64_t first = plan.first_of_pair[size_t(p)];
+        merge(job, p, parts.data() + first, plan.first_of_pair[size_t(p) + 1] - first);
+    }
+    return PQ_OK;
 }
 
 }  // namespace
