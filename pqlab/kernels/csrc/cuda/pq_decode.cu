@@ -1,0 +1,70 @@
+// Launcher of pq_decode for one configuration, given by macros (pqlab/kernels/cuda.py sets them):
+//   PQ_D head size | PQ_KM, PQ_VM subspaces | PQ_KBITS, PQ_VBITS bits a code (8 or 4) | PQ_T element type of queries
+//   and exact tokens | PQ_HG query vectors a block | PQ_NW warps a block | PQ_SLOTS chunks on their way to a warp
+// Every function returns null, or a message that stays valid for the life of the process.
+#include <cstdio>
+#include <type_traits>
+
+#include "pq_books.cuh"
+#include "pq_decode.cuh"
+
+#ifdef _WIN32
+#define PQ_API extern "C" __declspec(dllexport)
+#else
+#define PQ_API extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+using Cfg = pqlab::DecodeConfig<PQ_T, PQ_D, PQ_KM, PQ_KBITS, PQ_VM, PQ_VBITS, PQ_HG, PQ_NW, PQ_SLOTS>;
+
+const char* cuda_message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// What has to be true of the device before the first launch; checked once a device.
+const char* check_device() {
+  static bool good[64] = {};
+  int device = 0, optin = 0, reserved = 0, major = 0;
+  if (const char* m = cuda_message(cudaGetDevice(&device))) return m;
+  if (device < 64 && good[device]) return nullptr;
+  cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (optin < Cfg::smem_bytes) return "the codebooks and buffers do not fit into this device's shared memory";
+  if (major >= 9 && reserved != pqlab::kReservedSmem) return "shared memory does not start where the kernel expects it";
+  if (const char* m = cuda_message(cudaFuncSetAttribute(
+          pqlab::pq_decode_kernel<Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize, Cfg::smem_bytes)))
+    return m;
+  if (device < 64) good[device] = true;
+  return nullptr;
+}
+
+}  // namespace
+
+// {query vectors a block, warps a block, shared memory bytes, bytes of prepared books a kv head}
+PQ_API void pqlab_decode_info(int* info) {
+  info[0] = Cfg::HG, info[1] = Cfg::NW, info[2] = Cfg::smem_bytes, info[3] = Cfg::book_bytes;
+}
+
+// k_books [H, KM, C, d / KM], v_books likewise, float32 dense -> image [H][book_bytes], 16-byte aligned.
+PQ_API const char* pqlab_prepare_books(const float* k_books, const float* v_books, void* image, int H, void* stream) {
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  uint8_t* const to = static_cast<uint8_t*>(image);
+  if (const char* m = cuda_message(cudaMemsetAsync(image, 0, static_cast<size_t>(H) * Cfg::book_bytes, s))) return m;
+  const int64_t nk = static_cast<int64_t>(H) * PQ_KM * Cfg::K::C, nv = static_cast<int64_t>(H) * PQ_VM * Cfg::V::C;
+  pqlab::pq_prepare_kernel<Cfg, false><<<(nk + 255) / 256, 256, 0, s>>>(k_books, to, nk);
+  pqlab::pq_prepare_kernel<Cfg, true><<<(nv + 255) / 256, 256, 0, s>>>(v_books, to, nv);
+  return cuda_message(cudaGetLastError());
+}
+
+PQ_API const char* pqlab_decode(const pqlab::DecodeParams* params, void* stream) {
+  const pqlab::DecodeParams& p = *params;
+  if (const char* m = check_device()) return m;
+  if (!(p.scale_log2 > 0.f)) return "the scale of the scores must be positive";
+  if ((reinterpret_cast<uintptr_t>(p.k_pages) | reinterpret_cast<uintptr_t>(p.v_pages) |
+       reinterpret_cast<uintptr_t>(p.books)) & 15)
+    return "pages and books must be aligned to 16 bytes";
+  if (p.B == 0 || p.G * p.S == 0) return nullptr;
+  const dim3 grid(p.splits, p.H, (p.G * p.S + Cfg::HG - 1) / Cfg::HG);
+  pqlab::pq_decode_kernel<Cfg><<<grid, Cfg::NW * 32, Cfg::smem_bytes, static_cast<cudaStream_t>(stream)>>>(p);
+  return cuda_message(cudaGetLastError());
+}

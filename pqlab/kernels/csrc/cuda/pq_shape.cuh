@@ -1,0 +1,152 @@
+// What a configuration of the decode kernel is: sizes, places in shared memory, arguments. No torch.
+#pragma once
+#include <cstdint>
+
+#include "pq_ptx.cuh"
+
+namespace pqlab {
+
+constexpr int kTile = 16;            // tokens per tile, as in paging/layout.py
+constexpr int kChunk = 32;           // tokens a warp takes at a time: two tiles
+constexpr int kReservedSmem = 1024;  // shared memory that CUDA keeps for itself in front of a block's (sm_90)
+constexpr float kLn2 = 0.6931471805599453f;
+
+// One side (keys or values) of a codebook in shared memory: entries of DM fp16; the entries of one code are a row of
+// `blocks` blocks of 128 bytes. Two forms, each with an address that takes one instruction:
+//  * pairs of blocks, C rows of 256 bytes: code << 8 | low byte, a byte permute;
+//  * one block after the other, C rows of 128 bytes, where there are no pairs: code * 128 + low, a dot product of bytes.
+template <int D, int M, int NBITS>
+struct Side {
+  static_assert(D % M == 0 && M % 16 == 0, "M must divide the head size and be a multiple of 16");
+  static_assert(NBITS == 8 || NBITS == 4, "codes of 8 or 4 bits");
+  static constexpr int DM = D / M;
+  static_assert(DM == 2 || DM == 4 || DM == 8, "2, 4 or 8 dimensions a subspace");
+  static constexpr int EW = DM / 2;  // 32-bit words an entry
+  static constexpr int C = 1 << NBITS;
+  static constexpr int blocks = (2 * D + 127) / 128;
+  static constexpr int DP = blocks * 64;        // head size, padded to whole blocks
+  static constexpr int MP = DP / DM;            // subspaces, padded likewise; the padding's entries are zero
+  static constexpr int tile_bytes = M * 2 * NBITS;
+  static constexpr int rotations = 8 / EW;      // groups of 4 subspaces in a block
+  static constexpr bool PAIRS = blocks % 2 == 0;
+  static constexpr int book_bytes = blocks * C * 128;
+  // Byte offset of block b in the side's part of the books, code 0.
+  static __host__ __device__ constexpr int block_offset(int b) {
+    return PAIRS ? (b >> 1) * C * 256 + (b & 1) * 128 : b * C * 128;
+  }
+  // Byte offset of a subspace's entry in it.
+  static __host__ __device__ constexpr int entry_offset(int subspace) {
+    return block_offset(subspace * EW * 4 >> 7) + (subspace * EW * 4 & 127);
+  }
+  static constexpr int row_bytes = PAIRS ? 256 : 128;
+};
+
+// T: element type of queries and exact tokens. HG: query vectors a block works for. NW: warps; the first half looks up
+// keys, the second half values. SLOTS: chunks of codes that are on their way to a warp.
+template <typename T_, int D_, int KM, int KBITS, int VM, int VBITS, int HG_, int NW_, int SLOTS_>
+struct DecodeConfig {
+  using T = T_;
+  using K = Side<D_, KM, KBITS>;
+  using V = Side<D_, VM, VBITS>;
+  static constexpr int D = D_, HG = HG_, NW = NW_, NP = NW_ / 2, SLOTS = SLOTS_;
+  static_assert(HG >= 1 && HG <= 4 && NW % 2 == 0, "at most four query vectors a block, pairs of warps");
+  static constexpr int DP = K::DP;
+  static constexpr int book_bytes = K::book_bytes + V::book_bytes;  // keys, then values
+  // Shared memory: books | ring of every warp | of every pair: two buffers of scores, weights, spread keys | barriers
+  static constexpr int max_tile = K::tile_bytes > V::tile_bytes ? K::tile_bytes : V::tile_bytes;
+  static constexpr int slot_bytes = 2 * max_tile;
+  static constexpr int merge_bytes = HG * DP * 4;  // a warp's results take the place of its ring
+  static constexpr int ring_bytes = SLOTS * slot_bytes > merge_bytes ? SLOTS * slot_bytes : merge_bytes;
+  static constexpr int HS = HG == 3 ? 4 : HG;  // scores of a token, padded to a power of two
+  static constexpr int score_bytes = kChunk * HS * 4;
+  static constexpr int pair_offset = book_bytes + NW * ring_bytes;
+  static constexpr int pair_weights = 2 * score_bytes;
+  static constexpr int pair_spread = pair_weights + HG * kChunk * 2;
+  static constexpr int pair_bytes = pair_spread + (KBITS == 8 ? 0 : 2 * KM * 16);
+  static constexpr int total_offset = pair_offset + NP * pair_bytes;   // float2 [NP][HG]: maxima and sums
+  static constexpr int barrier_offset = total_offset + (NP + 1) * HG * 8;
+  // Barriers: key books, value books | every pair: scores full (2), scores free (2) | every warp: slots
+  static constexpr int pair_barriers = 2, ring_barriers = pair_barriers + 4 * NP;
+  static constexpr int barriers = ring_barriers + NW * SLOTS;
+  static constexpr int smem_bytes = barrier_offset + 8 * barriers;
+};
+
+struct DecodeParams {
+  const void* q;            // [B, H * G, S, D] of T, last dimension dense
+  int64_t q_stride[3];      // elements
+  const uint8_t* k_pages;   // [max_pages][H][T][KM][2 * KBITS]
+  const uint8_t* v_pages;
+  const int* page_table;    // [B][table_stride]
+  int table_stride;
+  const int* lengths;       // [B][3]: sinks, coded, window
+  const uint8_t* books;     // [H][book_bytes], made by pqlab_prepare_books
+  const void* sink_k;       // [B, H, n, D] of T, last dimension dense
+  const void* sink_v;       // strides as sink_k
+  int64_t sink_stride[3];
+  const void* window_k;     // [B, H, W, D] of T, a ring
+  const void* window_v;
+  int64_t window_stride[3];
+  int window_slots;
+  void* out;                // [B, H * G, S, D] of T, dense
+  float* lse;               // [B, H * G, S]
+  float* partial;           // [H][groups][splits + B][HG][D + 4]
+  int* tickets;             // [B * H * groups], zero before and after
+  int B, H, G, S;
+  int tiles_per_page;
+  uint32_t page_magic;      // tile / tiles_per_page == umulhi(tile, page_magic); 0: a page is a tile
+  int splits;               // blocks per (kv head, group of query vectors)
+  float scale_log2;         // softmax scale * log2(e), > 0
+};
+
+// One row of the batch as work: units of about equal bytes, chunks of codes and exact tokens side by side.
+struct Row {
+  int sinks, coded, exact, chunks, units;
+  __device__ __forceinline__ Row(const DecodeParams& p, int b) {
+    sinks = p.lengths[3 * b];
+    coded = p.lengths[3 * b + 1];
+    exact = sinks + p.lengths[3 * b + 2];
+    chunks = (coded + kChunk - 1) / kChunk;
+    units = chunks + (exact + kChunk / 2 - 1) / (kChunk / 2);  // an exact token is worth two of codes
+  }
+};
+
+// floor(total * part / parts); rows have less than 2^16 units, so the product fits.
+__device__ __forceinline__ int share(int total, int part, int parts) {
+  return static_cast<int>(static_cast<uint32_t>(total) * static_cast<uint32_t>(part) / static_cast<uint32_t>(parts));
+}
+
+// The units of all rows, one after the other, are cut into equal parts, one a block of this (kv head, group).
+struct Part {
+  int per_block, begin, end;  // this block's units
+  int row, before;            // the row in which they begin, units of all rows before it
+
+  template <int NP>
+  __device__ __forceinline__ void find(const DecodeParams& p, int lane) {
+    int total = 0;
+    for (int b = lane; b < p.B; b += 32) total += Row(p, b).units;
+#pragma unroll
+    for (int o = 16; o; o >>= 1) total += __shfl_xor_sync(~0u, total, o);
+    // A chunk a pair of warps at least, and no second block for so few: merging would cost more than it saves.
+    per_block = total <= 2 * NP ? max(total, 1) : max((total + p.splits - 1) / p.splits, NP);
+    begin = blockIdx.x * per_block, end = min(begin + per_block, total);
+    row = before = 0;
+    for (int b0 = 0; begin < end && p.B > 1; b0 += 32) {
+      int upto = b0 + lane < p.B ? Row(p, b0 + lane).units : 0;
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) {
+        const int other = __shfl_up_sync(~0u, upto, o);
+        if (lane >= o) upto += other;
+      }
+      const unsigned past = __ballot_sync(~0u, before + upto > begin);
+      if (past) {
+        const int first = __ffs(past) - 1;
+        row = b0 + first;
+        before += first ? __shfl_sync(~0u, upto, first - 1) : 0;
+        break;
+      }
+      before += __shfl_sync(~0u, upto, 31);
+    }
+  }
+};
+
+}  // namespace pqlab

@@ -1,0 +1,90 @@
+// A warp's stream of codes: chunks of two tiles from the pages of a row to a small ring in shared memory. No torch.
+#pragma once
+#include "pq_shape.cuh"
+
+namespace pqlab {
+
+template <int NP, int SLOTS>
+struct CodeStream {
+  const uint8_t* pages;  // of one side
+  int tile_bytes;
+  uint32_t ring, slot_bytes, barriers;  // shared memory addresses; a barrier a slot (sm_90)
+  int lane, pair, head;
+
+  const int* table = nullptr;    // of the row
+  int chunk0 = 0, chunks = 0;    // first chunk of the block's share, chunks of this warp: chunk0 + pair + NP * k
+  int last_tile = 0;             // of the row
+  uint32_t now = 0, next = 0;    // lane l: place of tile l % 2 of chunk 16 n + l / 2, in tiles from the pages' start
+  int slot = 0;
+  uint32_t parity = 0;           // of the slot's barrier
+
+  __device__ __forceinline__ uint32_t place(const DecodeParams& p, int k) const {
+    if (k >= chunks) return 0;
+    const uint32_t tile = min(2 * (chunk0 + pair + NP * k) + (lane & 1), last_tile);
+    const uint32_t page = p.page_magic ? __umulhi(tile, p.page_magic) : tile;
+    return (table[page] * p.H + head) * p.tiles_per_page + (tile - page * p.tiles_per_page);
+  }
+
+  __device__ __forceinline__ void fetch(const DecodeParams& p, int k, int to_slot) {
+    if (k < chunks) {
+      if ((k & 15) == 0 && k > 0) {
+        now = next;
+        next = place(p, k + 16 + lane / 2);
+      }
+      const uint32_t first = __shfl_sync(~0u, now, 2 * k & 31), second = __shfl_sync(~0u, now, (2 * k & 31) + 1);
+      const uint32_t to = ring + to_slot * slot_bytes;
+      const uint8_t* from = pages + static_cast<size_t>(first) * tile_bytes;
+#if __CUDA_ARCH__ >= 900
+      const uint32_t bar = barriers + 8 * to_slot;
+      if (second == first + 1) {  // mostly: the same page
+        bulk_copy_one(to, from, 2 * tile_bytes, bar, 2 * tile_bytes);
+      } else {
+        bulk_copy_one(to, from, tile_bytes, bar, 2 * tile_bytes);
+        bulk_copy_one(to + tile_bytes, pages + static_cast<size_t>(second) * tile_bytes, tile_bytes, bar, 0);
+      }
+#else
+      const uint8_t* from2 = pages + static_cast<size_t>(second) * tile_bytes - tile_bytes;
+      for (int i = lane * 16; i < 2 * tile_bytes; i += 512) cp_async_16(to + i, (i < tile_bytes ? from : from2) + i);
+#endif
+    }
+#if __CUDA_ARCH__ < 900
+    cp_async_commit();  // also when empty: the waits count groups
+#endif
+  }
+
+  // Takes a row: the warp's share of its chunks [from, to), and asks for the first ones.
+  __device__ __forceinline__ void start(const DecodeParams& p, int row, int coded, int from, int to) {
+    table = p.page_table + static_cast<size_t>(row) * p.table_stride;
+    last_tile = (coded - 1) / kTile;
+    chunk0 = from;
+    chunks = max(0, (to - from - pair + NP - 1) / NP);
+    now = place(p, lane / 2);
+    next = place(p, 16 + lane / 2);
+    int s = slot;
+#pragma unroll
+    for (int k = 0; k < SLOTS; ++k) {
+      fetch(p, k, s);
+      s = s + 1 == SLOTS ? 0 : s + 1;
+    }
+  }
+
+  // Waits for the next chunk; its codes lie at the address that is returned until `release`.
+  __device__ __forceinline__ uint32_t wait() {
+#if __CUDA_ARCH__ >= 900
+    mbarrier_wait(barriers + 8 * slot, parity);
+#else
+    cp_async_wait<SLOTS - 1>();
+    __syncwarp();
+#endif
+    return ring + slot * slot_bytes;
+  }
+
+  // All lanes have read chunk k: its slot is filled with the one SLOTS further on.
+  __device__ __forceinline__ void release(const DecodeParams& p, int k) {
+    __syncwarp();
+    fetch(p, k + SLOTS, slot);
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  }
+};
+
+}  // namespace pqlab

@@ -1,0 +1,291 @@
+"""The CUDA backend: hands pointers and sizes to the kernels of `csrc/cuda` through ctypes.
+
+Every configuration that is met is compiled for itself, once, and cached (`build.Extension`); until it is there, and for
+what has no kernel, the reference runs, which the report shows. A call allocates its results and nothing else, copies
+nothing and never waits for the GPU, so that CUDA graphs can hold it. Workspaces and prepared codebooks are made at the
+first call with them: warm up before capturing, as graphs ask for anyway.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..paging.layout import TILE
+from .backend import Backend, BuildStatus
+from .build import Extension
+from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
+
+_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQ5iIif")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
+_ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
+_APPEND_SIDE = struct.Struct("<QQQ2qQQ")  # struct AppendSide
+_APPEND = struct.Struct("<QQQ9i4x")  # struct AppendParams, after its two sides
+_MAX_STEPS = 16  # query vectors a kv head: above, reading the codes once for four of them does not pay
+_MAX_TOKENS = 65000 * 32  # of a row: the kernel shares a row's chunks in 32-bit arithmetic
+
+
+def backend() -> CudaBackend:
+    """The backend of this process; raises when torch sees no device."""
+    torch.cuda.get_device_properties(0)
+    return CudaBackend()
+
+
+class _Kernel:
+    """One compiled configuration: its library once it is built, and what `unable` says until then."""
+
+    def __init__(self, config: Configuration) -> None:
+        self.library: Any = None
+        self.reason = config.unsupported()
+        self.extension: Extension | None = None
+        if self.reason is None:
+            self.extension = Extension(
+                config.name, [config.source], self._load, cuda_cflags=compile_flags(config), with_cuda=True
+            )
+            self.extension.start()
+
+    def _load(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        for name in ("pqlab_decode", "pqlab_prepare_books", "pqlab_encode", "pqlab_append"):
+            function = getattr(library, name, None)
+            if function is not None:
+                function.restype = ctypes.c_char_p
+        if hasattr(library, "pqlab_decode"):
+            info = (ctypes.c_int * 4)()
+            library.pqlab_decode_info(info)
+            library.vectors, library.book_bytes = info[0], info[3]
+        self.library = library
+
+    def unable(self) -> str | None:
+        if self.library is not None:
+            return None
+        return self.reason if self.extension is None else self.extension.status.detail
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    remedy = "Install nvcc (CUDA toolkit) and ninja; pqlab.backend_report() shows what the build said."
+
+    def __init__(self) -> None:
+        self._kernels: dict[Configuration, _Kernel] = {}
+        self._devices: dict[int, tuple[int, int, int]] = {}  # compute capability, shared memory, multiprocessors
+        self._books: dict[tuple[Any, ...], tuple[Any, Any, Tensor]] = {}
+        self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._retired: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write to them
+
+    # -- builds ----------------------------------------------------------------------------------------------------
+
+    def status(self) -> BuildStatus:
+        """Of the newest build: "none" before the first call, since a configuration is built when it is met."""
+        built = [k.extension.status for k in self._kernels.values() if k.extension is not None]
+        for state in ("building", "failed"):
+            for status in built:
+                if status.state == state:
+                    return status
+        return built[-1] if built else BuildStatus("none", "configurations are built when they are met")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return all(k.extension.wait(timeout) for k in list(self._kernels.values()) if k.extension is not None)
+
+    def kernel(self, config: Configuration) -> _Kernel:
+        """The kernel of a configuration; its build starts when it is first asked for."""
+        if config not in self._kernels:
+            self._kernels[config] = _Kernel(config)
+        return self._kernels[config]
+
+    def _device(self, x: Tensor) -> tuple[int, int, int]:
+        index = x.device.index
+        if index not in self._devices:
+            p = torch.cuda.get_device_properties(index)
+            memory = getattr(p, "shared_memory_per_block_optin", 0)
+            self._devices[index] = (10 * p.major + p.minor, memory, p.multi_processor_count)
+        return self._devices[index]
+
+    def _decode_kernel(self, args: tuple[Any, ...]) -> _Kernel:
+        q, k_pages, v_pages, k_nbits, v_nbits = args[0], args[1], args[2], args[11], args[12]
+        arch, memory, _ = self._device(q)
+        group, steps = q.shape[1] // k_pages.shape[1], q.shape[2]
+        vectors = vectors_per_block(group, steps)
+        return self.kernel(
+            DecodeConfig(
+                q.shape[3], k_pages.shape[3], k_nbits, v_pages.shape[3], v_nbits, q.dtype, vectors, arch, memory
+            )
+        )
+
+    def _encode_kernel(self, x: Tensor, m: int, nbits: int) -> _Kernel:
+        return self.kernel(EncodeConfig(x.shape[-1] // m, nbits, x.dtype, self._device(x)[0]))
+
+    def unable(self, op: str, args: tuple[Any, ...]) -> str | None:
+        if op == "decode":
+            q, k_pages, table, scale = args[0], args[1], args[3], args[13]
+            if q.shape[1] // k_pages.shape[1] * q.shape[2] > _MAX_STEPS:
+                return f"more than {_MAX_STEPS} query vectors a kv head"
+            if table.shape[1] * k_pages.shape[2] * TILE > _MAX_TOKENS:
+                return "page tables of more than two million tokens a row"
+            if not scale > 0 or not (k_pages.is_contiguous() and args[2].is_contiguous()):
+                return "a scale that is not positive, or pages that are not dense"
+            return self._decode_kernel(args).unable()
+        if op == "encode":
+            x, books = args
+            if books.shape[2] not in (16, 256) or books.dtype != torch.float32:
+                return "codebooks that are not float32 of 16 or 256 centroids"
+            return self._encode_kernel(x, books.shape[1], books.shape[2].bit_length() - 1).unable()
+        if op == "encode_pages_":
+            pages, x, _, _, _, nbits = args
+            if not pages.is_contiguous():
+                return "pages that are not dense"
+            return self._encode_kernel(x, pages.shape[3], nbits).unable()
+        sides = ((args[4], args[6], args[13]), (args[5], args[7], args[14]))
+        if not all(args[i].is_contiguous() for i in range(6)):
+            return "buffers that are not dense"
+        return next(filter(None, (self._encode_kernel(x, p.shape[3], n).unable() for p, x, n in sides)), None)
+
+    # -- operations ------------------------------------------------------------------------------------------------
+
+    def decode(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
+        k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
+        k_nbits: int, v_nbits: int, scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        args = (q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
+                k_nbits, v_nbits, scale)  # fmt: skip
+        library = self._decode_kernel(args).library
+        batch, query_heads, steps, head_dim = q.shape
+        _, heads, tiles, _, _ = k_pages.shape
+        group = query_heads // heads
+        blocks = -(-group * steps // library.vectors)
+        splits = max(1, self._device(q)[2] // (heads * blocks))
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        q, lengths, page_table = _dense_rows(q), lengths.contiguous(), _dense_last(page_table)
+        sink_k, sink_v = _alike(sink_k, sink_v)
+        window_k, window_v = _alike(window_k, window_v)
+        books = self._prepared(library, k_books, v_books, stream)
+        floats = heads * blocks * (splits + batch) * library.vectors * (head_dim + 4)
+        partial, tickets = self._workspace(q, floats, batch * heads * blocks, stream)
+        out = torch.empty((batch, query_heads, steps, head_dim), dtype=q.dtype, device=q.device)
+        lse = torch.empty((batch, query_heads, steps), dtype=torch.float32, device=q.device)
+        params = _DECODE.pack(
+            q.data_ptr(), *q.stride()[:3], k_pages.data_ptr(), v_pages.data_ptr(),
+            page_table.data_ptr(), page_table.stride(0), lengths.data_ptr(), books.data_ptr(),
+            sink_k.data_ptr(), sink_v.data_ptr(), *sink_k.stride()[:3],
+            window_k.data_ptr(), window_v.data_ptr(), *window_k.stride()[:3], max(1, window_k.shape[2]),
+            out.data_ptr(), lse.data_ptr(), partial.data_ptr(), tickets.data_ptr(),
+            batch, heads, group, steps, tiles, 0 if tiles == 1 else -(-(2**32) // tiles), splits,
+            scale * math.log2(math.e),
+        )  # fmt: skip
+        with torch.cuda.device(q.device):
+            _check("decode", library.pqlab_decode(params, ctypes.c_void_p(stream)))
+        return out, lse
+
+    def encode(self, x: Tensor, books: Tensor) -> Tensor:
+        groups, n, _ = x.shape
+        _, m, num_centroids, _ = books.shape
+        codes = torch.empty((groups, n, m), dtype=torch.uint8, device=x.device)
+        self._encode(x, books, codes, None, 0, 1, num_centroids.bit_length() - 1)
+        return codes
+
+    def encode_pages_(
+        self, pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, first_slot: int, nbits: int
+    ) -> None:
+        ids = page_ids.to(device=x.device, dtype=torch.int32).contiguous()
+        self._encode(x, books, pages, ids, first_slot, pages.shape[2], nbits)
+
+    def _encode(
+        self, x: Tensor, books: Tensor, codes: Tensor, ids: Tensor | None, first_slot: int, tiles: int, nbits: int
+    ) -> None:
+        groups, n, _ = x.shape
+        x, books = _dense_rows(x), books.contiguous()
+        library = self._encode_kernel(x, books.shape[1], nbits).library
+        params = _ENCODE.pack(
+            x.data_ptr(), *x.stride()[:2], books.data_ptr(), codes.data_ptr(), ids.data_ptr() if ids is not None else 0,
+            groups, n, books.shape[1], first_slot, tiles,
+        )  # fmt: skip
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        with torch.cuda.device(x.device):
+            _check("encode", library.pqlab_encode(params, ctypes.c_void_p(stream)))
+
+    def append_(
+        self, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor, k_pages: Tensor, v_pages: Tensor,
+        k: Tensor, v: Tensor, page_table: Tensor, before: Tensor, after: Tensor, k_books: Tensor, v_books: Tensor,
+        k_nbits: int, v_nbits: int,
+    ) -> None:  # fmt: skip
+        batch, heads, slots, head_dim = window_k.shape
+        k, v = _dense_last(k), _dense_last(v)
+        k_books, v_books, before, after = (x.contiguous() for x in (k_books, v_books, before, after))
+        page_table = _dense_last(page_table)
+        sides = [
+            (_APPEND_SIDE.pack(sink.data_ptr(), window.data_ptr(), x.data_ptr(), *x.stride()[:2], books.data_ptr(),
+                               pages.data_ptr()), pages.shape[3], nbits)
+            for sink, window, x, books, pages, nbits in (
+                (sink_k, window_k, k, k_books, k_pages, k_nbits), (sink_v, window_v, v, v_books, v_pages, v_nbits)
+            )
+        ]  # fmt: skip
+        (k_side, k_m, _), (v_side, v_m, _) = sides
+        together = (k_m, k_nbits) == (v_m, v_nbits)  # one launch for both
+        stream = torch.cuda.current_stream(k.device).cuda_stream
+        for first, second, m, nbits in [(k_side, v_side, k_m, k_nbits), (v_side, v_side, v_m, v_nbits)][: 2 - together]:
+            params = first + second + _APPEND.pack(
+                page_table.data_ptr(), before.data_ptr(), after.data_ptr(), page_table.stride(0), 1 + together,
+                batch, heads, head_dim, m, sink_k.shape[2], slots, k_pages.shape[2],
+            )  # fmt: skip
+            library = self._encode_kernel(k, m, nbits).library
+            with torch.cuda.device(k.device):
+                _check("append_", library.pqlab_append(params, ctypes.c_void_p(stream)))
+
+    # -- kept between calls ----------------------------------------------------------------------------------------
+
+    def _prepared(self, library: Any, k_books: Tensor, v_books: Tensor, stream: int) -> Tensor:
+        """Both codebooks as the kernel keeps them in shared memory, made once for every pair of tensors."""
+        key = (id(library), k_books.data_ptr(), v_books.data_ptr(), k_books._version, v_books._version, k_books.shape)
+        kept = self._books.get(key)
+        if kept is not None and kept[0]() is not None and kept[1]() is not None:
+            return kept[2]
+        heads = k_books.shape[0]
+        image = torch.empty(heads * library.book_bytes, dtype=torch.uint8, device=k_books.device)
+        k, v = k_books.contiguous(), v_books.contiguous()
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (k, v, image)]
+        with torch.cuda.device(k.device):
+            _check("decode", library.pqlab_prepare_books(*pointers, heads, ctypes.c_void_p(stream)))
+        if not torch.cuda.is_current_stream_capturing():  # a graph's memory is not ours to keep
+            self._books = {k: kept for k, kept in self._books.items() if kept[0]() is not None}
+            self._books[key] = (weakref.ref(k_books), weakref.ref(v_books), image)
+        return image
+
+    def _workspace(self, q: Tensor, floats: int, tickets: int, stream: int) -> tuple[Tensor, Tensor]:
+        """Room for the parts of rows that several blocks share, and their tickets: zero before and after a call."""
+        kept = self._workspaces.get((q.device.index, stream))
+        if kept is not None and kept[0].numel() >= floats and kept[1].numel() >= tickets:
+            return kept
+        room = torch.empty(floats, device=q.device), torch.zeros(tickets, dtype=torch.int32, device=q.device)
+        if not torch.cuda.is_current_stream_capturing():
+            if kept is not None:
+                self._retired.append(kept)
+            self._workspaces[(q.device.index, stream)] = room
+        return room
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """Last dimension dense and pairs of elements aligned; a copy only where a caller passes something else."""
+    aligned = x.data_ptr() % (2 * x.element_size()) == 0 and all(s % 2 == 0 for s in x.stride()[:-1])
+    return x if aligned and x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with the same strides."""
+    k, v = _dense_rows(k), _dense_rows(v)
+    return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
+
+
+def _check(op: str, message: bytes | None) -> None:
+    if message:
+        raise RuntimeError(f"pqlab.{op} on CUDA: {message.decode()}")

@@ -1,0 +1,242 @@
+"""The CUDA kernels against the reference in float64: fresh inputs, shuffled pages, ragged rows, poisoned results."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pqlab import kernels
+from pqlab.kernels import ops, reference, use_backend
+from pqlab.paging.layout import pack_codes, read_pages
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _started():
+    kernels.start()
+
+
+def make_call(
+    heads=8, kv_heads=2, head_dim=128, k_codec=(64, 8), v_codec=(64, 8), page_size=64, dtype=torch.float16, steps=1,
+    rows=((4, 1000, 130),), slots=192, num_sinks=4, seed=0, scale_q=1.0,
+):  # fmt: skip
+    """Arguments of `ops.decode`. What no length covers holds NaN: nothing of it may reach the result."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g, device="cuda")
+
+    batch, tiles = len(rows), page_size // 16
+    per_row = max(1, max(-(-coded // page_size) for _, coded, _ in rows))
+    max_pages = batch * per_row + 5
+    table = torch.randperm(max_pages, generator=g, device="cuda")[: batch * per_row].view(batch, per_row).int()
+    lengths = torch.tensor(rows, dtype=torch.int32, device="cuda")
+    used = torch.arange(per_row, device="cuda") * page_size < lengths[:, 1:2]
+    pages, books = [], []
+    for m, nbits in (k_codec, v_codec):
+        codes = torch.randint(0, 2**nbits, (max_pages, kv_heads, tiles, m, 16), generator=g, device="cuda")
+        pages.append(pack_codes(codes.to(torch.uint8), nbits))
+        books.append(random(kv_heads, m, 2**nbits, head_dim // m))
+    sinks = [random(batch, kv_heads, num_sinks, head_dim).to(dtype) for _ in range(2)]
+    window = [random(batch, kv_heads, slots, head_dim).to(dtype) for _ in range(2)]
+    for row, (sink, coded, live) in enumerate(rows):
+        dead = [slot for slot in range(slots) if (slot - coded) % slots >= live]
+        for side in range(2):
+            sinks[side][row, :, sink:] = float("nan")
+            window[side][row, :, dead] = float("nan")
+    q = (random(batch, heads, steps, head_dim) * scale_q).to(dtype)
+    table = torch.where(used, table, -1).int()
+    return (q, *pages, table, lengths, *books, *sinks, *window, k_codec[1], v_codec[1], head_dim**-0.5)
+
+
+def check(call, limit=2e-3):
+    with use_backend("cuda"):
+        out, lse = ops.decode(*call)
+    expected, expected_lse = reference.decode(call[0].double(), *call[1:])
+    stored = call[4].sum(1) > 0
+    assert (out[~stored] == 0).all() and (lse[~stored] == -torch.inf).all()
+    error = (out[stored].double() - expected[stored]).norm(dim=-1) / expected[stored].norm(dim=-1)
+    assert error.max() < limit
+    assert (lse[stored].double() - expected_lse[stored]).abs().max() < 5e-3
+
+
+RAGGED = ((4, 0, 0), (0, 1, 1), (3, 517, 192), (4, 4096, 17), (0, 0, 0), (4, 33, 150), (0, 64, 0), (0, 0, 7))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (4, 2), (9, 3), (8, 2), (7, 1), (16, 2)])
+def test_any_ratio_of_heads(heads, kv_heads):
+    check(make_call(heads, kv_heads, rows=RAGGED))
+
+
+@pytest.mark.parametrize(
+    "head_dim, k_codec, v_codec",
+    [
+        (64, (32, 8), (32, 8)), (64, (16, 8), (32, 8)), (32, (16, 8), (16, 8)), (96, (48, 8), (48, 8)),
+        (128, (32, 8), (32, 8)), (128, (16, 8), (64, 8)), (128, (64, 4), (64, 4)), (128, (64, 8), (32, 4)),
+    ],
+)  # fmt: skip
+def test_codecs(head_dim, k_codec, v_codec):
+    check(make_call(4, 2, head_dim, k_codec, v_codec, rows=RAGGED, seed=1))
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-3), (torch.bfloat16, 5e-3)])  # bfloat16 rounds the result
+def test_element_types(dtype, limit):
+    check(make_call(dtype=dtype, rows=RAGGED, seed=2), limit)
+
+
+@pytest.mark.parametrize("page_size", [16, 48, 64, 512])
+def test_page_sizes(page_size):
+    check(make_call(page_size=page_size, rows=((4, 3000, 100), (1, 501, 20)), seed=3))
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 8191, 131072])
+def test_lengths(length):
+    check(make_call(4, 1, rows=((0, length, 0),), seed=4))
+
+
+def test_many_rows():
+    check(make_call(2, 2, rows=[(i % 5, i * 97 % 900, i * 31 % 193) for i in range(70)], seed=5))
+
+
+def test_several_new_tokens():
+    check(make_call(4, 2, steps=3, rows=((4, 300, 100), (1, 70, 20)), seed=6))
+
+
+def test_maximum_that_rises_and_large_scores():
+    check(make_call(rows=((4, 3000, 100),), seed=7, scale_q=8.0), 4e-3)  # sharp: fp16 centroids show
+
+
+def test_strided_inputs():
+    call = list(make_call(rows=((4, 300, 100),), seed=8))
+    call[0] = call[0].transpose(1, 2).contiguous().transpose(1, 2)
+    call[9] = torch.cat([call[9], call[9]], -1)[..., :128]
+    check(tuple(call))
+
+
+def test_graph_replay_reads_new_lengths():
+    call = make_call(rows=((4, 2000, 100), (4, 700, 0)), seed=9)
+    with use_backend("cuda"):
+        ops.decode(*call)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _ = ops.decode(*call)
+        call[4][:, 1] -= torch.tensor([900, 699], device="cuda", dtype=torch.int32)
+        call[4][:, 2] = 0
+        out.fill_(float("nan"))
+        graph.replay()
+    expected, _ = reference.decode(call[0].double(), *call[1:])
+    assert (out.double() - expected).norm() / expected.norm() < 2e-3
+
+
+def test_same_result_twice():
+    call = make_call(rows=((4, 30000, 100),), seed=10)
+    with use_backend("cuda"):
+        first, second = ops.decode(*call)[0], ops.decode(*call)[0]
+    assert (first - second).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("m, nbits, d", [(64, 8, 128), (32, 8, 128), (32, 4, 64), (16, 8, 128)])
+@pytest.mark.parametrize("n", [5, 100, 5000])
+def test_encode(m, nbits, d, n):
+    g = torch.Generator(device="cuda").manual_seed(n)
+    books = torch.randn(3, m, 2**nbits, d // m, generator=g, device="cuda")
+    x = torch.randn(3, n, d, generator=g, device="cuda")
+    with use_backend("cuda"):
+        codes = ops.encode(x, books)
+    expected = reference.encode(x, books)
+    assert (codes != expected).float().mean() < 1e-4  # float32 rounds differently: ties in the last bit
+
+    def distance(c):
+        return (x - reference.dequantize(c, books)).square().unflatten(-1, (m, -1)).sum(-1)
+
+    assert (distance(codes) <= distance(expected) * (1 + 1e-5) + 1e-6).all()
+
+
+def test_a_centroid_finds_itself():
+    books = torch.randn(2, 64, 256, 2, device="cuda")
+    codes = torch.randint(0, 256, (2, 3000, 64), device="cuda", dtype=torch.uint8)
+    with use_backend("cuda"):
+        again = ops.encode(reference.dequantize(codes, books), books)
+    assert torch.equal(again, codes)
+
+
+@pytest.mark.parametrize("nbits", [8, 4])
+@pytest.mark.parametrize("first_slot, n", [(0, 192), (0, 40), (23, 100), (63, 1)])
+def test_encode_pages_keeps_other_slots(nbits, first_slot, n):
+    heads, m, d = 2, 32, 64
+    books = torch.randn(heads, m, 2**nbits, d // m, device="cuda")
+    x = torch.randn(heads, n, d, device="cuda", dtype=torch.float16)
+    ids = torch.tensor([5, 1, 3], device="cuda")
+    pages = torch.randint(0, 256, (7, heads, 4, m, 2 * nbits), device="cuda", dtype=torch.uint8)
+    expected = pages.clone()
+    reference.encode_pages_(expected, x, books, ids, first_slot, nbits)
+    with use_backend("cuda"):
+        ops.encode_pages_(pages, x, books, ids, first_slot, nbits)
+    a, b = (read_pages(p, torch.arange(7, device="cuda"), nbits) for p in (pages, expected))
+    assert (a != b).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("v_codec", [(32, 8), (16, 8)])
+def test_append_in_a_graph(v_codec):
+    """Steps of a ragged batch through one graph: sinks fill, the ring turns, pages are flushed, as in the reference."""
+    batch, heads, d, sinks, residual, page_size = 3, 2, 64, 2, 20, 16
+    slots, codecs = residual + page_size, ((32, 8), v_codec)
+    books = [torch.randn(heads, m, 2**nbits, d // m, device="cuda") for m, nbits in codecs]
+    table = torch.randperm(12, device="cuda").view(batch, 4).int()
+    buffers = [torch.zeros(batch, heads, n, d, device="cuda").half() for n in (sinks, sinks, slots, slots)]
+    buffers += [torch.zeros(12, heads, 1, m, 2 * nbits, device="cuda", dtype=torch.uint8) for m, nbits in codecs]
+    expected = [b.clone() for b in buffers]
+    k, v = torch.randn(2, batch, heads, 1, d, device="cuda").half()
+    before, after = torch.zeros(2, batch, 3, dtype=torch.int32, device="cuda")
+    call = (*buffers, k, v, table, before, after, *books, codecs[0][1], codecs[1][1])
+    with use_backend("cuda"):
+        ops.append_(*call)  # nothing happens: no row changes
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ops.append_(*call)
+    rows = [[0, 0, 0] for _ in range(batch)]
+    for step in range(70):
+        new = []
+        for row, (s, c, w) in enumerate(rows):
+            if step % (row + 1):
+                new.append([s, c, w])
+                continue
+            s, w = (s + 1, w) if s + c + w < sinks else (s, w + 1)
+            new.append([s, c + page_size, w - page_size] if w == slots else [s, c, w])
+        before.copy_(torch.tensor(rows))
+        after.copy_(torch.tensor(new))
+        k.normal_()
+        v.normal_()
+        graph.replay()
+        reference.append_(*expected, *call[6:])
+        rows = new
+    assert max(c for _, c, _ in rows) >= 2 * page_size
+    for ours, theirs in zip(buffers, expected, strict=True):
+        same = (ours == theirs).float().mean()
+        assert same == 1 if ours.dtype == torch.float16 else same > 0.9999
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool):
+    program = (
+        "import torch, tests.test_cuda as t\n"
+        "t.kernels.start()\n"
+        "t.check(t.make_call(8, 2, rows=((4, 700, 100), (0, 33, 0)), seed=1))\n"
+        "t.check(t.make_call(2, 2, rows=((4, 2600, 100),), seed=1))\n"
+        "t.test_encode_pages_keeps_other_slots(8, 23, 100)\n"
+    )
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not know this device")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

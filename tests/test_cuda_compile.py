@@ -1,0 +1,85 @@
+"""Every kind of CUDA configuration compiles where there is an nvcc; no GPU is needed, nothing is run on one."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from pqlab.kernels.cuda_config import SHARED_MEMORY, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
+
+NVCC = shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+DECODE = [
+    DecodeConfig(128, 64, 8, 64, 8, torch.float16, 4, 90),  # 32/8 heads
+    DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 90),  # 32/32 heads
+    DecodeConfig(64, 32, 8, 32, 8, torch.bfloat16, 3, 90),  # 9/3 heads
+    DecodeConfig(128, 32, 4, 16, 8, torch.float32, 2, 90),  # K and V of different codecs
+    DecodeConfig(128, 64, 8, 64, 8, torch.float16, 4, 80),  # no bulk copies, less shared memory
+    DecodeConfig(96, 48, 8, 48, 8, torch.float16, 1, 80),
+]
+ENCODE = [EncodeConfig(2, 8, torch.float16, 90), EncodeConfig(4, 4, torch.bfloat16, 80)]
+
+
+def compiled(config: DecodeConfig | EncodeConfig, folder: Path) -> tuple[ctypes.CDLL, str]:
+    library = folder / f"{config.name}.so"
+    command = [NVCC, "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v", *compile_flags(config), config.source]
+    done = subprocess.run([*map(str, command), "-o", str(library)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library)), done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("config", DECODE, ids=lambda c: c.name)
+def test_decode_compiles(config, tmp_path):
+    library, output = compiled(config, tmp_path)
+    assert "warning" not in output
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", output)]
+    assert max(spills) <= 64, output  # registers bound this kernel; more spills would be in its loops
+    info = (ctypes.c_int * 4)()
+    library.pqlab_decode_info(info)
+    warps, slots = config.shape()
+    assert list(info) == [config.vectors, warps, config.smem_bytes(warps, slots), config.book_bytes]
+    assert info[2] <= SHARED_MEMORY[config.arch]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("config", ENCODE, ids=lambda c: c.name)
+def test_encode_compiles(config, tmp_path):
+    library, output = compiled(config, tmp_path)
+    assert "warning" not in output
+    assert hasattr(library, "pqlab_encode") and hasattr(library, "pqlab_append")
+
+
+@pytest.mark.parametrize(
+    "config, cause",
+    [
+        (DecodeConfig(256, 128, 8, 128, 8, torch.float16, 1, 90), "head size 256"),
+        (DecodeConfig(128, 64, 7, 64, 8, torch.float16, 1, 90), "7-bit"),
+        (DecodeConfig(128, 128, 8, 64, 8, torch.float16, 1, 90), "M = 128"),
+        (DecodeConfig(128, 64, 8, 64, 8, torch.float64, 1, 90), "float64"),
+        (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 75), "older"),
+        (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 89), "shared memory"),
+        (EncodeConfig(3, 8, torch.float16, 90), "3 dimensions"),
+    ],
+)
+def test_what_has_no_kernel_is_named(config, cause):
+    assert cause in config.unsupported()
+
+
+def test_small_shared_memory_takes_smaller_blocks():
+    roomy, tight = (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 4, arch) for arch in (90, 80))
+    assert roomy.unsupported() is None and tight.unsupported() is None
+    assert roomy.shape() > tight.shape()
+    assert DecodeConfig(64, 32, 8, 32, 8, torch.float16, 3, 89).unsupported() is None  # d 64 fits everywhere
+
+
+@pytest.mark.parametrize("group, steps, vectors", [(1, 1, 1), (4, 1, 4), (3, 1, 3), (7, 1, 4), (6, 1, 3), (1, 5, 4)])
+def test_vectors_per_block(group, steps, vectors):
+    assert vectors_per_block(group, steps) == vectors
