@@ -35,7 +35,8 @@ def text_html(trace: DecodeTrace, step: int, num_tokens: int = 260) -> str:
     following = f'<span title="chosen next" style="border: 1px dashed {colour}">{_lines(row.next_token)}</span>{other}'
     body = "".join(parts) + fed + following
     scroll = "max-height:12.5em; overflow-y:auto; display:flex; flex-direction:column-reverse"  # shows the end first
-    return f'<div style="{scroll}"><div style="line-height:1.5; white-space:normal; padding-right:1em">{body}</div></div>'
+    inner = "line-height:1.5; white-space:normal; padding-right:1em"
+    return f'<div style="{scroll}"><div style="{inner}">{body}</div></div>'
 
 
 def _lines(text: str) -> str:
