@@ -71,6 +71,13 @@ class Lab:
         self.page.wait_for_timeout(300)
         self.page.wait_for_function(_READY, timeout=timeout * 1000)
 
+    def scroll_to_cell(self, index: int) -> None:
+        """Bring a cell into view; JupyterLab renders those far away only when they come near."""
+        self.page.evaluate(
+            "i => { void window.jupyterapp.shell.currentWidget.content.scrollToItem(i, 'start'); }", index
+        )
+        self.page.wait_for_timeout(300)
+
     def theme(self, name: str) -> None:
         """Switch JupyterLab to its "light" or "dark" theme."""
         self.command("apputils:change-theme", theme=f"JupyterLab {name.capitalize()}")
