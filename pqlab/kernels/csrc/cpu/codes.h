@@ -58,7 +58,8 @@ inline void unpack_tiles(uint8_t* out, int64_t stride, const uint8_t* const* til
                 if (nbits == 8)
                     std::memcpy(out + s * stride + t * TILE, tiles[t] + s * TILE, TILE);
                 else
-                    unpack_codes(out + s * stride + t * TILE, tiles[t] + s * bytes, nbits, (s + 1) * bytes + 8 <= m * bytes);
+                    unpack_codes(out + s * stride + t * TILE, tiles[t] + s * bytes, nbits,
+                                 (s + 1) * bytes + 8 <= m * bytes);
             }
     }
 }

@@ -65,7 +65,10 @@ inline void to_float(float* out, const void* tensor, int64_t first, int64_t n, i
     }
     int64_t i = 0;
 #ifdef PQ_AVX2
-    for (; i + 8 <= n; i += 8) store(out + i, (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))) * splat(scale));
+    for (; i + 8 <= n; i += 8) {
+        const __m128i eight = _mm_loadu_si128((const __m128i*)(x + i));
+        store(out + i, (f8)_mm256_cvtph_ps(eight) * splat(scale));
+    }
 #endif
     for (; i < n; i++) out[i] = half_to_float(x[i]) * scale;
 }

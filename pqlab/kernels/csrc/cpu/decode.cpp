@@ -12,6 +12,7 @@
 #include <omp.h>
 #endif
 
+#include "convert.h"
 #include "segment.h"
 
 namespace pq {
@@ -41,7 +42,8 @@ Plan make_plan(const Decode& job, int64_t pairs, int64_t threads, const std::vec
                 if (total - share_end < MIN_SHARE) share_end = total;
             }
             const int64_t end = std::max(std::min(share_end, pair_end), coded_start);  // exact tokens are not split
-            plan.segments.push_back({p, std::max(at, coded_start) - coded_start, end - coded_start, at == start[size_t(p)]});
+            const bool exact = at == start[size_t(p)];
+            plan.segments.push_back({p, std::max(at, coded_start) - coded_start, end - coded_start, exact});
             at = end;
         }
     }

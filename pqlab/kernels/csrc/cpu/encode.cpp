@@ -107,7 +107,8 @@ void store_pages(const pq_encode_args& a, int64_t head, int64_t first, int n, in
         const int64_t slot = a.first_slot + first + t, tile = slot / TILE;
         const int lane = int(slot % TILE), count = std::min(n - t, TILE - lane);
         const int64_t id = a.page_ids[tile / a.tiles];
-        uint8_t* packed = a.codes + (((id * a.groups + head) * a.tiles + tile % a.tiles) * a.m + subspace) * 2 * a.nbits;
+        const int64_t index = ((id * a.groups + head) * a.tiles + tile % a.tiles) * a.m + subspace;
+        uint8_t* packed = a.codes + index * 2 * a.nbits;
         uint8_t merged[TILE];
         if (count < TILE) unpack_codes(merged, packed, int(a.nbits));
         std::memcpy(merged + lane, codes + t, size_t(count));
@@ -129,7 +130,8 @@ int encode(const pq_encode_args& a) {
 #ifdef _OPENMP
     if (!omp_in_parallel()) threads = omp_get_max_threads();
 #endif
-    threads = int(std::clamp<int64_t>(a.groups * a.n * a.m / MIN_CODES, 1, std::min<int64_t>(threads, std::max<int64_t>(jobs, 1))));
+    const int64_t useful = std::min(jobs, a.groups * a.n * a.m / MIN_CODES);
+    threads = int(std::clamp<int64_t>(useful, 1, threads));
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
@@ -149,7 +151,8 @@ int encode(const pq_encode_args& a) {
             load_strip(a, group, first, n, row, xt);
             for (int64_t s = 0; s < a.m; s++) {
                 uint8_t codes[STRIP];
-                nearest(xt + s * dims * STRIP, a.books + (group * a.m + s) * a.num_centroids * dims, a.num_centroids, dims, codes);
+                const float* book = a.books + (group * a.m + s) * a.num_centroids * dims;
+                nearest(xt + s * dims * STRIP, book, a.num_centroids, dims, codes);
                 if (a.page_ids) store_pages(a, group, first, n, s, codes);
                 else store_rows(a, group, first, n, s, codes);
             }
