@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -236,6 +237,7 @@ def test_sanitizer(tool):
     done = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program],
         capture_output=True, text=True, check=False,
+        env=os.environ | ({"PQLAB_NVCC_FLAGS": "-DPQ_RACECHECK"} if tool == "racecheck" else {}),
     )  # fmt: skip
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer does not know this device")

@@ -6,6 +6,7 @@ macros and flags, and needs neither a GPU nor a compiler to be made; `Configurat
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,9 +139,10 @@ Configuration = DecodeConfig | EncodeConfig
 
 
 def compile_flags(config: Configuration) -> list[str]:
-    """For nvcc. Only the architecture at hand: one configuration takes seconds."""
+    """For nvcc; PQLAB_NVCC_FLAGS adds to them. Only the architecture at hand: one configuration takes seconds."""
     arch = f"-gencode=arch=compute_{config.arch},code=sm_{config.arch}"
-    return ["-O3", "-std=c++17", "--expt-relaxed-constexpr", arch, *config.macros()]
+    more = os.environ.get("PQLAB_NVCC_FLAGS", "").split()
+    return ["-O3", "-std=c++17", "--expt-relaxed-constexpr", arch, *config.macros(), *more]
 
 
 def vectors_per_block(group: int, steps: int) -> int:

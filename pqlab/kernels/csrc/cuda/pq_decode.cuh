@@ -1,10 +1,10 @@
 // Paged flash-decoding over product-quantized keys and values. No torch, sm_80 and newer.
 //
-// A block works for one kv head and up to HG query vectors that share it; it holds both codebooks of the head in shared
-// memory and walks over its share of all rows' tokens. Warps work in pairs: the first looks up keys and leaves scores in
-// shared memory, the second turns scores into weights and looks up values. A pair takes chunks of 32 tokens, keeps its
-// own running maximum and sum, and the pairs' results are merged once per row. Rows that several blocks share are
-// finished by whichever of them comes last.
+// A block works for one kv head and up to HG query vectors that share it; it holds both codebooks of the head in
+// shared memory and walks over its share of all rows' tokens. Warps work in pairs: the first looks up keys and leaves
+// scores in shared memory, the second turns scores into weights and looks up values. A pair takes chunks of 32 tokens,
+// keeps its own running maximum and sum, and the pairs' results are merged once per row. Rows that several blocks share
+// are finished by whichever of them comes last.
 //
 // What makes it fast (LOG.md has the counts):
 //  * A lookup of one warp touches 32 different banks, for any codes. Values: lane l always looks up subspace l of a
@@ -20,6 +20,14 @@
 #include "pq_stream.cuh"
 
 namespace pqlab {
+
+// One lane arrives for its warp, after __syncwarp. compute-sanitizer's racecheck does not see through that: for it all
+// lanes arrive, one after the other.
+#ifdef PQ_RACECHECK
+constexpr int kArrivals = 32;
+#else
+constexpr int kArrivals = 1;
+#endif
 
 // Reads N words of shared memory at byte OFFSET + `at` of the dynamic part. On sm_90 the compiler would add the start
 // of the dynamic part to every address (it depends on the place in a cluster); outside clusters it is a constant, the
@@ -124,7 +132,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
   if (lane == 0) {  // dealt to the warps: making one takes 40 cycles
     if (warp == 0) mbarrier_init(key_books, kBulk ? 1 : NT);
     if (warp == NP) mbarrier_init(value_books, kBulk ? 1 : NT);
-    for (int i = 0; i < 2; ++i) mbarrier_init((keys ? full : free) + 8 * i, 1);
+    for (int i = 0; i < 2; ++i) mbarrier_init((keys ? full : free) + 8 * i, kArrivals);
     for (int i = 0; i < Cfg::SLOTS; ++i) mbarrier_init(barriers + 8 * (Cfg::ring_barriers + warp * Cfg::SLOTS + i), 1);
     fence_barrier_init();
   }
@@ -271,7 +279,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
           }
         }
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(full + 8 * buffer);
+        if (lane < kArrivals) mbarrier_arrive(full + 8 * buffer);
         buffer ^= 1;
         if (buffer == 0) round ^= 1;
       }
@@ -306,7 +314,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
         float2 qx[HG][U];
 #pragma unroll
         for (int g = 0; g < HG; ++g) read(query(b, g), qx[g]);
-        constexpr int AT_ONCE = 4;
+        constexpr int AT_ONCE = HG > 2 ? 2 : 4;
 #pragma unroll 1
         for (int e = e0 + pair; e < e1; e += NP * AT_ONCE) {
           float2 kx[AT_ONCE][U], vx[AT_ONCE][U];
@@ -368,7 +376,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
         float w[HG], s[HG], most = 0.f;
         load(scores + (buffer * kChunk + own) * HS, s);
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(free + 8 * buffer);
+        if (lane < kArrivals) mbarrier_arrive(free + 8 * buffer);
         buffer ^= 1;
         if (buffer == 0) round ^= 1;
 

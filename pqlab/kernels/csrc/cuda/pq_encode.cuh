@@ -93,7 +93,7 @@ __device__ __forceinline__ void nearest16(const float* entries, int part, int t0
       float xx = 0.f;
 #pragma unroll
       for (int j = 0; j < DM; ++j) xx = fmaf(v[i][j], v[i][j], xx);
-      const bool close = second[i] - best[i] <= 2e-6f * (xx + fabsf(best[i]));
+      const bool close = second[i] - best[i] <= 6e-7f * (xx + fabsf(best[i]));  // rounding of both: 7.5 * 2^-24 each
       const int from = close ? c0 : c0 + eight[i] * 8, count = close ? EIGHTS * 8 : 8;
       float distance = INFINITY;
       int code = from;
