@@ -76,6 +76,7 @@ def decode_figure(
     _draw_next(sheet, trace, step, num_tokens)
     return sheet.figure(
         theme,
+        min_width=620,
         height=920,
         margin={"t": 36, "b": 76, "l": 20, "r": 20},
         legend={"y": -0.065, "x": 0, "yanchor": "top"},

@@ -57,19 +57,20 @@ def layout_figure(
         mark = {"symbol": "square", "size": 11, "color": colour}
         sheet.add({}, "scatter", x=[None], y=[None], mode="markers", marker=mark, name=f"one load: {name}")
     names = list(SHOWN.values())
-    shares = [f"{a.share:.1%}: {a.sectors_used} of {len(a.sectors)}" for a in found]
+    shares = [f"{100 * a.share:.3g} % ({a.sectors_used}/{len(a.sectors)})" for a in found]
     axis = {"range": [0, 1.02], "tickformat": ".0%", "title": {"text": load.sector}}
     _draw_bars(sheet, 0, "wanted share of one load", names, [a.share for a in found], shares, axis)
-    lanes = [f"{a.subspaces_per_lane} ({a.loads} load{'s' * (a.loads > 1)} for all)" for a in found]
+    lanes = [f"{a.subspaces_per_lane} ({a.loads} load{'s' * (a.loads > 1)})" for a in found]
     axis = {"rangemode": "tozero", "title": {"text": "fewer: a lane keeps to one codebook"}}
     _draw_bars(sheet, 1, "subspaces in one lane", names, [a.subspaces_per_lane for a in found], lanes, axis)
     _draw_measured(sheet, measured, names)
     return sheet.figure(
         theme,
+        min_width=860,
         title={"text": source, "font": {"size": FONT_SIZE + 1}, "y": 0.985, "yanchor": "top"},
         height=700,
         margin={"t": 76, "b": 50, "l": 60, "r": 20},
-        legend={"y": 0.365, "yanchor": "bottom", "x": 0},
+        legend={"y": 0.385, "yanchor": "top", "x": 0},
         bargap=0.3,
     )
 

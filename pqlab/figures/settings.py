@@ -37,7 +37,7 @@ def cost_frame(cost: CacheCost) -> pd.DataFrame:
     rows: list[tuple[str, float, str]] = [
         ("bits per element of a coded token", cost.token_bits, f"{cost.token_bits:g} bits"),
         (
-            "bits per element, exact tokens and table included",
+            "bits per element, exact tokens included",
             cost.bits_per_element,
             f"{cost.bits_per_element:.3g} bits",
         ),
@@ -50,7 +50,7 @@ def cost_frame(cost: CacheCost) -> pd.DataFrame:
         ("pages: missing", cost.pages_missing, f"{cost.pages_missing:,}"),
         ("capacity of the pool", cost.capacity, f"{cost.capacity:,} tokens"),
         ("longest context of each sequence", cost.max_context, f"{cost.max_context:,} tokens"),
-        ("wasted slots (reserved for a sequence, empty)", cost.wasted_slots, f"{cost.wasted_slots:,} tokens"),
+        ("wasted slots (reserved, empty)", cost.wasted_slots, f"{cost.wasted_slots:,} tokens"),
         ("free slots (for any sequence)", cost.free_slots, f"{cost.free_slots:,} tokens"),
     ]
     return pd.DataFrame(rows, columns=["quantity", "value", "shown"])
@@ -94,6 +94,7 @@ def settings_figure(cost: CacheCost, *, theme: Theme | None = "light") -> go.Fig
     )
     return sheet.figure(
         theme,
+        min_width=560,
         title={"text": title, "y": 0.965, "yanchor": "top"},
         barmode="stack",
         height=556,

@@ -66,9 +66,15 @@ class Sheet:
         place = {"xref": "paper", "yref": "paper", "showarrow": False, "font": {"size": FONT_SIZE}}
         self.notes.append({"text": text, **place, **properties})
 
-    def figure(self, theme: Theme | None = "light", **layout: Any) -> go.Figure:
-        """The finished figure; `theme` None leaves the template to the caller (`theme.retheme`)."""
-        whole = {"annotations": self.notes, **self._axes, **layout}
+    def figure(self, theme: Theme | None = "light", *, min_width: int = 0, **layout: Any) -> go.Figure:
+        """The finished figure.
+
+        Args:
+            theme: None leaves the template to the caller (`theme.retheme`).
+            min_width: pixels below which a panel scrolls the figure instead of squeezing it.
+            layout: properties of the layout.
+        """
+        whole = {"annotations": self.notes, "meta": {"min_width": min_width}, **self._axes, **layout}
         figure = go.Figure({"data": self.data, "layout": whole})
         if theme is not None:
             figure.layout.template = template(theme)

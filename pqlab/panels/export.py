@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _STYLE = """
 .pqlab { font: 14px system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif; }
 .pqlab input[type=range] { width: min(28em, 60vw); vertical-align: middle; }
-.pqlab .table { overflow-x: auto; }
+.pqlab, .pqlab .table { overflow-x: auto; }
 .pqlab table { border-collapse: collapse; font-size: 13px; }
 .pqlab td, .pqlab th { padding: 2px 10px; border-bottom: 1px solid rgba(128,128,128,.35); text-align: right; }
 .pqlab dl { display: grid; grid-template-columns: max-content auto; gap: 0 1em; font-size: 13px; }
@@ -49,6 +49,7 @@ _SCRIPT = """
     const lab = document.body.dataset.jpThemeLight;
     const dark = lab !== undefined ? lab === "false" : media.matches;
     const layout = {uirevision: "kept", ...frame.layout, template: templates[dark ? "dark" : "light"]};
+    root.querySelector(".plot").style.minWidth = `${layout.meta?.min_width ?? 0}px`;
     Plotly.react(root.querySelector(".plot"), frame.data, layout, {displaylogo: false, responsive: true});
   };
   if (slider) slider.addEventListener("input", show);

@@ -35,7 +35,7 @@ def table_html(
             style = f"{_CELL}; color: {own}; white-space: normal" if own else _CELL
             cells.append(f'<td style="{style}">{html.escape(_text(value))}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<table style="border-collapse: collapse">{"".join(lines)}</table>'
+    return f'<div style="overflow-x: auto"><table style="border-collapse: collapse">{"".join(lines)}</table></div>'
 
 
 def _text(value: Any) -> str:

@@ -57,9 +57,11 @@ function render({ model, el }) {
   const media = window.matchMedia("(prefers-color-scheme: dark)");
   const plot = document.createElement("div");
   plot.style.width = "100%";
+  plot.style.minWidth = `${model.get("_figure").layout.meta?.min_width ?? 0}px`;
   plot.style.minHeight = `${model.get("_figure").layout.height ?? 450}px`;
   plot.textContent = "loading plotly.js …";
   el.style.width = "100%";
+  el.style.overflowX = "auto"; // a figure that needs more room than there is can be scrolled
   el.appendChild(plot);
 
   let Plotly = null, waiting = false, missed = false, gone = false, drawn = Promise.resolve();
@@ -79,6 +81,7 @@ function render({ model, el }) {
       drawn = drawn.then(async () => {
         if (gone) return;
         const { data, layout } = model.get("_figure");
+        plot.style.minWidth = `${layout.meta?.min_width ?? 0}px`;
         const themed = { uirevision: "kept", ...structuredClone(layout), template: model.get("_templates")[theme()] };
         const config = { displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
         await Plotly.react(plot, data.map((trace) => ({ ...trace })), themed, config);
