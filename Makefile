@@ -78,9 +78,12 @@ test: setup browser
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) \
 		|| $(call fail,pytest failed with exit code $$?; run one test with: make test PYTEST_ARGS='-x -k name')
 
+# Figures carry plotly.js in the page. Live panels need a kernel: in the page they are a name only.
 notebooks: setup
 	@mkdir -p build/notebooks
-	$(BIN)/python -m nbconvert --to html --execute --output-dir build/notebooks notebooks/*.ipynb
+	PLOTLY_RENDERER=plotly_mimetype+notebook $(BIN)/python -m nbconvert --to html --execute --output-dir build/notebooks \
+		--HTMLExporter.require_js_url= --HTMLExporter.mathjax_url= notebooks/*.ipynb \
+		|| $(call fail,a notebook failed; the message above names its cell)
 
 lint: package
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . \
