@@ -3,6 +3,7 @@
 //   d_m = 1, 2, 4, 8     used as it lies, one entry per subspace
 //   d_m = 3, 5, 6, 7     padded with zeros to 4 or 8
 //   d_m > 8              cut into ceil(d_m / 8) entries of 8 that share the subspace's code, the last one padded
+//   d_m = 1, nbits <= 4  16 floats to a table, which then is two registers and needs no memory
 #pragma once
 #include "buffer.h"
 
@@ -14,6 +15,8 @@ struct Book {
     int64_t m, dm, centroids;  // as given: [m, centroids, dm]
     int64_t width, parts;      // D and entries per subspace
     const float* table;        // [m * parts, centroids, width]
+    const int64_t* place;      // [m * parts]: the subspace of an entry
+    bool small;                // 16 floats a table, padded with zeros
 
     bool padded() const { return width * parts != dm; }
     int64_t entries() const { return m * parts; }
@@ -23,21 +26,34 @@ struct Book {
     }
 };
 
-// `copy` owns the table where the book has to be laid out anew.
-inline Book make_book(const float* book, int64_t m, int64_t nbits, int64_t dm, Buffer<float>& copy) {
-    Book b{m, dm, int64_t(1) << nbits, dm, 1, book};
-    if (dm == 1 || dm == 2 || dm == 4 || dm == 8) return b;
-    b.width = dm == 3 ? 4 : 8;
-    b.parts = (dm + 7) / 8;
-    copy.assign(size_t(b.entries() * b.centroids * b.width), 0.f);
+// Owns what a book had to have laid out anew.
+struct BookMemory {
+    Buffer<float> table;
+    std::vector<int64_t> place;
+};
+
+inline Book make_book(const float* book, int64_t m, int64_t nbits, int64_t dm, BookMemory& memory) {
+    const int64_t given = int64_t(1) << nbits;
+    Book b{m, dm, given, dm, 1, book, nullptr, nbits <= 4 && dm == 1};
+    const bool as_it_lies = !b.small && (dm == 1 || dm == 2 || dm == 4 || dm == 8);
+    if (b.small) {
+        b.centroids = 16;
+    } else if (!as_it_lies) {
+        b.width = dm == 3 ? 4 : 8;
+        b.parts = (dm + 7) / 8;
+    }
+    memory.place.resize(size_t(b.entries()));
+    for (int64_t e = 0; e < b.entries(); e++) memory.place[size_t(e)] = e / b.parts;
+    b.place = memory.place.data();
+    if (as_it_lies) return b;
+    memory.table.assign(size_t(b.entries() * b.centroids * b.width), 0.f);
     for (int64_t e = 0; e < b.entries(); e++)
-        for (int64_t i = 0; i < b.width; i++) {
-            const int64_t dim = b.dim(e, i) - e / b.parts * dm;
-            if (b.dim(e, i) < 0) continue;
-            for (int64_t c = 0; c < b.centroids; c++)
-                copy[size_t((e * b.centroids + c) * b.width + i)] = book[(e / b.parts * b.centroids + c) * dm + dim];
+        for (int64_t i = 0; i < b.width && b.dim(e, i) >= 0; i++) {
+            const float* from = book + b.place[e] * given * dm + b.dim(e, i) % dm;
+            for (int64_t c = 0; c < given; c++)
+                memory.table[size_t((e * b.centroids + c) * b.width + i)] = from[c * dm];
         }
-    b.table = copy.data();
+    b.table = memory.table.data();
     return b;
 }
 

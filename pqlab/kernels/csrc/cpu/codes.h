@@ -27,16 +27,8 @@ inline uint64_t gather_bits(uint64_t codes, int nbits) {
 #endif
 }
 
-// 16 codes of one subspace from 2 * nbits bytes to one code a byte. Reads 16 bytes where `whole` says that it may.
-inline void unpack_codes(uint8_t* codes, const uint8_t* packed, int nbits, bool whole = false) {
-#ifdef PQ_AVX2
-    if (nbits == 4) {
-        const __m128i bytes = _mm_loadl_epi64((const __m128i*)packed);
-        const __m128i nibbles = _mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4));
-        _mm_storeu_si128((__m128i*)codes, _mm_and_si128(nibbles, _mm_set1_epi8(15)));
-        return;
-    }
-#endif
+// 16 codes of one subspace from 2 * nbits bytes to one code a byte. Reads 8 bytes a half where `whole` says that it may.
+PQ_INLINE void unpack_codes(uint8_t* codes, const uint8_t* packed, int nbits, bool whole = false) {
     for (int half = 0; half < 2; half++) {
         uint64_t word = 0;
         if (whole)
@@ -48,19 +40,38 @@ inline void unpack_codes(uint8_t* codes, const uint8_t* packed, int nbits, bool 
     }
 }
 
+// 4-bit codes of two tiles to one code a byte, 32 bytes.
+PQ_INLINE void unpack_nibbles(uint8_t* codes, const uint8_t* first, const uint8_t* second) {
+#ifdef PQ_AVX2
+    const __m128i low = _mm_loadl_epi64((const __m128i*)first), high = _mm_loadl_epi64((const __m128i*)second);
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_unpacklo_epi64(low, high));  // 00 ba -> 0b 0a
+    const __m256i spread = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4));
+    _mm256_storeu_si256((__m256i*)codes, _mm256_and_si256(spread, _mm256_set1_epi8(15)));
+#else
+    unpack_codes(codes, first, 4);
+    unpack_codes(codes + TILE, second, 4);
+#endif
+}
+
 // m subspaces of `n` tiles to one code a byte: out [m][stride], the tiles of a subspace side by side.
 inline void unpack_tiles(uint8_t* out, int64_t stride, const uint8_t* const* tiles, int64_t n, int64_t m, int nbits) {
     const int64_t bytes = 2 * nbits;
     for (int64_t first = 0; first < n; first += 4) {  // four tiles fill a cache line of the result
         const int64_t last = first + 4 < n ? first + 4 : n;
-        for (int64_t s = 0; s < m; s++)
-            for (int64_t t = first; t < last; t++) {
-                if (nbits == 8)
-                    std::memcpy(out + s * stride + t * TILE, tiles[t] + s * TILE, TILE);
-                else
-                    unpack_codes(out + s * stride + t * TILE, tiles[t] + s * bytes, nbits,
-                                 (s + 1) * bytes + 8 <= m * bytes);
+        if (nbits == 8) {
+            for (int64_t s = 0; s < m; s++)
+                for (int64_t t = first; t < last; t++) std::memcpy(out + s * stride + t * TILE, tiles[t] + s * TILE, TILE);
+        } else if (nbits == 4 && last - first == 4) {
+            for (int64_t s = 0; s < m; s++)
+                for (int64_t t = first; t < last; t += 2)
+                    unpack_nibbles(out + s * stride + t * TILE, tiles[t] + s * bytes, tiles[t + 1] + s * bytes);
+        } else {
+            for (int64_t s = 0; s < m; s++) {
+                const bool whole = (s + 1) * bytes + 8 <= m * bytes;
+                for (int64_t t = first; t < last; t++)
+                    unpack_codes(out + s * stride + t * TILE, tiles[t] + s * bytes, nbits, whole);
             }
+        }
     }
 }
 

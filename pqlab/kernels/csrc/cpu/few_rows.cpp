@@ -8,26 +8,28 @@ namespace {
 template <int ROWS>
 void score(const uint8_t* codes, int64_t tiles, const Book& book, const float* q, float* scores, Ahead next) {
     const auto call = [&](auto f) {
-        f(codes, tiles, book.entries(), book.parts, book.centroids, book.table, q, scores, next);
+        f(codes, tiles, book.entries(), book.place, book.centroids, book.table, q, scores, next);
     };
+    if (book.small) return call(score_codes<1, ROWS, true>);
     switch (book.width) {
-        case 1: return call(score_codes<1, ROWS>);
-        case 2: return call(score_codes<2, ROWS>);
-        case 4: return call(score_codes<4, ROWS>);
-        default: return call(score_codes<8, ROWS>);
+        case 1: return call(score_codes<1, ROWS, false>);
+        case 2: return call(score_codes<2, ROWS, false>);
+        case 4: return call(score_codes<4, ROWS, false>);
+        default: return call(score_codes<8, ROWS, false>);
     }
 }
 
 template <int ROWS>
 void add(const uint8_t* codes, int64_t tiles, const Book& book, const float* weights, float* sums, Ahead next) {
     const auto call = [&](auto f) {
-        f(codes, tiles, book.entries(), book.parts, book.centroids, book.table, weights, sums, next);
+        f(codes, tiles, book.entries(), book.place, book.centroids, book.table, weights, sums, next);
     };
+    if (book.small) return call(add_values<1, ROWS, true>);
     switch (book.width) {
-        case 1: return call(add_values<1, ROWS>);
-        case 2: return call(add_values<2, ROWS>);
-        case 4: return call(add_values<4, ROWS>);
-        default: return call(add_values<8, ROWS>);
+        case 1: return call(add_values<1, ROWS, false>);
+        case 2: return call(add_values<2, ROWS, false>);
+        case 4: return call(add_values<4, ROWS, false>);
+        default: return call(add_values<8, ROWS, false>);
     }
 }
 

@@ -82,6 +82,25 @@ PQ_INLINE f8 entries(const float* table, const uint8_t* codes) {
 }
 #endif
 
+// The same from a table of 16 single floats: two permutes by the low three bits of the code, a blend by the fourth. (Two
+// such tables for d_m = 2 are slower than one look-up of a pair on Zen 3, whose permutes take two cycles each.)
+PQ_INLINE f8 entries_of_16(const float* table, const uint8_t* codes) {
+#ifdef PQ_AVX2
+    const __m256i c = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes));
+    const __m256 low = _mm256_permutevar8x32_ps((__m256)load(table), c);
+    const __m256 high = _mm256_permutevar8x32_ps((__m256)load(table + 8), c);
+    return (f8)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
+#else
+    return entries<1>(table, codes);
+#endif
+}
+
+template <int D, bool SMALL>
+PQ_INLINE f8 fetch(const float* table, const uint8_t* codes) {
+    if constexpr (SMALL) return entries_of_16(table, codes);
+    return entries<D>(table, codes);
+}
+
 // D floats repeated over the eight lanes.
 template <int D>
 PQ_INLINE f8 repeat(const float* p) {
@@ -98,10 +117,11 @@ PQ_INLINE f8 repeat(const float* p) {
 }
 
 // scores[row][token] = q[row] . k[token] over `tiles` tiles.
-//   codes [subspaces][CODE_STRIDE]; book [subspaces * parts][C][D]; q [ROWS][subspaces * parts][D], scaled;
-//   scores [ROWS][BLOCK_TOKENS]. `parts` consecutive entries share a subspace's code (d_m > 8, so D = 8).
-template <int D, int ROWS>
-PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_entries, int64_t parts, int64_t centroids,
+//   codes [subspaces][CODE_STRIDE]; book [entries][C][D]; q [ROWS][entries][D], scaled;
+//   scores [ROWS][BLOCK_TOKENS]; place[entry]: its subspace (read where they may differ: D = 8).
+//   SMALL: D = 1 and C = 16. `next`: what will be read after these, fetched meanwhile.
+template <int D, int ROWS, bool SMALL>
+PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_entries, const int64_t* place, int64_t centroids,
                              const float* book, const float* q, float* scores, Ahead next) {
     constexpr int PER_TILE = 2 * D;                                        // vectors of entries in a tile
     constexpr int AT_ONCE = ROWS > 2 ? 2 : (PER_TILE < 4 ? PER_TILE : 4);  // they share the loads of q
@@ -117,10 +137,10 @@ PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_en
                 const uint8_t* here = codes + tile * TILE + group * TOKENS;
                 f8 sum[ROWS][AT_ONCE] = {};
                 for (int64_t e = first; e < last; e++) {
-                    const uint8_t* c = here + (D == 8 ? e / parts : e) * CODE_STRIDE;
+                    const uint8_t* c = here + (D == 8 ? place[e] : e) * CODE_STRIDE;
                     f8 x[AT_ONCE];
 #pragma GCC unroll 4
-                    for (int i = 0; i < AT_ONCE; i++) x[i] = entries<D>(book + e * table, c + i * TOKENS);
+                    for (int i = 0; i < AT_ONCE; i++) x[i] = fetch<D, SMALL>(book + e * table, c + i * TOKENS);
 #pragma GCC unroll 4
                     for (int row = 0; row < ROWS; row++) {
                         const f8 y = repeat<D>(q + (row * num_entries + e) * D);
@@ -136,8 +156,8 @@ PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_en
 }
 
 // Entries [first, first + AT_ONCE) of `add_values`; they share the loads of the weights.
-template <int D, int ROWS, int AT_ONCE>
-PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first, int64_t parts, int64_t centroids,
+template <int D, int ROWS, bool SMALL, int AT_ONCE>
+PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first, const int64_t* place, int64_t centroids,
                              const float* book, const float* weights, float* sums) {
     constexpr int PER_TILE = 2 * D, TOKENS = WIDTH / D, REPEATS = D == 8 ? 1 : D;
     // Independent sums: a fused multiply-add takes four cycles, the vectors of a tile come faster than that.
@@ -146,7 +166,7 @@ PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first,
     const uint8_t* c[AT_ONCE];
     f8 sum[AT_ONCE][ROWS][CHAINS] = {};
     for (int i = 0; i < AT_ONCE; i++) {
-        c[i] = codes + (D == 8 ? (first + i) / parts : first + i) * CODE_STRIDE;
+        c[i] = codes + (D == 8 ? place[first + i] : first + i) * CODE_STRIDE;
         for (int row = 0; row < ROWS; row++) sum[i][row][0] = load(sums + ((first + i) * ROWS + row) * WIDTH);
     }
     for (int64_t t = 0; t < tiles * TILE; t += 4 * TOKENS > TILE ? TILE : 4 * TOKENS) {
@@ -154,7 +174,7 @@ PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first,
         for (int v = 0; v < (4 < PER_TILE ? 4 : PER_TILE); v++) {
             f8 x[AT_ONCE];
 #pragma GCC unroll 4
-            for (int i = 0; i < AT_ONCE; i++) x[i] = entries<D>(book + (first + i) * table, c[i] + t + v * TOKENS);
+            for (int i = 0; i < AT_ONCE; i++) x[i] = fetch<D, SMALL>(book + (first + i) * table, c[i] + t + v * TOKENS);
 #pragma GCC unroll 4
             for (int row = 0; row < ROWS; row++) {
                 const float* w = weights + (row * BLOCK_TOKENS + t + v * TOKENS) * REPEATS;
@@ -173,30 +193,30 @@ PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first,
 // sums[entry][row][8] += weight[row][token] * entry: the lanes of a vector are still apart, each holds one dimension of
 // one token in 8/D.
 //   codes [subspaces][CODE_STRIDE]; weights [ROWS][BLOCK_TOKENS]: of each token D times over (D <= 4), or once (D = 8).
-template <int D, int ROWS>
-void add_values(const uint8_t* codes, int64_t tiles, int64_t num_entries, int64_t parts, int64_t centroids,
+template <int D, int ROWS, bool SMALL>
+void add_values(const uint8_t* codes, int64_t tiles, int64_t num_entries, const int64_t* place, int64_t centroids,
                 const float* book, const float* weights, float* sums, Ahead next) {
     const int64_t lines = next.share(std::max<int64_t>(1, num_entries / 2));
     int64_t e = 0;
     for (; e + 2 <= num_entries; e += 2) {
         next.fetch(lines);
-        add_entries<D, ROWS, 2>(codes, tiles, e, parts, centroids, book, weights, sums);
+        add_entries<D, ROWS, SMALL, 2>(codes, tiles, e, place, centroids, book, weights, sums);
     }
-    if (e < num_entries) add_entries<D, ROWS, 1>(codes, tiles, e, parts, centroids, book, weights, sums);
+    if (e < num_entries) add_entries<D, ROWS, SMALL, 1>(codes, tiles, e, place, centroids, book, weights, sums);
 }
 
 // Keys of n tokens (a multiple of 16) as columns: out[entry * D + i][token], `stride` floats a row; no padded entries.
-template <int D>
-void dequantize_columns(const uint8_t* codes, int64_t n, int64_t num_entries, int64_t parts, int64_t centroids,
+template <int D, bool SMALL>
+void dequantize_columns(const uint8_t* codes, int64_t n, int64_t num_entries, const int64_t* place, int64_t centroids,
                         const float* book, float* out, int64_t stride) {
     for (int64_t e = 0; e < num_entries; e++) {
         const float* table = book + e * centroids * D;
-        const uint8_t* c = codes + (D == 8 ? e / parts : e) * CODE_STRIDE;
+        const uint8_t* c = codes + (D == 8 ? place[e] : e) * CODE_STRIDE;
         float* rows = out + e * D * stride;
         for (int64_t t = 0; t < n; t += WIDTH) {
             f8 x[8] = {};
             if constexpr (D == 1) {
-                x[0] = entries<1>(table, c + t);
+                x[0] = fetch<1, SMALL>(table, c + t);
             } else if constexpr (D == 2) {
                 x[0] = entries<2>(table, c + t);
                 x[1] = entries<2>(table, c + t + 4);
@@ -212,11 +232,11 @@ void dequantize_columns(const uint8_t* codes, int64_t n, int64_t num_entries, in
 
 // Values of n tokens as rows: out[token][entry * D + i], `stride` floats a row; no padded entries.
 template <int D>
-void dequantize_rows(const uint8_t* codes, int64_t n, int64_t num_entries, int64_t parts, int64_t centroids,
+void dequantize_rows(const uint8_t* codes, int64_t n, int64_t num_entries, const int64_t* place, int64_t centroids,
                      const float* book, float* out, int64_t stride) {
     for (int64_t e = 0; e < num_entries; e++) {
         const float* table = book + e * centroids * D;
-        const uint8_t* c = codes + (D == 8 ? e / parts : e) * CODE_STRIDE;
+        const uint8_t* c = codes + place[e] * CODE_STRIDE;
         for (int64_t t = 0; t < n; t++) std::memcpy(out + t * stride + e * D, table + c[t] * D, D * 4);
     }
 }

@@ -14,24 +14,25 @@ void dequantize_padded(const Book& book, const uint8_t* codes, int64_t n, float*
         for (int64_t i = 0; i < book.width && book.dim(e, i) >= 0; i++)
             for (int64_t t = 0; t < n; t++)
                 out[book.dim(e, i) * dim_stride + t * token_stride] =
-                    book.table[(e * book.centroids + codes[e / book.parts * CODE_STRIDE + t]) * book.width + i];
+                    book.table[(e * book.centroids + codes[book.place[e] * CODE_STRIDE + t]) * book.width + i];
 }
 
 // Keys as columns kt [d][BLOCK], values as rows v [BLOCK][width].
 void dequantize_keys(const Book& book, const uint8_t* codes, int64_t n, float* kt) {
     if (book.padded()) return dequantize_padded(book, codes, n, kt, BLOCK, 1);
-    const auto call = [&](auto f) { f(codes, n, book.entries(), book.parts, book.centroids, book.table, kt, BLOCK); };
+    const auto call = [&](auto f) { f(codes, n, book.entries(), book.place, book.centroids, book.table, kt, BLOCK); };
+    if (book.small) return call(dequantize_columns<1, true>);
     switch (book.width) {
-        case 1: return call(dequantize_columns<1>);
-        case 2: return call(dequantize_columns<2>);
-        case 4: return call(dequantize_columns<4>);
-        default: return call(dequantize_columns<8>);
+        case 1: return call(dequantize_columns<1, false>);
+        case 2: return call(dequantize_columns<2, false>);
+        case 4: return call(dequantize_columns<4, false>);
+        default: return call(dequantize_columns<8, false>);
     }
 }
 
 void dequantize_values(const Book& book, const uint8_t* codes, int64_t n, float* v, int64_t width) {
     if (book.padded()) return dequantize_padded(book, codes, n, v, 1, width);
-    const auto call = [&](auto f) { f(codes, n, book.entries(), book.parts, book.centroids, book.table, v, width); };
+    const auto call = [&](auto f) { f(codes, n, book.entries(), book.place, book.centroids, book.table, v, width); };
     switch (book.width) {
         case 1: return call(dequantize_rows<1>);
         case 2: return call(dequantize_rows<2>);

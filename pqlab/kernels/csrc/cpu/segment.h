@@ -20,7 +20,8 @@ struct Segment {
 
 // Memory of one thread; grows, is kept for the next call.
 struct Scratch {
-    Buffer<float> q, scores, weights, sums, k, kt, v, k_book, v_book;
+    Buffer<float> q, scores, weights, sums, k, kt, v;
+    BookMemory k_book, v_book;
     Buffer<uint8_t> codes;
     std::vector<const uint8_t*> k_tiles, v_tiles;
 };
