@@ -15,7 +15,8 @@ from pqlab.cost import SHAPES, CacheCost
 from pqlab.evaluation.layout_access import LOADS, compare_orders, random_codes
 from pqlab.evaluation.layout_bench import measure_orders
 from pqlab.figures import theme
-from pqlab.figures.decode import decode_figure, error_grid, next_tokens
+from pqlab.figures.decode import decode_figure
+from pqlab.figures.decode_data import error_grid, next_tokens
 from pqlab.figures.layout import SHOWN, layout_figure
 from pqlab.figures.settings import context_frame, cost_frame, range_frame, settings_figure
 from pqlab.figures.sheet import Sheet

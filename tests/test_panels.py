@@ -316,8 +316,11 @@ def test_display_is_a_widget_or_static_html(wave, monkeypatch):
     bundle = wave._repr_mimebundle_(include=None, exclude=None)
     assert "application/vnd.jupyter.widget-view+json" in (bundle[0] if isinstance(bundle, tuple) else bundle)
     monkeypatch.setenv("PQLAB_PANELS", "static")
-    static = wave._repr_mimebundle_()
-    assert set(static) == {"text/plain", "text/html"} and "Plotly.react" in static["text/html"]
+    monkeypatch.setattr(Panel, "_static", False)
+    static = [wave._repr_mimebundle_() for _ in range(2)]
+    assert all(set(shown) == {"text/plain", "text/html"} and "Plotly.react" in shown["text/html"] for shown in static)
+    brought = ["plotly.js v" in shown["text/html"] for shown in static]
+    assert brought == [True, False], "one copy of plotly.js in a page"
 
 
 def test_html_file_is_self_contained_and_leaves_the_panel_alone(wave, tmp_path):
@@ -479,5 +482,6 @@ def test_stepper_opens_a_file(tiny, tmp_path):
     _, trace = tiny
     panel = decode_stepper(trace.save(tmp_path / "trace.safetensors"), step=5, kind="end to end")
     assert "step 5 of 40" in panel.figure.layout.annotations[0].text
-    panel.to_html(tmp_path / "stepper.html", sweep="head")
+    text = panel.to_html(tmp_path / "stepper.html", sweep="head").read_text(encoding="utf-8")
+    assert "page 0: codes" in text, "the text goes into the file too"
     panel.close()

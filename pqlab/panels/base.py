@@ -21,13 +21,14 @@ import traitlets
 
 from ..figures.theme import THEMES
 from .latest import Latest
+from .state import Stateful
 from .view import FigureView
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Panel(traitlets.HasTraits):
+class Panel(Stateful):
     """One view: display it in a cell, or read and set its state as values.
 
     Args:
@@ -44,11 +45,13 @@ class Panel(traitlets.HasTraits):
     sweep: ClassVar[str] = ""
     """Name of the state that gets a slider in the file that `to_html` writes."""
 
+    _static: ClassVar[bool] = False
+    """Whether a panel of this process was shown as static HTML, plotly.js included."""
+
     theme = traitlets.Enum(("auto", *THEMES), default_value="auto")
 
     def __init__(self, **state: Any) -> None:
         self._known(state, also=("theme",))
-        self._holding = True  # the subclass is not ready for observers yet
         self._closed = False
         self._figure: go.Figure | None = None
         self._view: FigureView | None = None
@@ -57,8 +60,9 @@ class Panel(traitlets.HasTraits):
         self.error: BaseException | None = None
         self._status = widgets.HTML(layout=widgets.Layout(min_height="1.6em"))
         self._status.add_class("pqlab-status")
+        self._text = widgets.HTML(layout=widgets.Layout(width="100%"))
+        self._text.add_class("pqlab-text")
         super().__init__(**state)
-        self._holding = False
         self.observe(lambda _: self.redraw(), names=self.state_names())
 
     # what a subclass gives
@@ -67,9 +71,9 @@ class Panel(traitlets.HasTraits):
         """The controls, built once; see `pqlab.panels.controls`."""
         return []
 
-    def above(self) -> list[widgets.Widget]:
-        """Widgets between controls and figure, built once; `refresh` keeps them right."""
-        return []
+    def text(self) -> str:
+        """HTML between controls and figure, asked for after every change; "" for none."""
+        return ""
 
     def below(self) -> list[widgets.Widget]:
         """Widgets under the figure, built once; `refresh` keeps them right."""
@@ -92,50 +96,6 @@ class Panel(traitlets.HasTraits):
     def sweep_values(self, name: str) -> Iterable[Any]:
         """Values that the slider of `to_html` runs over."""
         raise NotImplementedError(f"{type(self).__name__} does not say which values {name} takes")
-
-    # state
-
-    @classmethod
-    def state_names(cls) -> list[str]:
-        """Names of the state's traits, in the order of their declaration."""
-        own = ((name, trait) for kind in reversed(cls.__mro__) for name, trait in vars(kind).items())
-        return list(dict.fromkeys(n for n, t in own if isinstance(t, traitlets.TraitType) and t.metadata.get("state")))
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """All settings of the panel as a dict; assign one (or a part of one) to set them with one redraw."""
-        return {name: getattr(self, name) for name in self.state_names()}
-
-    @state.setter
-    def state(self, values: dict[str, Any]) -> None:
-        self._known(values)
-        before = self.state
-        with self.paused():
-            try:
-                for name, value in values.items():
-                    setattr(self, name, value)
-            except traitlets.TraitError:
-                for name, value in before.items():  # all of them or none
-                    setattr(self, name, value)
-                raise
-        self.redraw()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Settings may change inside the block without a drawing; controls follow at its end."""
-        held, self._holding = self._holding, True
-        try:
-            with self.hold_trait_notifications():
-                yield
-        finally:
-            self._holding = held
-
-    def _known(self, values: Iterable[str], also: tuple[str, ...] = ()) -> None:
-        unknown = [name for name in values if name not in (*self.state_names(), *also)]
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no state {', '.join(unknown)}; it has {', '.join(self.state_names())}"
-            )
 
     # view
 
@@ -165,7 +125,7 @@ class Panel(traitlets.HasTraits):
             row = widgets.Box(self.controls(), layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
             heading = [widgets.HTML(f"<b>{html.escape(self.title)}</b>")] if self.title else []
             self._widget = widgets.VBox(
-                [*heading, row, *self.above(), self.view, self._status, *self.below()],
+                [*heading, row, self._text, self.view, self._status, *self.below()],
                 layout=widgets.Layout(width="100%"),
             )
             self._widget.add_class("pqlab-panel")
@@ -193,6 +153,8 @@ class Panel(traitlets.HasTraits):
 
     def _refresh(self) -> None:
         if self._widget is not None:
+            self._text.value = self.text()
+            self._text.layout.display = None if self._text.value else "none"
             self.refresh()
 
     # callbacks
@@ -271,6 +233,7 @@ class Panel(traitlets.HasTraits):
         if self._widget is not None:
             _close_all(self._widget)
         self._status.close()
+        self._text.close()
         self.unobserve_all()
 
     def to_html(self, path: str | os.PathLike[str], sweep: str | None = None) -> Path:
@@ -287,11 +250,9 @@ class Panel(traitlets.HasTraits):
         if os.environ.get("PQLAB_PANELS") == "static":  # notebooks that are executed into HTML files
             from .export import fragment
 
-            return {"text/plain": repr(self), "text/html": fragment(self, self.sweep)}
+            first, Panel._static = not Panel._static, True
+            return {"text/plain": repr(self), "text/html": fragment(self, self.sweep, plotlyjs=first)}
         return self.widget._repr_mimebundle_(**kwargs)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
 
 
 def _close_all(widget: widgets.Widget) -> None:

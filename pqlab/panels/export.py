@@ -45,6 +45,7 @@ _SCRIPT = """
   const show = () => {
     const frame = frames[slider ? +slider.value : 0];
     if (said) said.textContent = frame.label;
+    root.querySelector(".text").innerHTML = frame.text;
     root.querySelector(".table").innerHTML = frame.table;
     const lab = document.body.dataset.jpThemeLight;
     const dark = lab !== undefined ? lab === "false" : media.matches;
@@ -71,8 +72,8 @@ def write_html(panel: Panel, path: Path, sweep: str) -> Path:
     return path
 
 
-def fragment(panel: Panel, sweep: str) -> str:
-    """The same as a piece of HTML, plotly.js included (it is skipped where the page has it already)."""
+def fragment(panel: Panel, sweep: str, plotlyjs: bool = True) -> str:
+    """The same as a piece of HTML, for a page of its own; `plotlyjs` False where an earlier piece brings plotly.js."""
     if sweep and sweep not in panel.state_names():
         raise ValueError(f"sweep = {sweep!r} is no state of {type(panel).__name__}: {', '.join(panel.state_names())}")
     name = f"pqlab-{uuid4().hex[:12]}"
@@ -89,10 +90,12 @@ def fragment(panel: Panel, sweep: str) -> str:
         for key, value in panel.state.items()
         if key != sweep
     )
+    library = f"<script>{get_plotlyjs()}</script>" if plotlyjs else ""
     script = _SCRIPT.replace("ID", json.dumps(name)).replace("DATA", _safe(json.dumps(data)))
     return (
-        f"<style>{_STYLE}</style><script>if (!window.Plotly) {{ {get_plotlyjs()} }}</script>"
-        f'<div class="pqlab" id="{name}"><h3>{html.escape(panel.title)}</h3>{slider}<div class="plot"></div>'
+        f"<style>{_STYLE}</style>{library}"
+        f'<div class="pqlab" id="{name}"><h3>{html.escape(panel.title)}</h3>{slider}'
+        f'<div class="text"></div><div class="plot"></div>'
         f'<details><summary>Table</summary><div class="table"></div></details>'
         f"<details><summary>Settings</summary><dl>{settings}</dl></details></div><script>{script}</script>"
     )
@@ -116,7 +119,7 @@ def _frames(panel: Panel, sweep: str) -> tuple[list[dict[str, Any]], int]:
 
 def _frame(panel: Panel, label: str) -> dict[str, Any]:
     table = panel.frame().to_html(index=False, border=0, float_format=lambda number: f"{number:.4g}")
-    return {"label": label, "table": table, **plain(panel.draw())}
+    return {"label": label, "text": panel.text(), "table": table, **plain(panel.draw())}
 
 
 def _safe(text: str) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import traitlets
 
-from ..figures.decode import decode_figure, error_grid, next_tokens
+from ..figures.decode import decode_figure
+from ..figures.decode_data import error_grid, next_tokens
 from ..figures.text import text_html
 from ..trace import DecodeTrace
 from ..trace.data import KINDS
@@ -61,17 +62,14 @@ class DecodeStepper(Panel):
         steps = [controls.number(self, "step", "step", low=0, high=last), play(self, "step", last, interval=700)]
         return [*steps, widgets.HBox(buttons), *(chosen if self.trace.layers else [])]
 
-    def above(self) -> list[widgets.Widget]:
-        self._text = widgets.HTML(layout=widgets.Layout(width="100%"))
-        self._text.add_class("pqlab-text")
-        return [self._text]
+    def text(self) -> str:
+        return text_html(self.trace, self.step)
 
     def below(self) -> list[widgets.Widget]:
         self._pages = table_widget("pages")
         return [self._pages]
 
     def refresh(self) -> None:
-        self._text.value = text_html(self.trace, self.step)
         pages = self.trace.pages(self.step).tail(8)
         self._pages.value = table_html(pages.assign(text=[_short(text) for text in pages.text]))
 
