@@ -27,7 +27,7 @@ inline uint64_t gather_bits(uint64_t codes, int nbits) {
 #endif
 }
 
-// 16 codes of one subspace from 2 * nbits bytes to one code a byte. Reads 8 bytes a half where `whole` says that it may.
+// 16 codes of one subspace from 2 * nbits bytes to one code a byte; reads 8 bytes a half where `whole` allows it.
 PQ_INLINE void unpack_codes(uint8_t* codes, const uint8_t* packed, int nbits, bool whole = false) {
     for (int half = 0; half < 2; half++) {
         uint64_t word = 0;
@@ -60,7 +60,8 @@ inline void unpack_tiles(uint8_t* out, int64_t stride, const uint8_t* const* til
         const int64_t last = first + 4 < n ? first + 4 : n;
         if (nbits == 8) {
             for (int64_t s = 0; s < m; s++)
-                for (int64_t t = first; t < last; t++) std::memcpy(out + s * stride + t * TILE, tiles[t] + s * TILE, TILE);
+                for (int64_t t = first; t < last; t++)
+                    std::memcpy(out + s * stride + t * TILE, tiles[t] + s * TILE, TILE);
         } else if (nbits == 4 && last - first == 4) {
             for (int64_t s = 0; s < m; s++)
                 for (int64_t t = first; t < last; t += 2)

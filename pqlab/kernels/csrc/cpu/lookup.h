@@ -82,8 +82,8 @@ PQ_INLINE f8 entries(const float* table, const uint8_t* codes) {
 }
 #endif
 
-// The same from a table of 16 single floats: two permutes by the low three bits of the code, a blend by the fourth. (Two
-// such tables for d_m = 2 are slower than one look-up of a pair on Zen 3, whose permutes take two cycles each.)
+// The same from a table of 16 single floats: two permutes by the low three bits of the code, a blend by the fourth.
+// (Two such tables for d_m = 2 are slower than one look-up of a pair on Zen 3, whose permutes take two cycles each.)
 PQ_INLINE f8 entries_of_16(const float* table, const uint8_t* codes) {
 #ifdef PQ_AVX2
     const __m256i c = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes));
@@ -121,8 +121,8 @@ PQ_INLINE f8 repeat(const float* p) {
 //   scores [ROWS][BLOCK_TOKENS]; place[entry]: its subspace (read where they may differ: D = 8).
 //   SMALL: D = 1 and C = 16. `next`: what will be read after these, fetched meanwhile.
 template <int D, int ROWS, bool SMALL>
-PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_entries, const int64_t* place, int64_t centroids,
-                             const float* book, const float* q, float* scores, Ahead next) {
+PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_entries, const int64_t* place,
+                             int64_t centroids, const float* book, const float* q, float* scores, Ahead next) {
     constexpr int PER_TILE = 2 * D;                                        // vectors of entries in a tile
     constexpr int AT_ONCE = ROWS > 2 ? 2 : (PER_TILE < 4 ? PER_TILE : 4);  // they share the loads of q
     constexpr int TOKENS = WIDTH / D;
@@ -157,8 +157,8 @@ PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_en
 
 // Entries [first, first + AT_ONCE) of `add_values`; they share the loads of the weights.
 template <int D, int ROWS, bool SMALL, int AT_ONCE>
-PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first, const int64_t* place, int64_t centroids,
-                             const float* book, const float* weights, float* sums) {
+PQ_NOINLINE void add_entries(const uint8_t* codes, int64_t tiles, int64_t first, const int64_t* place,
+                             int64_t centroids, const float* book, const float* weights, float* sums) {
     constexpr int PER_TILE = 2 * D, TOKENS = WIDTH / D, REPEATS = D == 8 ? 1 : D;
     // Independent sums: a fused multiply-add takes four cycles, the vectors of a tile come faster than that.
     constexpr int CHAINS = D >= 4 && ROWS * AT_ONCE <= 4 ? 2 : 1;
