@@ -136,7 +136,7 @@ class PagedPQCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         layer = self.layers[layer_idx]
-        if not self._warned and isinstance(layer, PagedPQLayer) and not layer.is_compileable:
+        if not self._warned and isinstance(layer, PagedPQLayer):
             self._say_fallback(layer, key_states.shape[0])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -199,7 +199,7 @@ class PagedPQCache(Cache):
     def _say_fallback(self, layer: PagedPQLayer, batch: int) -> None:
         self._warned = True
         implementation = layer.config._attn_implementation
-        if implementation == "pqlab":
+        if implementation == "pqlab" or self.settings.mode == "static":  # static mode refuses other attentions
             return
         pads = ""
         if batch > 1 and self.group._announced is None:

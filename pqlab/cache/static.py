@@ -153,9 +153,15 @@ class StaticGroup(SequenceGroup):
 class StaticPagedPQLayer(PagedPQLayer):
     """A `PagedPQLayer` whose decode step is tensors only; chunks go the eager way."""
 
-    is_compileable = True
     is_croppable = False
+    is_warm = False
     group: StaticGroup
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model by itself. Not on CUDA yet: compiled by inductor, the tiny model of
+        tests/test_cuda_cache.py gave other logits than uncompiled. A hand-made CUDA graph of a step is right."""
+        return self.group.device.type != "cuda"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -189,7 +195,9 @@ class StaticPagedPQLayer(PagedPQLayer):
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         if query.shape[2] > 1 or not self.group.num_rows:
             self.columns = self.group.begin_chunk()
+            keys, values = self.pending
             out = super().attend(query, mask, scaling)
+            self._warm_up(query[:, :, -1:], keys[:, :, -1:], values[:, :, -1:], scaling)
             if self.is_last:
                 self.group.end_chunk()
             return out
@@ -201,3 +209,16 @@ class StaticPagedPQLayer(PagedPQLayer):
             self.group.before, self.group.lengths,
         )  # fmt: skip
         return self._attend_stored(query, self.group.lengths, scaling)[0]
+
+    def _warm_up(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> None:
+        """Run a decode step's operations once, with no token to store.
+
+        Kernels are built and backends make what they keep (workspaces, prepared codebooks) at the first call; inside
+        a graph capture that memory would belong to the graph.
+        """
+        if self.is_warm:
+            return
+        self.is_warm = True
+        lengths = self.group.lengths
+        self._append(self.codec.k.to_code_space(keys), self.codec.v.to_code_space(values), lengths, lengths)
+        self._attend_stored(query, lengths, scaling)

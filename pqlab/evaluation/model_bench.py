@@ -10,16 +10,19 @@ The model has random weights and a cache filled with random tokens: speed does n
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from .. import kernels
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..quantization import Codebooks
@@ -58,6 +61,8 @@ def bench_model(shape: str, context: int, *, dtype=torch.float16, device="cuda",
     def measure(case: str, make: Callable[[], Callable[[], object]], graph: bool) -> None:
         try:
             step = make()
+            step()  # kernels are built for what they are asked
+            kernels.wait()
             ms = _time_graph(step) if graph and device == "cuda" else _time_eager(step, device)
             rows.append(Timing(case, ms))
         except Exception as error:  # an exact attention that refuses these shapes is a row, not the end
@@ -261,3 +266,28 @@ def _time_eager(step: Callable[[], object], device: str) -> float:
         if i >= 3:
             times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", nargs="+", default=["7b", "8b"], choices=list(SHAPES))
+    parser.add_argument("--context", nargs="+", type=int, default=[32768], help="tokens in the cache")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-eager", action="store_true", help="only what runs as one CUDA graph")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time every case, print a table (and JSON); the exit status."""
+    dtype = torch.float16 if args.device == "cuda" else torch.float32
+    records = []
+    for shape in args.shape:
+        for context in args.context:
+            print(f"{shape}, {context:,} tokens, batch 1: ms a token", flush=True)
+            for timing in bench_model(shape, context, dtype=dtype, device=args.device, eager=not args.no_eager):
+                ms = "-" if timing.milliseconds is None else f"{timing.milliseconds:.3f}"
+                print(f"  {timing.case:<16}{ms:>9}  {timing.note}", flush=True)
+                records.append({"shape": shape, "context": context, **asdict(timing)})
+    if args.json:
+        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        print(json.dumps({"benchmark": "model", "device": device, "torch": torch.__version__, "records": records}))
+    return 0

@@ -77,6 +77,7 @@ class CudaBackend(Backend):
         self._devices: dict[int, tuple[int, int, int]] = {}  # compute capability, shared memory, multiprocessors
         self._books: dict[tuple[Any, ...], tuple[Any, Any, Tensor]] = {}
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._spares: dict[int, tuple[Tensor, Tensor]] = {}  # device -> for the next stream that asks
         self._retired: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write to them
 
     # -- builds ----------------------------------------------------------------------------------------------------
@@ -262,11 +263,24 @@ class CudaBackend(Backend):
         kept = self._workspaces.get((q.device.index, stream))
         if kept is not None and kept[0].numel() >= floats and kept[1].numel() >= tickets:
             return kept
-        room = torch.empty(floats, device=q.device), torch.zeros(tickets, dtype=torch.int32, device=q.device)
-        if not torch.cuda.is_current_stream_capturing():
-            if kept is not None:
-                self._retired.append(kept)
-            self._workspaces[(q.device.index, stream)] = room
+        device = q.device.index
+
+        def make() -> tuple[Tensor, Tensor]:
+            tickets_at_zero = torch.zeros(tickets, dtype=torch.int32, device=q.device)
+            return torch.empty(floats, device=q.device), tickets_at_zero
+
+        if torch.cuda.is_current_stream_capturing():
+            return make()  # the graph's own
+        if kept is not None:
+            self._retired.append(kept)
+        spare = self._spares.pop(device, None)
+        if spare is not None and spare[0].numel() >= floats and spare[1].numel() >= tickets:
+            room = spare
+        else:
+            # A compiled model warms up on a stream and in a memory pool of its own, where nothing may be kept: what
+            # that stream will ask for is made here, by the call before it.
+            room, self._spares[device] = make(), make()
+        self._workspaces[(device, stream)] = room
         return room
 
 
