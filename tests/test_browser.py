@@ -181,6 +181,22 @@ def test_every_panel_follows_theme_and_width(lab: Lab, theme: str, width: int):
         assert lab.shoot(shown, f"{name}-{theme}{size}").stat().st_size > 20_000
 
 
+def test_panels_come_back_when_the_page_is_loaded_again(lab: Lab):
+    """A page without plotly.js asks the kernel for it, and gets the figure as it is now, not as it was first."""
+    lab.page.set_viewport_size({"width": 1400, "height": 1500})
+    stepper = panel(lab, "stepper")
+    entry = stepper.locator(".pqlab-step-entry input")
+    entry.fill("31")
+    entry.press("Enter")
+    expect(note(stepper, "step 31 of 48")).to_be_visible(timeout=20 * SECONDS)
+    lab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    lab.open(NOTEBOOK.name)
+    again = panel(lab, "stepper")
+    expect(note(again, "step 31 of 48")).to_be_visible(timeout=60 * SECONDS)
+    again.locator(".pqlab-step-on").click()
+    expect(note(again, "step 32 of 48")).to_be_visible(timeout=20 * SECONDS)
+
+
 def test_nothing_left_the_machine_and_nothing_failed(lab: Lab):
     """Last of the session: everything above was watched."""
     assert lab.outside == []
