@@ -145,7 +145,16 @@ def _server(folder: Path, env: dict[str, str]) -> Iterator[str]:
         "--LabApp.expose_app_in_browser=True",
     ]
     paths = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH", "")]))
-    isolated = {**os.environ, **{key: str(own / place) for key, place in places.items()}, "PYTHONPATH": paths, **env}
+    calm = {
+        "OMP_WAIT_POLICY": "PASSIVE"
+    }  # kernel, server and browser share few cores: threads that spin stop the others
+    isolated = {
+        **calm,
+        **os.environ,
+        **{key: str(own / place) for key, place in places.items()},
+        "PYTHONPATH": paths,
+        **env,
+    }
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=isolated, start_new_session=True)
     try:

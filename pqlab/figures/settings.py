@@ -156,6 +156,7 @@ def _draw_slots(sheet: Sheet, cost: CacheCost) -> None:
         ("free", [0, free], FREE),
         ("missing", [0, missing], BAD),
     ]
+    longest = max(sum(values[row] for _, values, _ in parts) for row in range(len(rows)))
     plot = sheet.plot(
         1,
         0,
@@ -164,7 +165,7 @@ def _draw_slots(sheet: Sheet, cost: CacheCost) -> None:
         y={"autorange": "reversed"},
     )
     for name, values, colour in parts:
-        said = [f"{value:,.0f}" if value else "" for value in values]
+        said = [f"{value:,.0f}" if value > 0.06 * longest else "" for value in values]
         sheet.add(
             plot,
             "bar",

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 class Panel(Stateful):
     """One view: display it in a cell, or read and set its state as values.
 
+    With the environment variable PQLAB_PANELS=static it is displayed as HTML that needs no kernel: for notebooks that
+    are executed into HTML files.
+
     Args:
         **state: starting values of the state's traits (and `theme`).
 
