@@ -8,6 +8,8 @@
 # environment made from environment.yml too), PQLAB_CACHE=dir, PYTEST_ARGS='-k pool', LAB_ARGS='--port 9999'.
 
 SHELL := /bin/sh
+# Threads that wait asleep: spinning ones fight the browser, the server and each other for the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -78,11 +80,12 @@ test: setup browser
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) \
 		|| $(call fail,pytest failed with exit code $$?; run one test with: make test PYTEST_ARGS='-x -k name')
 
-# Figures carry plotly.js in the page. Live panels need a kernel: in the page they are a name only.
+# Figures carry plotly.js in the page; panels are drawn into it, since live ones need a kernel.
 notebooks: setup
 	@mkdir -p build/notebooks
-	PLOTLY_RENDERER=plotly_mimetype+notebook $(BIN)/python -m nbconvert --to html --execute --output-dir build/notebooks \
-		--HTMLExporter.require_js_url= --HTMLExporter.mathjax_url= notebooks/*.ipynb \
+	PLOTLY_RENDERER=plotly_mimetype+notebook PQLAB_PANELS=static $(BIN)/python -m nbconvert --to html --execute --output-dir build/notebooks \
+		--HTMLExporter.require_js_url= --HTMLExporter.mathjax_url= --HTMLExporter.widget_renderer_url= \
+		notebooks/*.ipynb \
 		|| $(call fail,a notebook failed; the message above names its cell)
 
 lint: package

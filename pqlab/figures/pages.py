@@ -229,6 +229,7 @@ def _count(count: int, what: str) -> str:
 def _finish(sheet: Sheet, title: str, theme: Theme | None, height: int) -> go.Figure:
     return sheet.figure(
         theme,
+        min_width=900,
         title={"text": title, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
         height=height,
         margin={"t": 88, "b": 76, "l": 70, "r": 36},
