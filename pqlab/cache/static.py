@@ -160,7 +160,7 @@ class StaticPagedPQLayer(PagedPQLayer):
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile the model by itself. Not on CUDA yet: compiled by inductor, the tiny model of
-        tests/test_cuda_cache.py gave other logits than uncompiled. A hand-made CUDA graph of a step is right."""
+        tests/test_cuda_cache.py gave other logits than uncompiled."""
         return self.group.device.type != "cuda"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
