@@ -18,6 +18,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 TORCH := 2.13.0
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# The releases that the suite passed with; CONSTRAINTS= takes whatever is newest.
+CONSTRAINTS ?= .ci/constraints.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.pqlab
@@ -47,9 +49,9 @@ ifeq ($(CONDA),)
 endif
 	@touch $@
 
-$(STAMPS)/package: pyproject.toml $(STAMPS)/torch-$(TORCH)
+$(STAMPS)/package: pyproject.toml $(CONSTRAINTS) $(STAMPS)/torch-$(TORCH)
 ifeq ($(CONDA),)
-	@$(BIN)/python -m pip install -e ".[all]" || $(call fail,pip could not install pqlab and its extras; its message is above. A network or proxy fault: run make again. A broken environment: rm -r $(VENV) and run make again)
+	@$(BIN)/python -m pip install $(CONSTRAINTS:%=-c %) -e ".[all]" || $(call fail,pip could not install pqlab and its extras; its message is above. A network or proxy fault: run make again. A broken environment: rm -r $(VENV) and run make again)
 else
 	@$(BIN)/python -m pip install --no-deps --no-build-isolation -e . || $(call fail,pip could not install pqlab into $(VENV); update it: conda env update -f environment.yml)
 endif

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from pqlab import CacheConfig, PagedPQCache, PQConfig
 from pqlab.errors import PageAllocationError, UnsupportedModelError
 from pqlab.quantization import Codebooks
+from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
 
@@ -35,7 +36,7 @@ def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 @torch.inference_mode()
 def feed(model, cache, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids, past_key_values=cache).logits[:, -1]
+    return model(ids, **cache_argument(model, cache)).logits[:, -1]
 
 
 def test_window_keeps_between_r_and_r_plus_page_minus_one_tokens(model, books):
@@ -164,7 +165,7 @@ def test_pads_are_never_sinks_nor_codes(model, books):
     mask = (both != 256).long()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     with torch.inference_mode():
-        logits = model(both, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        logits = model(both, attention_mask=mask, position_ids=positions, **cache_argument(model, cache)).logits
     theirs = feed(model, alone, row)
     torch.testing.assert_close(logits[1, -1:], theirs, rtol=0, atol=1e-4)
     assert cache.lengths[1].tolist() == alone.lengths[0].tolist()
@@ -180,8 +181,9 @@ def test_multi_turn_reuse_goes_on_where_the_cache_stands(model, books):
     results = []
     for attention, past in (("pqlab", cache), ("sdpa", plain)):
         model.set_attn_implementation(attention)
-        out = model.generate(ids[0], past_key_values=past, max_new_tokens=20, do_sample=False)
-        out = model.generate(torch.cat([out, ids[1]], 1), past_key_values=past, max_new_tokens=20, do_sample=False)
+        settings = {**cache_argument(model, past), "max_new_tokens": 20, "do_sample": False}
+        out = model.generate(ids[0], **settings)
+        out = model.generate(torch.cat([out, ids[1]], 1), **settings)
         results.append(out)
     assert torch.equal(*results)
     assert cache.get_seq_length() == results[0].shape[1] - 1
@@ -189,10 +191,10 @@ def test_multi_turn_reuse_goes_on_where_the_cache_stands(model, books):
 
 def test_nine_query_heads_on_three_kv_heads(make_model):
     model = make_model("llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
-    exact = model.generate(tokens(80), past_key_values=DynamicCache(config=model.config), max_new_tokens=30)
+    exact = model.generate(tokens(80), **cache_argument(model, DynamicCache(config=model.config)), max_new_tokens=30)
     model.set_attn_implementation("pqlab")
     cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
-    assert torch.equal(model.generate(tokens(80), past_key_values=cache, max_new_tokens=30), exact)
+    assert torch.equal(model.generate(tokens(80), **cache_argument(model, cache), max_new_tokens=30), exact)
 
 
 def test_the_fallback_says_that_it_happens_and_why(model, books):
@@ -214,7 +216,7 @@ def test_a_mask_that_hides_stored_tokens_is_refused(model, books):
     mask = torch.ones(1, 1, 5, 45, dtype=torch.bool).tril(40)
     mask[..., :10] = False
     with pytest.raises(UnsupportedModelError, match="hides stored tokens"), torch.inference_mode():
-        model(tokens(5), attention_mask=mask, past_key_values=cache)
+        model(tokens(5), attention_mask=mask, **cache_argument(model, cache))
 
 
 @pytest.mark.parametrize(
@@ -271,11 +273,11 @@ def test_bytes_add_up(model, books):
 def test_a_cache_made_in_inference_mode_can_be_changed_outside_of_it(model, books):
     with torch.inference_mode():
         cache = PagedPQCache(model, books, SMALL)
-        model(tokens(80), past_key_values=cache)
+        model(tokens(80), **cache_argument(model, cache))
     with torch.no_grad():
         cache.crop(-50)
         cache.batch_repeat_interleave(2)
-        model(tokens(60, rows=2), past_key_values=cache)
+        model(tokens(60, rows=2), **cache_argument(model, cache))
     cache.group.check_integrity()
 
 
@@ -284,5 +286,5 @@ def test_generation_in_low_precision(make_model, books):
         model = make_model("llama").to(dtype)
         model.set_attn_implementation("pqlab")
         cache = PagedPQCache(model, books, SMALL)
-        out = model.generate(tokens(80), past_key_values=cache, max_new_tokens=10, do_sample=False)
+        out = model.generate(tokens(80), **cache_argument(model, cache), max_new_tokens=10, do_sample=False)
         assert out.shape[1] == 90 and cache.quantized_layers[0].window_k.dtype == dtype

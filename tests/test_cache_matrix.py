@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 from pqlab import CacheConfig, PagedPQCache, PQConfig
 from pqlab.quantization import Codebooks
+from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=200)
 NEW = 40
@@ -42,7 +43,7 @@ def generate(model, cache, way: str, attention: str) -> tuple[torch.Tensor, list
     model.set_attn_implementation(attention)
     inputs = inputs_for(way)
     result = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=NEW, do_sample=False, output_logits=True,
+        **inputs, **cache_argument(model, cache), max_new_tokens=NEW, do_sample=False, output_logits=True,
         return_dict_in_generate=True, **WAYS[way],
     )  # fmt: skip
     return result.sequences, [x.float() for x in result.logits]

@@ -12,6 +12,7 @@ from pqlab.models import fingerprint
 from pqlab.quantization import Codebooks, Samples, calibrate, collect_kv, record_kv
 from pqlab.quantization.calibrate import STAGES
 from pqlab.quantization.samples import split_text
+from pqlab.transformers_api import cache_argument
 
 TEXT = " ".join(f"Chapter {i}: the {i * 7919 % 997}th whale was {i * 31 % 89} feet long, and sang." for i in range(200))
 
@@ -19,7 +20,7 @@ TEXT = " ".join(f"Chapter {i}: the {i * 7919 % 997}th whale was {i * 31 % 89} fe
 def cached_kv(model, ids):
     """What transformers' own cache holds after a forward over whole rows: {layer: (K, V)}."""
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(model, cache))
     return {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
 
 

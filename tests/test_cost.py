@@ -12,6 +12,7 @@ from pqlab.cost import SHAPES, CacheCost, ModelShape, coded_tokens, fit_max_page
 from pqlab.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from pqlab.memory import free_memory
 from pqlab.paging import PageLayout, PagePool, PageTable
+from pqlab.transformers_api import cache_argument
 
 TINY = ModelShape(2, 6, 3, 16, "tiny")
 
@@ -169,7 +170,7 @@ def test_a_running_cache_has_these_bytes(make_model, context):
     model.set_attn_implementation("pqlab")
     settings, pq = CacheConfig(page_size=16, residual_length=20, num_sinks=4, max_pages=20), PQConfig(M=4, nbits=5)
     cache = PagedPQCache(model, Codebooks.random(model, config=pq), settings)
-    model(torch.arange(2 * context).view(2, context) % 250, past_key_values=cache)
+    model(torch.arange(2 * context).view(2, context) % 250, **cache_argument(model, cache))
     cost = CacheCost(ModelShape.from_config(model), pq, settings, context, batch=2, exact_bytes=4)
     held = cache.nbytes()
     assert [tuple(row) for row in cache.lengths.tolist()] == [cost.lengths] * 2

@@ -9,6 +9,7 @@ from plain_pq import plain_pq_cache
 from pqlab import CacheConfig, PagedPQCache, PQConfig, kernels
 from pqlab.kernels import ops
 from pqlab.quantization import Codebooks
+from pqlab.transformers_api import cache_argument
 
 pytestmark = pytest.mark.gpu
 EAGER = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
@@ -21,7 +22,7 @@ def generate(model, cache, attention: str, **settings):
     mask = torch.ones_like(ids)
     ids[1, :25], mask[1, :25] = 256, 0
     return model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False,
+        input_ids=ids, attention_mask=mask, **cache_argument(model, cache), max_new_tokens=40, do_sample=False,
         output_logits=True, return_dict_in_generate=True, **settings,
     )  # fmt: skip
 
@@ -67,11 +68,11 @@ def test_a_step_as_a_cuda_graph(setting):
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cuda")
 
     def step(cache):
-        return model(token, past_key_values=cache, position_ids=position, attention_mask=mask).logits
+        return model(token, **cache_argument(model, cache), position_ids=position, attention_mask=mask).logits
 
     with torch.no_grad():
         for cache in (captured, stepped):
-            model(prompt, past_key_values=cache)
+            model(prompt, **cache_argument(model, cache))
         token.fill_(7), position.fill_(90)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -77,6 +77,31 @@ def test_a_bare_environment(tmp_path):
     assert all(entry["remedy"] for entry in found.values() if entry["problem"])
 
 
+def examined(**environment: str) -> dict:
+    """What the doctor of a fresh Python says where pqlab cannot be used."""
+    environment = dict(os.environ) | environment
+    done = subprocess.run([sys.executable, "-c", "import pqlab; pqlab.PQConfig"], env=environment, capture_output=True)
+    assert done.returncode and b"python -m pqlab doctor" in done.stderr
+    command = [sys.executable, "-m", "pqlab", "doctor", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_without_torch_it_still_answers(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    found = examined(PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(doctor.__file__).parents[2]}")
+    assert "libcudart.so.13" in found["torch"]["value"] and "--force-reinstall torch" in found["torch"]["remedy"]
+    assert "libcudart.so.13" in found["pqlab"]["problem"]
+    assert found["python"]["problem"] == "" and found["compiler"]["problem"] == ""
+
+
+def test_a_setting_that_stops_the_import_is_said():
+    found = examined(PQLAB_BUILD="bogus")
+    assert "PQLAB_BUILD" in found["pqlab"]["problem"] and "background" in found["pqlab"]["problem"]
+    assert found["torch"]["problem"] == ""
+
+
 def test_packages_that_are_missing_or_old_are_named(monkeypatch):
     wanted = ["torch>=2.9", "pqlab-none>=1", 'plotly>=999; extra == "notebook"', 'pqlab[notebook]; extra == "all"']
     monkeypatch.setattr(probes.importlib.metadata, "requires", lambda name: wanted)

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 from pqlab import CacheConfig, PagedPQCache, UnsupportedModelError
 from pqlab.quantization import Codebooks
+from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
 
@@ -39,7 +40,9 @@ SUPPORTED = {
 
 
 def make(kind: str, **settings):
-    config = type(AutoConfig.for_model(kind))(**(TINY | settings))
+    made = type(AutoConfig.for_model(kind))
+    wanted = {k: v for k, v in (TINY | settings).items() if not isinstance(getattr(made, k, None), property)}
+    config = made(**wanted)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
@@ -57,7 +60,7 @@ def padded_prompt() -> dict:
 def generate(model, cache):
     with torch.no_grad():
         return model.generate(
-            **padded_prompt(), past_key_values=cache, max_new_tokens=20, do_sample=False, output_logits=True,
+            **padded_prompt(), **cache_argument(model, cache), max_new_tokens=20, do_sample=False, output_logits=True,
             return_dict_in_generate=True,
         )  # fmt: skip
 
@@ -76,11 +79,17 @@ def test_exact_storage_gives_the_tokens_of_dynamic_cache(kind):
     assert cache.lengths.sum(1).tolist() == [89, 64], "the pads of the second row are stored nowhere"
 
 
-@pytest.mark.parametrize("kind", ["gptj", "bloom", "xglm"])
+OWN_ATTENTION = {
+    "gptj": {}, "bloom": {}, "xglm": {}, "falcon": {"multi_query": True, "alibi": False},
+    "falcon 40b": {"new_decoder_architecture": True, "num_kv_heads": 3, "alibi": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OWN_ATTENTION)
 @pytest.mark.filterwarnings("default")
 def test_models_with_an_attention_of_their_own_fall_back_and_say_so(kind):
     """Their classes do not go through transformers' attention interface: the cache dequantizes for them."""
-    model = make(kind)
+    model = make(kind.split()[0], **OWN_ATTENTION[kind])
     exact = generate(model, DynamicCache(config=model.config))
     cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
     cache.announce_mask(padded_prompt()["attention_mask"])

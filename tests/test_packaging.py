@@ -71,6 +71,14 @@ def test_the_pinned_torch_is_one_that_pqlab_takes():
     assert requirements()["torch"].contains(pin)
 
 
+def test_every_other_requirement_is_pinned_for_make():
+    text = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
+    pins = dict(line.split("==") for line in text.splitlines() if not line.startswith("#"))
+    wanted = {name: bounds for name, bounds in requirements().items() if name != "torch"}
+    assert set(pins) == set(wanted)
+    assert [name for name, bounds in wanted.items() if not bounds.contains(pins[name])] == []
+
+
 def test_wheel_carries_all_that_is_no_python(tmp_path):
     """Kernel sources, texts and scripts have to be in a wheel, not only in a clone."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -109,6 +117,8 @@ def workshop(tmp_path):
     """A copy of the Makefile with a Python that only writes down how it was called; `run(*args)` calls make."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/constraints.txt", tmp_path / ".ci")
     source = tmp_path / "pqlab/kernels/ops.py"
     source.parent.mkdir(parents=True)
     source.touch()
@@ -139,7 +149,11 @@ def workshop(tmp_path):
 def test_make_setup_does_everything_once(workshop):
     code, calls, said = workshop("setup")
     assert code == 0, said
-    assert calls[:3] == ["-m venv .venv", "-m pip install torch==2.13.0", "-m pip install -e .[all]"]
+    assert calls[:3] == [
+        "-m venv .venv",
+        "-m pip install torch==2.13.0",
+        "-m pip install -c .ci/constraints.txt -e .[all]",
+    ]
     assert calls[3].startswith("-m pqlab setup --list")
     assert len(calls) == 4
     assert workshop("setup")[1] == []
@@ -154,7 +168,8 @@ def test_make_setup_makes_again_what_is_missing_or_old(workshop):
     os.utime(workshop.folder / "pqlab/kernels/ops.py", (future, future))
     assert [call.split()[:3] for call in workshop("setup")[1]] == [["-m", "pqlab", "setup"]]
     os.utime(workshop.folder / "pyproject.toml", (future, future))
-    assert "-m pip install -e .[all]" in workshop("setup")[1]
+    assert "-m pip install -c .ci/constraints.txt -e .[all]" in workshop("setup")[1]
+    assert "-m pip install -e .[all]" in workshop("setup", "CONSTRAINTS=")[1]
 
 
 @pytest.mark.parametrize("step", ["venv", "torch==", "-e .[all]", "pqlab setup"])

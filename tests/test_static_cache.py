@@ -12,6 +12,7 @@ from pqlab import CacheConfig, PagedPQCache, PQConfig
 from pqlab.cache.static import advance
 from pqlab.errors import ResidualOverflowError, UnsupportedModelError
 from pqlab.quantization import Codebooks
+from pqlab.transformers_api import cache_argument
 
 EAGER = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=200)
 STATIC = replace(EAGER, mode="static")
@@ -20,7 +21,7 @@ STATIC = replace(EAGER, mode="static")
 def generate(model, cache, way: str, **settings):
     model.set_attn_implementation("pqlab")
     return model.generate(
-        **inputs_for(way), past_key_values=cache, max_new_tokens=60, do_sample=False, output_logits=True,
+        **inputs_for(way), **cache_argument(model, cache), max_new_tokens=60, do_sample=False, output_logits=True,
         return_dict_in_generate=True, **settings,
     )  # fmt: skip
 
@@ -73,13 +74,13 @@ def test_one_graph_for_all_decode_steps(make_model):
     ids = inputs_for("greedy")["input_ids"]
     with torch.no_grad():
         for cache in (eager, static):
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(model, cache))
         for n in range(40):
             token = torch.tensor([[n]])
             mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
             position = torch.tensor([[90 + n]])
-            ours = step(token, past_key_values=static, attention_mask=mask, position_ids=position).logits
-            torch.testing.assert_close(ours, model(token, past_key_values=eager).logits, rtol=0, atol=1e-3)
+            ours = step(token, **cache_argument(model, static), attention_mask=mask, position_ids=position).logits
+            torch.testing.assert_close(ours, model(token, **cache_argument(model, eager)).logits, rtol=0, atol=1e-3)
     assert len(graphs) == 1, "every step should run the same graph"
     assert static.lengths.tolist() == eager.lengths.tolist()
 
@@ -104,23 +105,23 @@ def test_full_is_loud(make_model):
     cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
     with torch.no_grad():
         with pytest.raises(ResidualOverflowError, match="PQC003.*70 tokens.*static cache of 64.*context=70"):
-            model(torch.zeros(1, 70, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(1, 70, dtype=torch.long), **cache_argument(model, cache))
         cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
-        model(torch.zeros(1, 63, dtype=torch.long), past_key_values=cache)
-        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(1, 63, dtype=torch.long), **cache_argument(model, cache))
+        model(torch.zeros(1, 1, dtype=torch.long), **cache_argument(model, cache))
         with pytest.raises(RuntimeError, match="PQC003.*static cache of 64 tokens is full"):
-            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(1, 1, dtype=torch.long), **cache_argument(model, cache))
 
 
 def test_what_static_mode_does_not_do_is_named(make_model):
     model = make_model("llama")
     cache = PagedPQCache(model, Codebooks.identity(model), STATIC, context=200)
     with pytest.raises(UnsupportedModelError, match='static cache needs model.set_attn_implementation\\("pqlab"\\)'):
-        model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(1, 5, dtype=torch.long), **cache_argument(model, cache))
     model.set_attn_implementation("pqlab")
     cache = PagedPQCache(model, Codebooks.identity(model), STATIC, context=200)
     with torch.no_grad():
-        model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(1, 5, dtype=torch.long), **cache_argument(model, cache))
     for act in (lambda: cache.crop(-1), lambda: cache.batch_repeat_interleave(2)):
         with pytest.raises(UnsupportedModelError, match='mode="eager"'):
             act()

@@ -8,6 +8,7 @@ import torch
 from pqlab import CacheConfig, PagedPQCache, PQConfig
 from pqlab.evaluation.teacher_forced import TeacherForcedCache, from_codebooks, schedule
 from pqlab.quantization import Codebooks
+from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
 
@@ -20,11 +21,12 @@ def test_it_agrees_with_step_by_step_decode(make_model, kind, prompt):
     books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
     ids = torch.randint(0, 200, (1, 160), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        at_once = model(ids, past_key_values=TeacherForcedCache(model, from_codebooks(books), SMALL, prompt)).logits[0]
+        forced = TeacherForcedCache(model, from_codebooks(books), SMALL, prompt)
+        at_once = model(ids, **cache_argument(model, forced)).logits[0]
         cache = PagedPQCache(model, books, SMALL)
-        steps = [model(ids[:, :prompt], past_key_values=cache).logits[0]]
+        steps = [model(ids[:, :prompt], **cache_argument(model, cache)).logits[0]]
         for t in range(prompt, 160):
-            steps.append(model(ids[:, t : t + 1], past_key_values=cache).logits[0])
+            steps.append(model(ids[:, t : t + 1], **cache_argument(model, cache)).logits[0])
         exact = model(ids).logits[0]
     torch.testing.assert_close(at_once, torch.cat(steps), rtol=0, atol=1e-3)
     assert (at_once - exact).abs().max() > 0.1, "the codec is lossy, the logits should differ"

@@ -8,6 +8,7 @@ import torch
 
 from pqlab import CacheConfig, DecodeTrace, PagedPQCache, PQConfig, trace_decode
 from pqlab.quantization import Codebooks
+from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
 PROMPT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
@@ -34,7 +35,7 @@ def test_tokens_are_those_of_generate(setting, trace):
     model.set_attn_implementation("pqlab")
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     cache = PagedPQCache(model, books, SMALL)
-    generated = model.generate(ids, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
+    generated = model.generate(ids, **cache_argument(model, cache), max_new_tokens=STEPS, do_sample=False)
     model.set_attn_implementation("sdpa")
     assert torch.equal(trace.token_ids, generated[0])
     assert trace.steps.token_id.tolist()[1:] == generated[0, -STEPS:].tolist()

@@ -14,6 +14,7 @@ def tiny_cache_and_trace(tokenizer):
     from conftest import make_tiny_model
 
     from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig, trace_decode
+    from pqlab.transformers_api import cache_argument
 
     model = make_tiny_model("llama")
     books = Codebooks.random(model, config=PQConfig(M=8, nbits=5))
@@ -21,5 +22,5 @@ def tiny_cache_and_trace(tokenizer):
     trace = trace_decode(model, tokenizer, PROMPT, STEPS, codebooks=books, config=config)
     held = PagedPQCache(model, books, config)
     model.set_attn_implementation("pqlab")
-    model(tokenizer(PROMPT, return_tensors="pt").input_ids, past_key_values=held)
+    model(tokenizer(PROMPT, return_tensors="pt").input_ids, **cache_argument(model, held))
     return held, trace

@@ -23,7 +23,7 @@ DEFAULT_CONTEXT = 8192
 
 
 class PagedPQCache(Cache):
-    """KV cache with paged, product-quantized storage, for `model.generate(..., past_key_values=cache)`.
+    """KV cache with paged, product-quantized storage, for `model.generate(..., cache=cache)`.
 
     Full-attention layers keep their first tokens and the newest ones exact and everything between as codes in pages
     (MILLION, DAC'25; its PagedPQCache extension). Other layers (sliding windows) keep transformers' own exact layer;
@@ -42,6 +42,8 @@ class PagedPQCache(Cache):
         UnsupportedModelError: the model needs something this cache does not do; raised here, before generation.
         OutOfMemoryError: PQC004, the pages do not fit; the message says which setting would.
         PageAllocationError: PQC001, while generating, when the pool runs out; nothing is changed then.
+
+    Before transformers 5.24 the argument of `generate` is called `past_key_values`.
 
     A cache holds one set of sequences: `reset()` it, or make another, for the next unrelated prompt.
     """

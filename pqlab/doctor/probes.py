@@ -29,7 +29,8 @@ def pqlab_itself() -> Finding:
     try:
         from .. import PagedPQCache  # noqa: F401
     except Exception as error:
-        said = " ".join(str(error.__cause__ or error).split())
+        cause = error.__cause__ or error
+        said = " ".join(f"{type(cause).__name__}: {cause}".split())
         return Finding(value, f"it cannot be used here: {said}", "Mend what the message names")
     return Finding(value)
 

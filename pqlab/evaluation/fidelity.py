@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from ..config import CacheConfig
+from ..transformers_api import cache_argument
 from .teacher_forced import Quantize, TeacherForcedCache, schedule
 
 CHUNK = 256
@@ -102,7 +103,8 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _hidden(model, ids: torch.Tensor, cache) -> torch.Tensor:
     """[n, hidden size] behind the last layer."""
-    return model.base_model(ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
+    base = model.base_model
+    return base(ids, **cache_argument(base, cache), use_cache=cache is not None).last_hidden_state[0]
 
 
 def _coded(length: int, prompt: int, config: CacheConfig) -> dict[int, int]:

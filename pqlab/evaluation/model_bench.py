@@ -26,6 +26,7 @@ from .. import kernels
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..quantization import Codebooks
+from ..transformers_api import cache_argument
 
 SHAPES = {
     "7b": {"num_key_value_heads": 32, "intermediate_size": 11008},
@@ -215,6 +216,7 @@ def _step(model, cache: Cache, attention: str, context: int) -> Callable[[], obj
     """One decode step as a function without arguments; nothing in it depends on the host."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     position = torch.full((1, 1), context, dtype=torch.long, device=model.device)
+    held = cache_argument(model, cache)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # 4D: taken as it is, read by nobody here
 
     @torch.no_grad()
@@ -222,7 +224,7 @@ def _step(model, cache: Cache, attention: str, context: int) -> Callable[[], obj
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
         known = None if attention in ("sdpa", "pqlab") and not cache.is_compileable else mask
-        return model(token, past_key_values=cache, position_ids=position, attention_mask=known).logits
+        return model(token, **held, position_ids=position, attention_mask=known).logits
 
     return run
 

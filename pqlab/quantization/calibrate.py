@@ -162,6 +162,8 @@ def _reporting(progress: bool | Report) -> Iterator[Report]:
         if stage not in bars:
             bars[stage] = tqdm(total=total, desc=stage, unit=f" {units[stage]}")
         bars[stage].update(done - bars[stage].n)
+        if done >= total:
+            bars[stage].close()
 
     try:
         yield report

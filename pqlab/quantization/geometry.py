@@ -41,7 +41,11 @@ def attention_geometry(model_or_config: Any) -> Geometry:
 def _heads(config: Any) -> tuple[int, int]:
     query_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    return getattr(config, "num_key_value_heads", None) or query_heads, head_dim
+    if kv_heads := getattr(config, "num_key_value_heads", None):
+        return kv_heads, head_dim
+    # Falcon: one kv head, or (its newer kind) as many as it repeats them to before they reach the cache
+    multi_query = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    return 1 if multi_query else query_heads, head_dim
 
 
 def num_layers(model_or_config: Any) -> int:

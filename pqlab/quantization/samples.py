@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import UnsupportedModelError
+from ..transformers_api import cache_argument
 from .geometry import attention_geometry, describe, text_config
 from .kmeans import Progress
 
@@ -105,7 +106,7 @@ def record_kv(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=(place - 1).clamp_min(0),
-            past_key_values=recorder,
+            **cache_argument(model.base_model, recorder),
             use_cache=True,
         )
     finally:

@@ -13,6 +13,7 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig
 from ..kernels.reference import attend_dense
 from ..quantization import Codebooks
+from ..transformers_api import cache_argument
 from .data import DecodeTrace
 
 
@@ -91,8 +92,8 @@ def _run(model, tokenizer, ids, steps, cache, kept, follow, top, progress) -> De
 
         numbers = tqdm(numbers, desc="tracing", unit="token")
     for step in numbers:  # noqa: B007 (the listener reads it)
-        paged_logits = model(fed, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
-        exact_logits = model(fed, past_key_values=exact, logits_to_keep=1).logits[0, -1].float()
+        paged_logits = model(fed, **cache_argument(model, cache), logits_to_keep=1).logits[0, -1].float()
+        exact_logits = model(fed, **cache_argument(model, exact), logits_to_keep=1).logits[0, -1].float()
         p, q = exact_logits.log_softmax(-1), paged_logits.log_softmax(-1)
         chosen = int((q if follow == "paged" else p).argmax())
         sinks, coded, window = cache.lengths[0].tolist()
