@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from plain_pq import plain_pq_cache
+from test_static_cache import assert_compiled_is_stepped
 
 from pqlab import CacheConfig, PagedPQCache, PQConfig, kernels
 from pqlab.kernels import ops
@@ -54,6 +55,17 @@ def test_generation_on_the_kernels(setting, config):
     new = {key: n - before.get(key, 0) for key, n in ops.runs().items() if n > before.get(key, 0)}
     assert {backend for _, backend, _ in new} == {"cuda"}, new
     assert_same(result, plain)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_by_inductor(setting, mode):
+    model, books, _ = setting
+    model.set_attn_implementation("pqlab")
+    compiled, stepped = (PagedPQCache(model, books, STATIC, context=200) for _ in range(2))
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, fullgraph=True, mode=mode)
+    assert_compiled_is_stepped(model, step, compiled, stepped, tolerance=0.1)
 
 
 @pytest.mark.filterwarnings("default")

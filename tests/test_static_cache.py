@@ -85,6 +85,38 @@ def test_one_graph_for_all_decode_steps(make_model):
     assert static.lengths.tolist() == eager.lengths.tolist()
 
 
+@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+def test_compiled_by_inductor(make_model):
+    """The default compiler, which sees the mutated pages and buffers as aliases or not: codes and logits stay."""
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    compiled, stepped = (PagedPQCache(model, books, STATIC, context=200) for _ in range(2))
+    torch._dynamo.reset()
+    assert_compiled_is_stepped(model, torch.compile(model.forward, fullgraph=True), compiled, stepped)
+
+
+def assert_compiled_is_stepped(model, step, compiled, stepped, tolerance: float = 1e-4) -> None:
+    """Forty steps, flushes among them, of a compiled forward and of the plain one."""
+    device = model.device
+    with torch.no_grad():
+        for cache in (compiled, stepped):
+            model(inputs_for("greedy")["input_ids"].to(device), **cache_argument(model, cache))
+        for n in range(40):
+            token, position = (torch.tensor([[x]], device=device) for x in (n, 90 + n))
+            more = {
+                "attention_mask": torch.ones(1, 1, 1, 200, dtype=torch.bool, device=device),
+                "position_ids": position,
+            }
+            ours = step(token, **cache_argument(model, compiled), **more).logits
+            theirs = model(token, **cache_argument(model, stepped), **more).logits
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    assert compiled.lengths.tolist() == stepped.lengths.tolist()
+    for a, b in zip(compiled.quantized_layers, stepped.quantized_layers, strict=True):
+        differ = [(x != y).float().mean().item() for x, y in zip(a.codes(0), b.codes(0), strict=True)]
+        assert max(differ) < 0.01, "rounding may move a vector to a neighbour, no more"
+
+
 def test_generate_compiles_it_by_itself_where_told_to(make_model):
     from transformers import CompileConfig
 

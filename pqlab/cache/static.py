@@ -154,14 +154,9 @@ class StaticPagedPQLayer(PagedPQLayer):
     """A `PagedPQLayer` whose decode step is tensors only; chunks go the eager way."""
 
     is_croppable = False
+    is_compileable = True
     is_warm = False
     group: StaticGroup
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `generate` may compile the model by itself. Not on CUDA yet: compiled by inductor, the tiny model of
-        tests/test_cuda_cache.py gave other logits than uncompiled."""
-        return self.group.device.type != "cuda"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)

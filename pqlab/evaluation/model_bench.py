@@ -5,6 +5,7 @@ The model has random weights and a cache filled with random tokens: speed does n
     paged      PagedPQCache in static mode, flushes included, as a graph
     exact ...  K and V in static fp16 buffers of exactly the context, with each exact attention torch offers, as a graph
     none       the same graph without attention and cache: what everything else costs
+    compiled   any of these with the model compiled by inductor before it is captured
     ... eager  without a graph: DynamicCache + sdpa, and PagedPQCache in eager mode
 """
 
@@ -14,8 +15,9 @@ import argparse
 import gc
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,7 +56,9 @@ class Timing:
     note: str = ""
 
 
-def bench_model(shape: str, context: int, *, dtype=torch.float16, device="cuda", eager: bool = True) -> list[Timing]:
+def bench_model(
+    shape: str, context: int, *, dtype=torch.float16, device="cuda", eager: bool = True, compiled: bool = True
+) -> list[Timing]:
     """Milliseconds a token of every case for a model shape of `SHAPES` at `context` tokens, batch 1."""
     model = random_model(shape, context + ROOM, dtype, device)
     rows: list[Timing] = []
@@ -68,14 +72,21 @@ def bench_model(shape: str, context: int, *, dtype=torch.float16, device="cuda",
             rows.append(Timing(case, ms))
         except Exception as error:  # an exact attention that refuses these shapes is a row, not the end
             rows.append(Timing(case, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"))
+        torch._dynamo.reset()  # compiled graphs hold caches
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 
-    measure("none", lambda: _step(model, _NoCache(model.config), "pqlab_bench_none", context), graph=True)
-    for name in EXACT_BACKENDS:
-        measure(f"exact {name}", lambda name=name: _exact_step(model, context, name), graph=True)
-    measure("paged", lambda: _step(model, filled_cache(model, context, "static"), "pqlab", context), graph=True)
+    def as_graphs(how: str, exact: Sequence[str]) -> None:
+        make = partial(_step, model, context=context, compiled=bool(how))
+        measure(f"none{how}", lambda: make(_NoCache(model.config), "pqlab_bench_none"), graph=True)
+        for name in exact:
+            measure(f"exact {name}{how}", lambda name=name: _exact_step(model, context, name, make), graph=True)
+        measure(f"paged{how}", lambda: make(filled_cache(model, context, "static"), "pqlab"), graph=True)
+
+    as_graphs("", list(EXACT_BACKENDS))
+    if compiled:
+        as_graphs(" compiled", ("flash", "cudnn"))  # the others are far behind already
     if eager:
         measure("exact eager", lambda: _step(model, _filled_dynamic(model, context), "sdpa", context), graph=False)
         paged = lambda: _step(model, filled_cache(model, context, "eager"), "pqlab", context)  # noqa: E731
@@ -188,13 +199,13 @@ AttentionInterface.register("pqlab_bench_sdpa", _plain_sdpa)
 AttentionInterface.register("pqlab_bench_matmul", _grouped_matmul)
 
 
-def _exact_step(model, context: int, backend: str) -> Callable[[], object]:
+def _exact_step(model, context: int, backend: str, make: Callable[..., Callable[[], object]]) -> Callable[[], object]:
     layers = [
         _ExactStaticLayer(model.config, context, model.dtype, str(model.device))
         for _ in range(model.config.num_hidden_layers)
     ]
     name = "pqlab_bench_matmul" if backend == "math" else "pqlab_bench_sdpa"
-    step = _step(model, Cache(layers=layers), name, context)
+    step = make(Cache(layers=layers), name)
 
     def run():
         with sdpa_kernel(EXACT_BACKENDS[backend]):
@@ -212,8 +223,9 @@ def _filled_dynamic(model, context: int) -> DynamicCache:
     return cache
 
 
-def _step(model, cache: Cache, attention: str, context: int) -> Callable[[], object]:
+def _step(model, cache: Cache, attention: str, context: int, compiled: bool = False) -> Callable[[], object]:
     """One decode step as a function without arguments; nothing in it depends on the host."""
+    forward = torch.compile(model.forward, fullgraph=True) if compiled else model.forward
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     position = torch.full((1, 1), context, dtype=torch.long, device=model.device)
     held = cache_argument(model, cache)
@@ -224,7 +236,7 @@ def _step(model, cache: Cache, attention: str, context: int) -> Callable[[], obj
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
         known = None if attention in ("sdpa", "pqlab") and not cache.is_compileable else mask
-        return model(token, **held, position_ids=position, attention_mask=known).logits
+        return forward(token, **held, position_ids=position, attention_mask=known).logits
 
     return run
 
@@ -275,6 +287,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", nargs="+", type=int, default=[32768], help="tokens in the cache")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-eager", action="store_true", help="only what runs as one CUDA graph")
+    parser.add_argument("--no-compiled", action="store_true", help="leave out the rows compiled by inductor")
     parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
 
 
@@ -285,9 +298,11 @@ def run(args: argparse.Namespace) -> int:
     for shape in args.shape:
         for context in args.context:
             print(f"{shape}, {context:,} tokens, batch 1: ms a token", flush=True)
-            for timing in bench_model(shape, context, dtype=dtype, device=args.device, eager=not args.no_eager):
+            for timing in bench_model(
+                shape, context, dtype=dtype, device=args.device, eager=not args.no_eager, compiled=not args.no_compiled
+            ):
                 ms = "-" if timing.milliseconds is None else f"{timing.milliseconds:.3f}"
-                print(f"  {timing.case:<16}{ms:>9}  {timing.note}", flush=True)
+                print(f"  {timing.case:<22}{ms:>9}  {timing.note}", flush=True)
                 records.append({"shape": shape, "context": context, **asdict(timing)})
     if args.json:
         device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"

@@ -69,7 +69,7 @@ class PagePool:
         if layout is not None:
             self.buffer = _zeros(layout.num_bytes, self.device)
             self._views = tuple(
-                (layout.view(self.buffer, layer, 0), layout.view(self.buffer, layer, 1))
+                tuple(_at_offset_zero(layout.view(self.buffer, layer, side)) for side in range(2))
                 for layer in range(len(layout.layers))
             )
 
@@ -191,6 +191,15 @@ def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     buffer = torch.from_numpy(np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8))
     start = -buffer.data_ptr() % ALIGNMENT
     return buffer[start : start + num_bytes]
+
+
+def _at_offset_zero(view: torch.Tensor) -> torch.Tensor:
+    """The same bytes as a tensor with a storage of its own, which begins with it.
+
+    Compilers look at storages: views of one buffer count as aliases, and inductor (torch 2.11) reads a mutated input
+    that starts inside its storage at twice that offset.
+    """
+    return torch.from_dlpack(view)
 
 
 def require(condition: bool, message: str) -> None:
