@@ -65,7 +65,7 @@ def test_compiled_by_inductor(setting, mode):
     compiled, stepped = (PagedPQCache(model, books, STATIC, context=200) for _ in range(2))
     torch._dynamo.reset()
     step = torch.compile(model.forward, fullgraph=True, mode=mode)
-    assert_compiled_is_stepped(model, step, compiled, stepped, tolerance=0.1)
+    assert_compiled_is_stepped(model, step, compiled, stepped, tolerance=0.5, flips=0.05)
 
 
 @pytest.mark.filterwarnings("default")

@@ -96,8 +96,11 @@ def test_compiled_by_inductor(make_model):
     assert_compiled_is_stepped(model, torch.compile(model.forward, fullgraph=True), compiled, stepped)
 
 
-def assert_compiled_is_stepped(model, step, compiled, stepped, tolerance: float = 1e-4) -> None:
-    """Forty steps, flushes among them, of a compiled forward and of the plain one."""
+def assert_compiled_is_stepped(model, step, compiled, stepped, tolerance: float = 1e-4, flips: float = 0.01) -> None:
+    """Forty steps, flushes among them, of a compiled forward and of the plain one.
+
+    Rounding may move a vector to a neighbouring centroid: in a share `flips` of the codes, no more.
+    """
     device = model.device
     with torch.no_grad():
         for cache in (compiled, stepped):
@@ -114,7 +117,7 @@ def assert_compiled_is_stepped(model, step, compiled, stepped, tolerance: float 
     assert compiled.lengths.tolist() == stepped.lengths.tolist()
     for a, b in zip(compiled.quantized_layers, stepped.quantized_layers, strict=True):
         differ = [(x != y).float().mean().item() for x, y in zip(a.codes(0), b.codes(0), strict=True)]
-        assert max(differ) < 0.01, "rounding may move a vector to a neighbour, no more"
+        assert max(differ) < flips
 
 
 def test_generate_compiles_it_by_itself_where_told_to(make_model):

@@ -79,7 +79,7 @@ def bench_model(
 
     def as_graphs(how: str, exact: Sequence[str]) -> None:
         make = partial(_step, model, context=context, compiled=bool(how))
-        measure(f"none{how}", lambda: make(_NoCache(model.config), "pqlab_bench_none"), graph=True)
+        measure(f"none{how}", lambda: make(_exact_cache(model, 0), "pqlab_bench_none"), graph=True)
         for name in exact:
             measure(f"exact {name}{how}", lambda name=name: _exact_step(model, context, name, make), graph=True)
         measure(f"paged{how}", lambda: make(filled_cache(model, context, "static"), "pqlab"), graph=True)
@@ -160,23 +160,6 @@ class _ExactStaticLayer(CacheLayerMixin):
         return self.keys.shape[2]
 
 
-class _NoCacheLayer(_ExactStaticLayer):
-    def __init__(self) -> None:
-        CacheLayerMixin.__init__(self)
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return 0
-
-
-class _NoCache(Cache):
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(layers=[_NoCacheLayer() for _ in range(config.num_hidden_layers)])
-
-
 def _no_attention(module, query, key, value, attention_mask, **kwargs):
     return query.transpose(1, 2).contiguous(), None
 
@@ -199,13 +182,16 @@ AttentionInterface.register("pqlab_bench_sdpa", _plain_sdpa)
 AttentionInterface.register("pqlab_bench_matmul", _grouped_matmul)
 
 
+def _exact_cache(model, context: int) -> Cache:
+    """Room for `context` tokens and the new one. Without context that one is written all the same, or a compiler would
+    leave out the projections that make it."""
+    make = partial(_ExactStaticLayer, model.config, context, model.dtype, str(model.device))
+    return Cache(layers=[make() for _ in range(model.config.num_hidden_layers)])
+
+
 def _exact_step(model, context: int, backend: str, make: Callable[..., Callable[[], object]]) -> Callable[[], object]:
-    layers = [
-        _ExactStaticLayer(model.config, context, model.dtype, str(model.device))
-        for _ in range(model.config.num_hidden_layers)
-    ]
     name = "pqlab_bench_matmul" if backend == "math" else "pqlab_bench_sdpa"
-    step = make(Cache(layers=layers), name)
+    step = make(_exact_cache(model, context), name)
 
     def run():
         with sdpa_kernel(EXACT_BACKENDS[backend]):

@@ -12,6 +12,8 @@ import ctypes
 import math
 import struct
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,6 @@ class CudaBackend(Backend):
         self._devices: dict[int, tuple[int, int, int]] = {}  # compute capability, shared memory, multiprocessors
         self._books: dict[tuple[Any, ...], tuple[Any, Any, Tensor]] = {}
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._spares: dict[int, tuple[Tensor, Tensor]] = {}  # device -> for the next stream that asks
         self._retired: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write to them
 
     # -- builds ----------------------------------------------------------------------------------------------------
@@ -248,12 +249,17 @@ class CudaBackend(Backend):
         if kept is not None and kept[0]() is not None and kept[1]() is not None:
             return kept[2]
         heads = k_books.shape[0]
-        image = torch.empty(heads * library.book_bytes, dtype=torch.uint8, device=k_books.device)
+        capturing = torch.cuda.is_current_stream_capturing()  # a graph's memory is not ours to keep
+
+        def make() -> Tensor:
+            return torch.empty(heads * library.book_bytes, dtype=torch.uint8, device=k_books.device)
+
+        image = make() if capturing else _outside_of_pools(make, k_books.device)
         k, v = k_books.contiguous(), v_books.contiguous()
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (k, v, image)]
         with torch.cuda.device(k.device):
             _check("decode", library.pqlab_prepare_books(*pointers, heads, ctypes.c_void_p(stream)))
-        if not torch.cuda.is_current_stream_capturing():  # a graph's memory is not ours to keep
+        if not capturing:
             self._books = {k: kept for k, kept in self._books.items() if kept[0]() is not None}
             self._books[key] = (weakref.ref(k_books), weakref.ref(v_books), image)
         return image
@@ -263,7 +269,6 @@ class CudaBackend(Backend):
         kept = self._workspaces.get((q.device.index, stream))
         if kept is not None and kept[0].numel() >= floats and kept[1].numel() >= tickets:
             return kept
-        device = q.device.index
 
         def make() -> tuple[Tensor, Tensor]:
             tickets_at_zero = torch.zeros(tickets, dtype=torch.int32, device=q.device)
@@ -273,15 +278,25 @@ class CudaBackend(Backend):
             return make()  # the graph's own
         if kept is not None:
             self._retired.append(kept)
-        spare = self._spares.pop(device, None)
-        if spare is not None and spare[0].numel() >= floats and spare[1].numel() >= tickets:
-            room = spare
-        else:
-            # A compiled model warms up on a stream and in a memory pool of its own, where nothing may be kept: what
-            # that stream will ask for is made here, by the call before it.
-            room, self._spares[device] = make(), make()
-        self._workspaces[(device, stream)] = room
+        room = self._workspaces[(q.device.index, stream)] = _outside_of_pools(make, q.device)
         return room
+
+
+def _outside_of_pools(make: Callable[[], Any], device: torch.device) -> Any:
+    """What `make` allocates on the device, in memory that can be kept.
+
+    A compiled model warms up in a memory pool of its graph, in which nothing may outlive the call. Such a pool takes
+    the allocations of one thread, so another one makes them.
+    """
+
+    def run() -> Any:
+        with torch.cuda.device(device):
+            made = make()
+            torch.cuda.current_stream().synchronize()
+            return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def _dense_rows(x: Tensor) -> Tensor:
