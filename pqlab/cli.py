@@ -10,6 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "bench": ("pqlab.evaluation.bench", "time one part of pqlab"),
     "doctor": ("pqlab.doctor", "say what is installed, what works, and what to do about the rest"),
+    "eval": ("pqlab.evaluation.eval_command", "bits, bytes and fidelity of every method: KL, perplexity, agreement"),
     "explain": ("pqlab.explain", "say what an error code means and what to set"),
     "setup": ("pqlab.prepare", "fetch the default model, calibrate its codebooks, build the kernels"),
 }

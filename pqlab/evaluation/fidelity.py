@@ -9,6 +9,7 @@ Every window of the text is run once exactly and once per method, teacher-forced
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import exp
 
 import pandas as pd
 import torch
@@ -19,6 +20,22 @@ from .teacher_forced import Quantize, TeacherForcedCache, schedule
 
 CHUNK = 256
 """Positions whose logits are held at a time: vocabularies are large."""
+
+SUMMARY = (
+    "method",
+    "perplexity",
+    "exact_perplexity",
+    "change",
+    "change_error",
+    "kl",
+    "kl_error",
+    "agreement",
+    "worst_kl",
+    "positions",
+)
+"""Columns of `summarize`."""
+
+_COLUMNS = ["method", "window", "position", "coded", "exact_nll", "nll", "kl", "agree"]
 
 
 def text_windows(tokenizer, text: str, length: int, count: int, skip: int = 0) -> list[torch.Tensor]:
@@ -43,6 +60,8 @@ def compare(
     *,
     prompt: int = 1,
     progress: bool = False,
+    own_configs: Mapping[str, CacheConfig] | None = None,
+    failures: dict[str, Exception] | None = None,
 ) -> pd.DataFrame:
     """Every position of every window under every method, beside the exact run.
 
@@ -52,11 +71,17 @@ def compare(
         methods: name -> what its storage does to K and V.
         config: sinks, residual length and page size of all methods.
         prompt: tokens that are prefilled; positions from there on are counted.
+        own_configs: name -> config of methods that are not measured under `config`.
+        failures: a method that raises is left out and its error put here under its name; None lets it raise.
 
     Returns:
         DataFrame: method, window, position, coded (tokens seen as codes), exact_nll, nll, kl (nats), agree.
+
+    Raises:
+        ValueError: the exact run or (see `failures`) a method gives distributions that are not finite.
     """
     config = config or CacheConfig()
+    own_configs = own_configs or {}
     before = model.config._attn_implementation
     model.set_attn_implementation("pqlab")
     frames = []
@@ -68,43 +93,102 @@ def compare(
     try:
         for i, ids in runs:
             exact = _hidden(model, ids, None)
-            seen = _coded(ids.shape[1], prompt, config)
+            if not exact.isfinite().all():
+                raise ValueError(f"window {i}: the exact model itself is not finite; load it in another dtype")
             for name, quantize in methods.items():
-                hidden = _hidden(model, ids, TeacherForcedCache(model, quantize, config, prompt))
-                frame = pd.concat(_measure(model, ids, exact, hidden, prompt), ignore_index=True)
-                frames.append(frame.assign(method=name, window=i, coded=[seen[p] for p in frame.position]))
+                if failures and name in failures:
+                    continue
+                try:
+                    frame = _run(model, ids, exact, quantize, own_configs.get(name, config), prompt)
+                except Exception as error:
+                    if failures is None:
+                        raise
+                    failures[name] = error
+                else:
+                    frames.append(frame.assign(method=name, window=i))
     finally:
         model.set_attn_implementation(before)
-    return pd.concat(frames, ignore_index=True)
+    frames = [frame for frame in frames if not failures or frame.method[0] not in failures]
+    return pd.concat(frames, ignore_index=True)[_COLUMNS] if frames else pd.DataFrame(columns=_COLUMNS)
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a method: perplexities, mean KL with its standard error over windows, agreement, worst-1 % KL."""
+    """What `compare` found, one row a method.
+
+    Returns:
+        DataFrame: method; perplexity and exact_perplexity over all positions; change, their ratio - 1; change_error;
+        kl, the mean in nats; kl_error; agreement, 0 to 1; worst_kl, the mean of the worst 1 % of positions; positions.
+        Errors are standard errors over windows, NaN for a single window: positions of one window are not independent.
+    """
     rows = []
     for method, group in frame.groupby("method", sort=False):
-        by_window = group.groupby("window").kl.mean()
-        exact, ours = (float(torch.tensor(group[c].mean()).exp()) for c in ("exact_nll", "nll"))
-        worst = group.kl[group.kl >= group.kl.quantile(0.99)].mean()
+        exact, ours = (exp(group[column].mean()) for column in ("exact_nll", "nll"))
         rows.append(
             {
                 "method": method,
                 "perplexity": ours,
                 "exact_perplexity": exact,
                 "change": ours / exact - 1,
+                "change_error": ours / exact * _error_over_windows(group, group.nll - group.exact_nll),
                 "kl": group.kl.mean(),
-                "kl_error": by_window.std() / len(by_window) ** 0.5 if len(by_window) > 1 else float("nan"),
+                "kl_error": _error_over_windows(group, group.kl),
                 "agreement": group.agree.mean(),
-                "worst_kl": worst,
+                "worst_kl": group.kl[group.kl >= group.kl.quantile(0.99)].mean(),
+                "positions": len(group),
+            }
+        )
+    return pd.DataFrame(rows, columns=SUMMARY)
+
+
+def by_position(frame: pd.DataFrame, width: int = 512) -> pd.DataFrame:
+    """KL along the text: where in a window a method is how far from exact.
+
+    Args:
+        frame: what `compare` found.
+        width: positions of a range.
+
+    Returns:
+        DataFrame: method, start, stop (positions start to stop - 1; the last range ends with the window), kl (mean,
+        nats), kl_error (over windows), agreement, coded (mean tokens seen as codes), positions.
+    """
+    if width < 1:
+        raise ValueError(f"width = {width} is no number of positions; set it to at least 1")
+    rows = []
+    last = int(frame.position.max()) + 1 if len(frame) else 0
+    for (method, part), group in frame.groupby(["method", frame.position // width], sort=False):
+        rows.append(
+            {
+                "method": method,
+                "start": part * width,
+                "stop": min((part + 1) * width, last),
+                "kl": group.kl.mean(),
+                "kl_error": _error_over_windows(group, group.kl),
+                "agreement": group.agree.mean(),
+                "coded": group.coded.mean(),
                 "positions": len(group),
             }
         )
     return pd.DataFrame(rows)
 
 
+def _error_over_windows(group: pd.DataFrame, values: pd.Series) -> float:
+    means = values.groupby(group.window).mean()
+    return means.std() / len(means) ** 0.5 if len(means) > 1 else float("nan")
+
+
 def _hidden(model, ids: torch.Tensor, cache) -> torch.Tensor:
     """[n, hidden size] behind the last layer."""
     base = model.base_model
     return base(ids, **cache_argument(base, cache), use_cache=cache is not None).last_hidden_state[0]
+
+
+def _run(model, ids, exact, quantize: Quantize, config: CacheConfig, prompt: int) -> pd.DataFrame:
+    hidden = _hidden(model, ids, TeacherForcedCache(model, quantize, config, prompt))
+    frame = pd.concat(_measure(model, ids, exact, hidden, prompt), ignore_index=True)
+    if frame.kl.isna().any():  # a mean would pass over them
+        raise ValueError(f"next-token distributions are not finite at {int(frame.kl.isna().sum())} positions")
+    seen = _coded(ids.shape[1], prompt, config)
+    return frame.assign(coded=[seen[p] for p in frame.position])
 
 
 def _coded(length: int, prompt: int, config: CacheConfig) -> dict[int, int]:

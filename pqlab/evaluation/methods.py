@@ -1,0 +1,171 @@
+"""What is evaluated: a method is what storage does to K and V, and what this storage weighs.
+
+Methods have names (`make("kivi-4", setting)`). pqlab's own are codebooks, the default ones (`pq-4`) or any others
+(`from_codebooks`); the peers are in `pqlab.evaluation.peers`. All are measured with the same exact tokens, unless a
+method says that it is another cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from ..config import CacheConfig
+from ..cost import EXACT_BYTES, INT32, coded_tokens
+from ..errors import ConfigError
+from ..models.defaults import CALIBRATION_TEXT
+from ..quantization import Codebooks, attention_geometry
+from ..quantization.geometry import Geometry
+from . import teacher_forced
+from .teacher_forced import Quantize
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a method is made for.
+
+    Args:
+        model, tokenizer: the pair that is evaluated.
+        config: sinks, residual length and page size.
+        calibration: name or path of the text for methods that are trained; never the text of the evaluation.
+        progress: show bars while a method is trained.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: CacheConfig = field(default_factory=CacheConfig)
+    calibration: str = CALIBRATION_TEXT
+    progress: bool = False
+
+    @property
+    def geometry(self) -> Geometry:
+        """{layer: (kv heads, head size)} of the layers that are quantized."""
+        return attention_geometry(self.model)
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One way to store keys and values.
+
+    Args:
+        name: for people and tables.
+        quantize: (layer, K [H, n, d], V [H, n, d]) -> both as they come back; n is a multiple of the page size, and
+            what comes back for a token does not depend on tokens of later pages.
+        config: sinks, residual length and page size of this method.
+        token_elements: elements of one token, K and V of all quantized layers.
+        page_bytes: of K and V of all quantized layers as stored: codes, scales, zero points.
+        constant_bytes: codebooks and maps, shared by all sequences.
+        note: how the method was brought to equal terms; "" when there is nothing to say.
+    """
+
+    name: str
+    quantize: Quantize
+    config: CacheConfig
+    token_elements: int
+    page_bytes: int
+    constant_bytes: int = 0
+    note: str = ""
+
+    @property
+    def token_bits(self) -> float:
+        """Bits stored for a quantized token over its elements: codes, scales, zero points."""
+        return 8 * self.page_bytes / (self.config.page_size * self.token_elements)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Sinks and R; up to page_size - 1 more while the next page fills."""
+        return self.config.num_sinks + self.config.residual_length
+
+    def total_bytes(self, context: int) -> int:
+        """Bytes of one sequence of `context` tokens: pages, page table, sinks, window, and the model constants.
+
+        The window counts as it is allocated, R + page_size tokens in fp16. Sliding-window layers, the same for every
+        method, do not count.
+        """
+        pages = coded_tokens(context, self.config) // self.config.page_size
+        exact = (self.config.num_sinks + self.config.window_length) * self.token_elements * EXACT_BYTES
+        return pages * self.page_bytes + INT32 * (pages + 3) + exact + self.constant_bytes
+
+
+Maker = Callable[[Setting], Method]
+
+_MAKERS: dict[str, Maker] = {}
+
+
+def register(name: str) -> Callable[[Maker], Maker]:
+    """Decorator: `make(name, setting)` calls the function. Raises ValueError when the name is taken."""
+
+    def keep(maker: Maker) -> Maker:
+        if name in _MAKERS:
+            raise ValueError(f"there is a method {name} already; register this one under another name")
+        _MAKERS[name] = maker
+        return maker
+
+    return keep
+
+
+def names() -> list[str]:
+    """Every name that `make` knows: pqlab's own, then the peers in alphabetical order of their files."""
+    from . import peers  # noqa: F401  importing the package registers its methods
+
+    return list(_MAKERS)
+
+
+def default_names() -> list[str]:
+    """The default codebooks and the peers at 4 bits."""
+    return [name for name in names() if name.endswith("-4")]
+
+
+def check_names(chosen: Iterable[str]) -> None:
+    """Raise `ConfigError` for a name that `make` does not know; the message lists those it knows."""
+    for name in chosen:
+        if name not in names():
+            close = get_close_matches(name, names(), n=1)
+            hint = f'did you mean "{close[0]}"? ' if close else ""
+            raise ConfigError(f'there is no method "{name}"; {hint}The methods are {", ".join(names())}')
+
+
+def make(name: str, setting: Setting) -> Method:
+    """The method of this name for a model and cache.
+
+    Raises:
+        ConfigError: no such method, or it cannot be used at this page size or head size.
+        ImportError: it needs a package that is not installed; the message names it.
+    """
+    check_names([name])
+    return _MAKERS[name](setting)
+
+
+def from_codebooks(
+    name: str, codebooks: Codebooks, setting: Setting, *, config: CacheConfig | None = None, note: str = ""
+) -> Method:
+    """Product quantization with these codebooks; `config` is the method's own cache, if it is not the setting's.
+
+    Raises `CodebookError` when the codebooks are not for the model's layers and heads.
+    """
+    codebooks.check_fits(setting.model, name)
+    config = config or setting.config
+    return Method(
+        name=name,
+        quantize=teacher_forced.from_codebooks(codebooks),
+        config=config,
+        token_elements=token_elements(setting.geometry),
+        page_bytes=sum(k.page_bytes + v.page_bytes for k, v in codebooks.layouts(config.page_size)),
+        constant_bytes=codebooks.nbytes,
+        note=note,
+    )
+
+
+def token_elements(geometry: Geometry) -> int:
+    """Elements of one token, K and V of all layers."""
+    return sum(2 * heads * head_dim for heads, head_dim in geometry.values())
+
+
+@register("pq-4")
+def _default_codebooks(setting: Setting) -> Method:
+    from ..models import default_codebooks
+
+    books = default_codebooks(setting.model, setting.tokenizer, text=setting.calibration, progress=setting.progress)
+    return from_codebooks("pq-4", books.to(setting.model.device), setting)

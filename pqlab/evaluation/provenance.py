@@ -1,0 +1,54 @@
+"""What a result was measured with: versions, commit, texts, so that a committed number can be measured again."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ..models import load_text
+
+PACKAGES = ("pqlab", "torch", "transformers", "numpy", "pandas", "optimum-quanto", "hqq")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """Short hash of the commit that runs, "+changes" behind it when the package differs from it; "" outside of git."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=package, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    package = Path(__file__).parents[1]
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+        return head + ("+changes" if head and git("status", "--porcelain", "--", ".") else "")
+    except FileNotFoundError:  # no git here
+        return ""
+
+
+def text_record(name: str) -> dict[str, str]:
+    """A text's name (of a file, without its folder) and the sha256 of its characters in UTF-8."""
+    return {"name": Path(name).name, "sha256": sha256(load_text(name).encode()).hexdigest()}
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    return sha256(Path(path).read_bytes()).hexdigest()
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()

@@ -1,0 +1,194 @@
+"""The harness: its rows, its bytes, its errors; and one cheap cell of the committed table measured again."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+
+import pandas as pd
+import pytest
+import torch
+
+from pqlab import CacheConfig, Codebooks, ConfigError, PQConfig
+from pqlab.cost import CacheCost
+from pqlab.evaluation import eval_command, fidelity, methods
+from pqlab.evaluation.evaluate import evaluate
+from pqlab.evaluation.methods import Setting
+from pqlab.quantization import Origin
+from pqlab.shapes import ModelShape
+
+SMALL = CacheConfig(page_size=32, residual_length=20, num_sinks=3)
+RESULTS = files("pqlab").joinpath("evaluation", "results", "eval-smollm2.json")
+
+
+@pytest.fixture
+def tiny(make_model, tiny_tokenizer):
+    return make_model("llama", head_dim=32), tiny_tokenizer
+
+
+def test_bytes_are_those_of_the_cost_model(tiny):
+    model, tokenizer = tiny
+    pq = PQConfig(M=16, nbits=6)
+    books = Codebooks.random(model, config=pq)
+    method = methods.from_codebooks("pq", books, Setting(model, tokenizer, SMALL))
+    for context in (40, 2048, 8192):
+        cost = CacheCost(ModelShape.from_config(model), pq, SMALL, context)
+        assert method.total_bytes(context) == cost.stored_bytes + cost.constant_bytes
+    assert method.token_bits == cost.token_bits == 3 and method.exact_tokens == 23
+
+
+def test_a_row_for_every_method_and_a_reason_where_there_are_no_numbers(tiny, monkeypatch):
+    model, tokenizer = tiny
+    monkeypatch.setitem(methods._MAKERS, "breaks late", lambda setting: _broken(setting))
+    foreign = Codebooks.random(5, 1, 16)
+    names = ["kivi-4", "breaks late", "per-token-2"]
+    books = {"mine": Codebooks.random(model, config=PQConfig(M=16, nbits=4)), "foreign": foreign}
+    result = evaluate(model, tokenizer, names, codebooks=books, windows=2, length=150, config=SMALL)
+    table = result.table().set_index("method")
+    assert list(table.index) == ["exact", *names, "mine", "foreign"]
+    assert table.token_bits.to_dict() == pytest.approx(
+        {"exact": 16, "kivi-4": 5, "breaks late": 1, "per-token-2": 2.5, "mine": 2, "foreign": float("nan")},
+        nan_ok=True,
+    )
+    assert table.note["breaks late"] == "RuntimeError: layer 1 has no storage today"
+    assert "foreign made for 5 full-attention layers" in table.note["foreign"]
+    assert table.kl[["breaks late", "foreign"]].isna().all()
+    assert table.kl["exact"] == 0 and table.agreement["exact"] == 1
+    assert table.perplexity["exact"] == table.exact_perplexity["mine"]
+    assert 0 < table.kl["kivi-4"] < table.kl["per-token-2"] and table.kl_error["kivi-4"] > 0
+    assert table.positions["kivi-4"] == 2 * 148
+    record = json.loads(json.dumps(result.record(), allow_nan=False))
+    assert [row["method"] for row in record["methods"]] == list(table.index)
+    assert record["methods"][2]["error"] == table.note["breaks late"] and record["methods"][2]["kl"] is None
+    assert len(record["text"]["sha256"]) == 64 and record["versions"]["torch"] == torch.__version__
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _broken(setting):
+    def quantize(layer, k, v):
+        if layer == 1:
+            raise RuntimeError("layer 1 has no storage today")
+        return k, v
+
+    return methods.Method("breaks late", quantize, setting.config, 2 * 2 * 3 * 32, 2 * 2 * 3 * 32 * 32 // 8)
+
+
+def test_ranges_of_positions_add_up_to_the_whole(tiny):
+    model, tokenizer = tiny
+    result = evaluate(model, tokenizer, ["kivi-2"], windows=2, length=150, config=SMALL)
+    ranges = result.by_position(64)
+    assert ranges[["start", "stop"]].values.tolist() == [[0, 64], [64, 128], [128, 149]]
+    total = (ranges.kl * ranges.positions).sum() / ranges.positions.sum()
+    assert total == pytest.approx(result.table().kl[1])
+    assert ranges.coded.is_monotonic_increasing
+    with pytest.raises(ValueError, match="at least 1"):
+        result.by_position(0)
+
+
+def test_errors_are_over_windows():
+    frame = pd.DataFrame(
+        {
+            "method": "m", "window": [0, 0, 1, 1], "position": [1, 2, 1, 2], "coded": 0,
+            "exact_nll": [1.0, 1.0, 2.0, 2.0], "nll": [1.1, 1.1, 2.3, 2.3], "kl": [0.0, 2.0, 3.0, 5.0], "agree": True,
+        }
+    )  # fmt: skip
+    row = fidelity.summarize(frame).iloc[0]
+    assert row.kl == 2.5 and row.kl_error == pytest.approx(1.5)  # means 1 and 4
+    assert row.change == pytest.approx(2.718281828**0.2 - 1)
+    assert row.change_error == pytest.approx(0.1 * (1 + row.change))
+    assert pd.isna(fidelity.summarize(frame[frame.window == 0]).kl_error[0])
+
+
+def test_a_method_with_its_own_sinks_is_run_with_them(tiny):
+    model, tokenizer = tiny
+    config = CacheConfig(page_size=32, residual_length=20, num_sinks=0)
+    ids = fidelity.text_windows(tokenizer, "It is a truth universally acknowledged. " * 9, 150, 1)
+    quantize = methods.make("kivi-2", Setting(model, tokenizer, SMALL)).quantize
+    frame = fidelity.compare(
+        model, ids, {"with": quantize, "without": quantize}, SMALL, own_configs={"without": config}
+    )
+    first = frame[frame.coded > 0].groupby("method").position.min()
+    assert first["with"] == first["without"] + 3
+    alone = fidelity.compare(model, ids, {"without": quantize}, config)
+    assert alone.kl.tolist() == frame[frame.method == "without"].kl.tolist()
+
+
+def test_distributions_that_are_not_finite_are_an_error_not_a_gap(tiny):
+    model, tokenizer = tiny
+    ids = [torch.randint(0, 200, (1, 150))]
+    with pytest.raises(ValueError, match="not finite"):
+        fidelity.compare(model, ids, {"nan": lambda layer, k, v: (k * float("nan"), v)}, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"names": ["kivi-5"]}, 'no method "kivi-5"; did you mean "kivi-.".* per-token-4'),
+        ({"length": 50}, "length = 50 quantizes nothing.* at least 56"),
+        ({"length": 5000}, "more than the model's 4096"),
+        ({"length": 150, "prompt": 149}, "prompt to at most 148"),
+        ({"windows": 0}, "windows = 0"),
+        ({"prompt": 0}, "prompt = 0"),
+        ({"skip": -1}, "skip = -1"),
+        ({"names": ["pq-4"], "codebooks": {"pq-4": "x"}}, "give the codebooks another name"),
+    ],
+)
+def test_bad_settings_say_what_to_set(tiny, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(*tiny, **{"length": 150, "config": SMALL, **settings})
+
+
+def test_the_least_length_quantizes_something(tiny):
+    model, tokenizer = tiny
+    result = evaluate(model, tokenizer, ["kivi-2"], windows=1, length=56, config=SMALL)
+    assert result.frame.coded.max() == 32 and result.frame.kl.max() > 0
+    with pytest.raises(ConfigError, match="at least 56"):
+        evaluate(model, tokenizer, ["kivi-2"], windows=1, length=55, config=SMALL)
+
+
+def test_names():
+    assert methods.default_names()[0] == "pq-4"
+    assert {"kivi-4", "per-token-4", "hf-quanto-4", "hf-hqq-4", "million-4"} < set(methods.default_names())
+    assert {"fp8", "kivi-2", "per-token-2"} < set(methods.names()) - set(methods.default_names())
+    with pytest.raises(ValueError, match="already"):
+        methods.register("fp8")(lambda setting: None)
+
+
+def test_command(tiny, monkeypatch, tmp_path, capsys):
+    from pqlab.cli import main
+
+    model, tokenizer = tiny
+    monkeypatch.setattr("pqlab.models.load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr("pqlab.models.fingerprint", lambda model: "tiny")
+    books = Codebooks.random(model, config=PQConfig(M=16, nbits=4))
+    Codebooks(books.layers, Origin(fingerprint="tiny", num_layers=2)).save(tmp_path / "small.safetensors")
+    common = ["--windows", "1", "--length", "120", "--page-size", "32", "--residual", "20", "--sinks", "3"]
+    out = tmp_path / "out.json"
+    arguments = ["--methods", "kivi-4", "--codebooks", str(tmp_path / "small.safetensors"), "--json", "--out", str(out)]
+    assert main(["eval", *common, *arguments]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads(printed.strip().splitlines()[-1])
+    assert record == json.loads(out.read_text())
+    assert [row["method"] for row in record["methods"]] == ["exact", "kivi-4", "small"]
+    assert record["cache"] == {"page_size": 32, "residual_length": 20, "num_sinks": 3}
+    assert list(record["codebooks"]) == ["small"] and str(tmp_path) not in json.dumps(record)
+    assert "KL at positions" in printed and " nan" not in printed
+    for bad, said in (
+        (["--methods", "kivi-7"], "The methods are pq-4, "),
+        (["--page-size", "20"], "page_size = 20 is out of range"),
+        (["--codebooks", "nowhere.safetensors"], "no codebooks file"),
+        (["--text", "nowhere.txt"], "no text file"),
+        (["--length", "30"], "quantizes nothing"),
+        (["--out", str(tmp_path / "no" / "out.json")], "no folder"),
+    ):
+        assert main(["eval", *common, *bad]) == 2
+        assert said in capsys.readouterr().out
+
+
+def test_a_run_without_numbers_still_prints(tiny, capsys):
+    model, tokenizer = tiny
+    config = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
+    result = evaluate(model, tokenizer, ["kivi-4"], windows=1, length=100, config=config)
+    assert "page_size" in eval_command.render_table(result.table())
+    assert eval_command.render_positions(result.by_position()) == "no method was measured"
+    assert result.record()["methods"][1]["error"].startswith("ConfigError")
