@@ -105,7 +105,7 @@ class CacheCost:
         context: tokens of each sequence.
         batch: sequences.
         exact_bytes: bytes of an exact element, in the window as in the baseline (2: fp16 or bf16).
-        maps: the codebooks have a d × d map, forward and backward, per head and side.
+        maps: the codebooks have a d × d map, forward and backward, per head and side, as `calibrate` makes them.
 
     All sizes are bytes unless a name says otherwise; `stored` is what the tokens occupy, `reserved` includes free
     pages. Raises `ConfigError` when M does not divide the head size or context or batch is below 1.
@@ -117,7 +117,7 @@ class CacheCost:
     context: int
     batch: int = 1
     exact_bytes: int = EXACT_BYTES
-    maps: bool = False
+    maps: bool = True
 
     def __post_init__(self) -> None:
         max_pages_for(self.context, self.batch, self.cache)

@@ -55,7 +55,8 @@ def test_bytes_are_those_of_real_tensors(nbits, context):
     buffers = [torch.empty(3, 3, n, 16, dtype=torch.float16) for n in (4, cache.window_length)]
     assert [cost.sink_bytes, cost.window_bytes] == [2 * 2 * b.nbytes for b in buffers]  # layers, K and V
     books = torch.empty(2, 2, 3, 8, 2**nbits, 2)
-    assert cost.constant_bytes == books.nbytes
+    maps = torch.empty(2, 2, 2, 3, 16, 16)  # forward and backward
+    assert cost.constant_bytes == books.nbytes + maps.nbytes
     exact = torch.empty(2, 2, 3, 3, context, 16, dtype=torch.float16)
     assert cost.baseline_bytes == exact.nbytes
     assert cost.compression == exact.nbytes / cost.stored_bytes
@@ -169,7 +170,7 @@ def test_a_running_cache_has_these_bytes(make_model, context):
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
     settings, pq = CacheConfig(page_size=16, residual_length=20, num_sinks=4, max_pages=20), PQConfig(M=4, nbits=5)
-    cache = PagedPQCache(model, Codebooks.random(model, config=pq), settings)
+    cache = PagedPQCache(model, Codebooks.random(model, config=pq, maps=True), settings)
     model(torch.arange(2 * context).view(2, context) % 250, **cache_argument(model, cache))
     cost = CacheCost(ModelShape.from_config(model), pq, settings, context, batch=2, exact_bytes=4)
     held = cache.nbytes()

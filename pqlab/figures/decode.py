@@ -59,9 +59,9 @@ def decode_figure(
     return sheet.figure(
         theme,
         min_width=620,
-        height=920,
-        margin={"t": 36, "b": 76, "l": 20, "r": 20},
-        legend={"y": -0.065, "x": 0, "yanchor": "top"},
+        height=950,
+        margin={"t": 36, "b": 104, "l": 20, "r": 20},  # room for the legend: one that pushes the plot lags behind it
+        legend={"yref": "container", "y": 0.012, "x": 0, "yanchor": "bottom"},
         barmode="group",
         bargap=0.2,
     )

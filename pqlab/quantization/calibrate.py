@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .. import kernels
 from ..config import PQConfig
@@ -20,10 +22,14 @@ from .codebook import Codebooks, LayerCodec, Origin
 from .codec import PQCodec
 from .geometry import PQSpec, attention_geometry, num_layers, setting
 from .kmeans import ITERATIONS, product_kmeans
+from .maps import balanced_map
 from .samples import NUM_SINKS, NUM_TOKENS, WINDOW, Samples, collect_kv
+from .sensitivity import value_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("pqlab")
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total); the stages are those of `STAGES`, in this order."""
@@ -43,6 +49,8 @@ def calibrate(
     num_tokens: int = NUM_TOKENS,
     window: int = WINDOW,
     num_sinks: int = NUM_SINKS,
+    maps: bool = True,
+    weighted: bool = True,
     iterations: int = ITERATIONS,
     seed: int = 0,
     text_name: str = "",
@@ -55,6 +63,9 @@ def calibrate(
         config: M and nbits for all, as a pair for K and V, or as such a pair by layer index.
         num_tokens: tokens of the text that are read, in windows of `window` tokens.
         num_sinks: first tokens of every window that are no samples.
+        maps: put the map of `maps.balanced_map` in front of every quantizer.
+        weighted: count a token's error by the attention it got (`Sensitivity.weights`). Keys are mapped and both sides
+            weighted by queries; a model whose attention shows none is calibrated without, which is logged.
         iterations: of k-means.
         text_name: for people; it is kept in `Codebooks.origin` with the text's hash.
         progress: True draws bars, False is silent, a function is called with (stage, done, total).
@@ -77,7 +88,16 @@ def calibrate(
             num_sinks=num_sinks,
             progress=lambda done, total: report(STAGES[0], done, total),
         )
-        layers = train(samples, config, iterations=iterations, seed=seed, report=report)
+        layers = train(
+            samples,
+            config,
+            value_metrics=value_metrics(model),
+            maps=maps,
+            weighted=weighted,
+            iterations=iterations,
+            seed=seed,
+            report=report,
+        )
     from ..models import fingerprint
 
     joined = text if isinstance(text, str) else "\0".join(text)
@@ -90,6 +110,8 @@ def calibrate(
         num_samples=samples.num_samples,
         num_sinks=num_sinks,
         window=window,
+        maps=maps,
+        weighted=weighted and bool(samples.sensitivity),
         iterations=iterations,
         seed=seed,
         pqlab_version=_version(),
@@ -101,12 +123,23 @@ def train(
     samples: Samples,
     config: PQSpec = _DEFAULT,
     *,
+    value_metrics: Mapping[int, Tensor] | None = None,
+    maps: bool = True,
+    weighted: bool = True,
     iterations: int = ITERATIONS,
     seed: int = 0,
     report: Report | None = None,
 ) -> dict[int, LayerCodec]:
-    """Codecs of every layer, trained on its samples; all (layer, side)s of one M and nbits in one batch."""
+    """Codecs of every layer, trained on its samples; all (layer, side)s of one M and nbits in one batch.
+
+    Args:
+        value_metrics: [H, d, d] by layer index, `sensitivity.value_metrics(model)`; a missing one is the identity.
+        maps, weighted: see `calibrate`.
+    """
     report = report or _silent
+    value_metrics = value_metrics or {}
+    if (maps or weighted) and not samples.sensitivity:
+        log.warning("the model's attention shows no queries: keys are mapped by their variance alone, without weights")
     batches: dict[tuple[int, int, int], list[tuple[int, str]]] = defaultdict(list)  # (d, M, C) -> (layer, side)s
     for i, keys in samples.keys.items():
         d = keys.shape[-1]
@@ -128,19 +161,32 @@ def train(
     done = 0
     codecs: dict[tuple[int, str], PQCodec] = {}
     for (_, m, num_centroids), members in batches.items():
-        vectors = [parts[side][i].to(device) for i, side in members]  # each [H, n, d]
+        vectors, weights, directions = [], [], []
+        for i, side in members:
+            x, seen = parts[side][i].to(device).float(), samples.sensitivity.get(i)  # [H, n, d]
+            if not x.isfinite().all():
+                raise ValueError(f"layer {i}: {'keys' if side == 'k' else 'values'} of the text are not finite")
+            if maps:
+                metric = value_metrics.get(i) if side == "v" else seen and seen.key_metric
+                forward, backward = balanced_map(x, metric, m)
+                directions.append((forward, backward))
+                x = x @ forward
+            both = seen.weights() if weighted and seen else None
+            vectors.append(x)
+            weights.append(torch.ones_like(x[..., 0]) if both is None else both[SIDES.index(side)].to(device))
         books = product_kmeans(
             torch.cat(vectors),
             m,
             num_centroids,
+            weights=torch.cat(weights),
             iterations=iterations,
             seed=seed,
             progress=lambda part, _, before=done: report(STAGES[2], before + part, total),
         )
         heads = [v.shape[0] for v in vectors]
         done += sum(heads) * iterations
-        for member, centroids in zip(members, books.split(heads), strict=True):
-            codecs[member] = PQCodec(centroids.clone())
+        for j, (member, centroids) in enumerate(zip(members, books.split(heads), strict=True)):
+            codecs[member] = PQCodec(centroids.clone(), *(directions[j] if maps else ()))
     return {i: LayerCodec(codecs[i, "k"], codecs[i, "v"]) for i in samples.keys}
 
 

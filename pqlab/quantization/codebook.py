@@ -54,6 +54,8 @@ class Origin:
     num_samples: int = 0  # vectors per (layer, kv head, side)
     num_sinks: int = 0  # first tokens of every window, left out of the samples
     window: int = 0
+    maps: bool = False
+    weighted: bool = False
     iterations: int = 0
     seed: int = 0
     pqlab_version: str = ""

@@ -25,6 +25,7 @@ ITERATIONS = 12
 Progress = Callable[[int, int], None]
 """Called with (done, total); the unit is the callee's own."""
 
+_TINY = 1e-12  # of a cell's weight: below it the cell is empty
 _RELOCATIONS = (1, 3, 5)  # iterations that move centroids of little worth; in the others only empty cells move
 _SEEDING_SAMPLES = 4096
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}  # of the samples that are trained on at once
@@ -36,6 +37,7 @@ def product_kmeans(
     num_subspaces: int,
     num_centroids: int,
     *,
+    weights: Tensor | None = None,
     iterations: int = ITERATIONS,
     seed: int = 0,
     progress: Progress | None = None,
@@ -49,6 +51,7 @@ def product_kmeans(
         x: [G, n, d] samples, any floating dtype; G is any grouping, e.g. (layer, kv head).
         num_subspaces: M, divides d.
         num_centroids: C, 1 to 256.
+        weights: [G, n], positive: what the squared error of a sample counts; None: all count the same.
         progress: called after every iteration of a part of the groups with the work done and the total.
 
     Returns:
@@ -66,6 +69,8 @@ def product_kmeans(
         raise ValueError(f"num_centroids must be 1 to 256 (a code has 8 bits), got {num_centroids}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if weights is not None and (weights.shape != x.shape[:2] or not bool((weights > 0).all())):
+        raise ValueError(f"weights must be positive and {[groups, n]}, got {list(weights.shape)}")
     books = torch.empty(groups, num_subspaces, num_centroids, d // num_subspaces, device=x.device)
     generator = torch.Generator(x.device).manual_seed(seed)
     step = max(1, _CHUNK_ELEMENTS.get(x.device.type, 2**23) // (n * d))
@@ -73,16 +78,18 @@ def product_kmeans(
         part = x[first : first + step].float().contiguous()
         if not part.isfinite().all():
             raise ValueError(f"samples of groups {first} to {first + len(part) - 1} are not finite")
-        part = part.repeat(1, -(-num_centroids // n), 1)  # seeding needs C samples to choose from
-        centroids = _seed(part, num_subspaces, num_centroids, generator)
-        columns = part.unflatten(-1, (num_subspaces, -1)).permute(0, 2, 3, 1).double()  # [g, M, dm, n]
+        weight = torch.ones_like(part[..., 0]) if weights is None else weights[first : first + step].to(part)
+        copies = -(-num_centroids // n)  # seeding needs C samples to choose from
+        part, weight = part.repeat(1, copies, 1), weight.repeat(1, copies)
+        centroids = _seed(part, weight, num_subspaces, num_centroids, generator)
+        columns = _Columns(part, weight, num_subspaces)
         for i in range(iterations):
             codes = ops.encode(part, centroids)
-            cells = _cells(columns, codes, num_centroids)
+            cells = columns.cells(codes, num_centroids)
             centroids = torch.where(cells.count > 0, cells.mean, centroids.double())
             only_empty = i not in _RELOCATIONS or i >= iterations - 2
             if i + 1 < iterations and not (only_empty and cells.count.all()):
-                centroids = _relocate(centroids, cells, _spread(columns, codes, cells), only_empty)
+                centroids = _relocate(centroids, cells, columns.spread(codes, cells), only_empty)
             centroids = centroids.float().contiguous()
             if progress is not None:
                 progress(first * iterations + (i + 1) * len(part), groups * iterations)
@@ -104,33 +111,41 @@ def distortion(x: Tensor, books: Tensor) -> Tensor:
 class _Cells(NamedTuple):
     """Samples of every cell, float64."""
 
-    count: Tensor  # [g, M, C, 1]
+    count: Tensor  # [g, M, C, 1], the sum of their weights
     mean: Tensor  # [g, M, C, dm]
 
 
-def _cells(columns: Tensor, codes: Tensor, num_centroids: int) -> _Cells:
-    """columns float64 [g, M, dm, n], codes uint8 [g, n, M]."""
-    g, m, dm, n = columns.shape
-    cell = codes.movedim(-1, 1).long()  # [g, M, n]
-    count = columns.new_zeros(g, m, num_centroids).scatter_add_(-1, cell, columns.new_ones(()).expand(g, m, n))
-    total = columns.new_zeros(g, m, dm, num_centroids)
-    total.scatter_add_(-1, cell[:, :, None].expand(-1, -1, dm, -1), columns)
-    count = count[..., None]
-    return _Cells(count, total.mT / count.clamp_min(1))
+class _Columns:
+    """Samples and their weights, laid out for sums over cells. Weights are scaled to a mean of 1."""
+
+    def __init__(self, x: Tensor, weight: Tensor, num_subspaces: int) -> None:
+        self.x = x.unflatten(-1, (num_subspaces, -1)).permute(0, 2, 3, 1).double()  # [g, M, dm, n]
+        self.weight = (weight / weight.mean(1, keepdim=True)).double()[:, None].expand(-1, num_subspaces, -1)
+        self.weighted = self.x * self.weight[:, :, None]
+
+    def cells(self, codes: Tensor, num_centroids: int) -> _Cells:
+        """codes uint8 [g, n, M]."""
+        g, m, dm, _ = self.x.shape
+        cell = codes.movedim(-1, 1).long()  # [g, M, n]
+        count = self.x.new_zeros(g, m, num_centroids).scatter_add_(-1, cell, self.weight)
+        total = self.x.new_zeros(g, m, dm, num_centroids)
+        total.scatter_add_(-1, cell[:, :, None].expand(-1, -1, dm, -1), self.weighted)
+        count = count[..., None]
+        return _Cells(count, total.mT / count.clamp_min(_TINY))
+
+    def spread(self, codes: Tensor, cells: _Cells) -> Tensor:
+        """float64 [g, M, C, dm]: sum over a cell of the squared distance to its mean along every axis."""
+        g, m, dm, _ = self.x.shape
+        cell = codes.movedim(-1, 1).long()[:, :, None].expand(-1, -1, dm, -1)
+        squares = self.x.new_zeros(g, m, dm, cells.mean.shape[2]).scatter_add_(-1, cell, self.x * self.weighted)
+        return (squares.mT - cells.count * cells.mean.square()).clamp_min(0)
 
 
-def _spread(columns: Tensor, codes: Tensor, cells: _Cells) -> Tensor:
-    """float64 [g, M, C, dm]: sum over a cell of the squared distance to its mean along every axis."""
-    g, m, dm, _ = columns.shape
-    cell = codes.movedim(-1, 1).long()[:, :, None].expand(-1, -1, dm, -1)
-    squares = columns.new_zeros(g, m, dm, cells.mean.shape[2]).scatter_add_(-1, cell, columns.square())
-    return (squares.mT - cells.count * cells.mean.square()).clamp_min(0)
-
-
-def _seed(x: Tensor, num_subspaces: int, num_centroids: int, generator: torch.Generator) -> Tensor:
-    """float32 [g, M, C, dm]: samples of x [g, n, d], chosen apart from each other."""
+def _seed(x: Tensor, weight: Tensor, num_subspaces: int, num_centroids: int, generator: torch.Generator) -> Tensor:
+    """float32 [g, M, C, dm]: samples of x [g, n, d], chosen apart from each other; heavy ones [g, n] are likelier."""
     if x.shape[1] > _SEEDING_SAMPLES:
-        x = x[:, torch.randperm(x.shape[1], generator=generator, device=x.device)[:_SEEDING_SAMPLES]]
+        chosen = weight.multinomial(_SEEDING_SAMPLES, generator=generator)
+        x = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
     vectors = x.unflatten(-1, (num_subspaces, -1)).movedim(2, 1)  # [g, M, n, dm]
     distance = vectors.new_ones(vectors.shape[:-1])
     rounds: list[Tensor] = []
@@ -171,7 +186,7 @@ def _relocate_some(centroids: Tensor, count: Tensor, spread: Tensor, only_empty:
     if only_empty:
         worth = torch.where(count > 0, torch.inf, 0.0)
     else:
-        rest = count.float().clamp_min(1).reciprocal()
+        rest = count.float().clamp_min(_TINY).reciprocal()
         apart = torch.cdist(centroids.float(), centroids.float()).square_()
         apart.div_(rest[:, None] + rest[:, :, None])
         apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
@@ -183,7 +198,7 @@ def _relocate_some(centroids: Tensor, count: Tensor, spread: Tensor, only_empty:
     pays &= ~(rich[:, :, None] == poor[:, None]).any(-1)
     pays = pays.cumprod(1).bool()[..., None]  # the first pair that does not pay ends it: later ones pay less
 
-    deviation = (widest.values / count.clamp_min(1)).sqrt()
+    deviation = (widest.values / count.clamp_min(_TINY)).sqrt()
     offset = torch.zeros_like(centroids).scatter_(2, widest.indices[..., None], 0.8 * deviation[..., None])
     middle, offset = _rows(centroids, rich), _rows(offset, rich)
     out = _with_rows(centroids, poor, torch.where(pays, middle + offset, _rows(centroids, poor)))

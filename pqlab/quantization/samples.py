@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from ..errors import UnsupportedModelError
 from ..transformers_api import cache_argument
 from .geometry import attention_geometry, describe, text_config
 from .kmeans import Progress
+from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,10 +29,12 @@ _MAX_CHARS = 4_000_000  # of a text that are tokenized to choose windows from
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples of every full-attention layer, by the model's layer index: keys and values, each [H, n, d]."""
+    """Samples of every full-attention layer, by the model's layer index: keys and values, each [H, n, d], and what the
+    attention of the text did with them."""
 
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
+    sensitivity: dict[int, Sensitivity] = field(default_factory=dict)  # empty where the model's attention is its own
 
     @property
     def num_samples(self) -> int:
@@ -70,22 +74,29 @@ def collect_kv(
             f"the text gives no sample: {have} tokens, of which the first {num_sinks} of a window do not count"
         )
     parts: list[Samples] = []
+    sensitivity: dict[int, Sensitivity] = {}
     total = sum(map(len, windows))
     done = 0
     for ids in windows:
-        parts.append(record_kv(model, torch.tensor([ids]), num_sinks=num_sinks))
+        parts.append(record_kv(model, torch.tensor([ids]), num_sinks=num_sinks, sensitivity=sensitivity))
         done += len(ids)
         if progress is not None:
             progress(done, total)
     return Samples(
         {i: torch.cat([part.keys.pop(i) for part in parts], 1) for i in list(parts[0].keys)},
         {i: torch.cat([part.values.pop(i) for part in parts], 1) for i in list(parts[0].values)},
+        sensitivity,
     )
 
 
 @torch.no_grad()
 def record_kv(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, *, num_sinks: int = NUM_SINKS
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    num_sinks: int = NUM_SINKS,
+    sensitivity: dict[int, Sensitivity] | None = None,
 ) -> Samples:
     """Keys and values of one batch of sequences; pads and the first `num_sinks` real tokens of a row are left out.
 
@@ -93,15 +104,14 @@ def record_kv(
 
     Args:
         input_ids: [B, n] token ids; attention_mask: [B, n], 0 where a token is a pad; None means no pads.
+        sensitivity: of earlier batches, to go on with.
     """
     geometry = attention_geometry(model)
     input_ids = input_ids.to(model.device)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(model.device)
     place = mask.cumsum(-1) * mask  # 1, 2, .. of the real tokens, 0 at pads
-    recorder = _Recorder(text_config(model), place > num_sinks, geometry)
-    was_training = model.training
-    model.eval()
-    try:
+    recorder = _Recorder(text_config(model), place > num_sinks, geometry, {} if sensitivity is None else sensitivity)
+    with _observed(model):
         model.base_model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -109,8 +119,6 @@ def record_kv(
             **cache_argument(model.base_model, recorder),
             use_cache=True,
         )
-    finally:
-        model.train(was_training)
     found = recorder.samples
     shapes = {i: (k.shape[0], k.shape[2]) for i, k in found.keys.items()}
     if shapes != geometry or {i: (v.shape[0], v.shape[2]) for i, v in found.values.items()} != geometry:
@@ -121,23 +129,59 @@ def record_kv(
     return found
 
 
+@contextmanager
+def _observed(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and the "pqlab" attention where the model takes one: it hands the queries to the recorder."""
+    was_training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    try:
+        if model.base_model._supports_attention_backend:
+            model.set_attn_implementation("pqlab")
+        yield
+    finally:
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        model.train(was_training)
+
+
 class _Recorder(DynamicCache):
     """A cache that keeps the chosen tokens of the full-attention layers and forgets the rest.
 
     It is for one forward call: every layer sees its own new keys and values and nothing before them.
     """
 
-    def __init__(self, config, chosen: Tensor, layer_ids) -> None:
+    def __init__(self, config, chosen: Tensor, layer_ids, sensitivity: dict[int, Sensitivity]) -> None:
         super().__init__(config=config)
         self.chosen = chosen  # bool [B, n]
         self.layer_ids = frozenset(layer_ids)
-        self.samples = Samples({}, {})
+        self.samples = Samples({}, {}, sensitivity)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        if layer_idx in self.layer_ids:
-            for kept, states in ((self.samples.keys, key_states), (self.samples.values, value_states)):
-                kept[layer_idx] = states.movedim(1, 0)[:, self.chosen.to(states.device)]  # [H, chosen, d]
-        return key_states, value_states
+        if layer_idx not in self.layer_ids:
+            return key_states, value_states
+        chosen = self.chosen.to(key_states.device)
+        for kept, states in ((self.samples.keys, key_states), (self.samples.values, value_states)):
+            kept[layer_idx] = states.movedim(1, 0)[:, chosen]  # [H, chosen, d]
+        marked = key_states.view_as(key_states)
+        marked.pqlab_layer = _Observed(self.samples.sensitivity, layer_idx, key_states, value_states, chosen)
+        return marked, value_states
+
+
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """One layer's exact attention; what it did is written down. Called by the "pqlab" attention."""
+
+    sensitivity: dict[int, Sensitivity]
+    layer: int
+    key: Tensor
+    value: Tensor
+    chosen: Tensor
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        self.sensitivity.setdefault(self.layer, Sensitivity()).observe(query, self.key, mask, scaling, self.chosen)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, self.key, self.value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
 
 
 def split_text(

@@ -1,0 +1,73 @@
+"""The linear map in front of a quantizer: what attention is sensitive to gets its share of the codes.
+
+Product quantization spends the same bits on every subspace and measures plain distances. Attention does not: an error
+e of a key moves the scores by q . e, an error of a value the layer's output by W_O e. So vectors are first mapped into
+a space where plain distance is that error, and the space is turned so that subspaces are equally hard:
+
+1. the symmetric square root of the metric: E[q q^T] for keys, W_O^T W_O for values (`Samples.metrics`),
+2. principal axes (PCA), which decorrelates the subspaces (as in OPQ: Ge, He, Ke, Sun 2013, section 3.2),
+3. axes dealt to the subspaces so that the products of their variances balance (OPQ's "eigenvalue allocation").
+
+All of it is closed-form and per kv head; `codec` says how attention works in the mapped space.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_RIDGE = 1e-3  # of the metric's mean eigenvalue: directions that no query asked for still count a little
+
+
+def balanced_map(x: Tensor, metric: Tensor | None, num_subspaces: int) -> tuple[Tensor, Tensor]:
+    """The map of every head and its inverse: y = x @ forward[h] is to be quantized, x = y @ backward[h].
+
+    Args:
+        x: [H, n, d] samples of the head space.
+        metric: [H, d, d], symmetric and positive semidefinite: the squared error of e is e metric e^T. None: identity.
+        num_subspaces: M, divides d.
+
+    Returns:
+        forward, backward: float32 [H, d, d] on x's device.
+    """
+    x = x.double()
+    heads, n, d = x.shape
+    root = inverse_root = torch.eye(d, dtype=x.dtype, device=x.device).expand(heads, d, d)
+    if metric is not None:
+        metric = metric.to(x)
+        scale = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
+        values, axes = torch.linalg.eigh(metric)
+        values = values.clamp_min(0) + _RIDGE * scale.clamp_min(torch.finfo(torch.float32).tiny)
+        root = axes * values.sqrt()[:, None] @ axes.mT
+        inverse_root = axes * values.rsqrt()[:, None] @ axes.mT
+    y = x @ root
+    y = y - y.mean(1, keepdim=True)
+    variances, axes = torch.linalg.eigh(y.mT @ y / n)
+    variances, axes = variances.flip(-1), axes.flip(-1)  # descending
+    axes = axes.gather(-1, balanced_order(variances, num_subspaces)[:, None].expand(-1, d, -1))
+    return (root @ axes).float().contiguous(), (axes.mT @ inverse_root).float().contiguous()
+
+
+def balanced_order(variances: Tensor, num_subspaces: int) -> Tensor:
+    """int64 [H, d]: principal axes in the order of the subspaces that they are dealt to.
+
+    Axes go, largest variance first, to the subspace whose log-variances sum to least and that still has room.
+
+    Args:
+        variances: [H, d], descending.
+        num_subspaces: M, divides d.
+    """
+    heads, d = variances.shape
+    room = d // num_subspaces
+    logs = variances.clamp_min(1e-12).log()
+    logs = logs - logs.amin(-1, keepdim=True) + 1e-3  # positive: a subspace with more axes has the larger sum
+    sums = torch.zeros(heads, num_subspaces, dtype=logs.dtype, device=logs.device)
+    filled = torch.zeros(heads, num_subspaces, dtype=torch.int64, device=logs.device)
+    order = torch.empty(heads, d, dtype=torch.int64, device=logs.device)
+    rows = torch.arange(heads, device=logs.device)
+    for axis in range(d):
+        chosen = torch.where(filled < room, sums, torch.inf).argmin(-1)
+        order[rows, chosen * room + filled[rows, chosen]] = axis
+        filled[rows, chosen] += 1
+        sums[rows, chosen] += logs[:, axis]
+    return order
