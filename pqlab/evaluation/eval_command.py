@@ -72,11 +72,10 @@ def _measure(args: argparse.Namespace) -> Evaluation:
     if args.out and not args.out.resolve().parent.is_dir():
         raise ConfigError(f"there is no folder for {args.out}; make it first")
     model, tokenizer = load_model(args.model)
-    chosen = args.methods if args.methods or not books else None
     return evaluate(
         model,
         tokenizer,
-        chosen,
+        args.methods,
         codebooks=books,
         text=args.text,
         calibration=args.calibration,

@@ -1,9 +1,9 @@
 """One harness for all methods: the same windows, the same exact tokens, bits and bytes as stored.
 
     result = evaluate(model, tokenizer, ["pq-4", "kivi-4"], windows=2)
-    result.table()      # a row a method: token bits, bytes, perplexity, KL with its error, agreement, worst 1 %
+    result.table()  # a row a method: token bits, bytes, perplexity, KL with its error, agreement, worst 1 %
     result.by_position()  # KL along the text
-    result.frame        # every position of every window
+    result.frame  # every position of every window
 
 Windows of `length` tokens follow each other without overlap (the stride is the length) and are independent sequences.
 Every window is run teacher-forced in the decode path (`teacher_forced`): the first `prompt` tokens are prefilled, every
@@ -159,7 +159,7 @@ def evaluate(
 
     made: dict[str, Method] = {}
     errors: dict[str, Exception] = {}
-    for name in [*chosen, *codebooks]:
+    for name in _with_bar([*chosen, *codebooks], progress):
         try:
             books = codebooks.get(name)
             made[name] = methods.make(name, setting) if books is None else _from_given(name, books, setting)
@@ -202,6 +202,15 @@ def evaluate(
         settings=settings,
         exact_token_bytes=token_elements(setting.geometry) * EXACT_BYTES,
     )
+
+
+def _with_bar(names: list[str], progress: bool) -> Iterable[str]:
+    """The names behind a bar: methods that are trained take up to minutes."""
+    if not progress:
+        return names
+    from tqdm.auto import tqdm
+
+    return tqdm(names, desc="preparing methods", unit="method")
 
 
 def _from_given(name: str, books: Codebooks | str | Path, setting: Setting) -> Method:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
-from ..config import CacheConfig
+from ..config import CacheConfig, PQConfig
 from ..cost import EXACT_BYTES, INT32, coded_tokens
 from ..errors import ConfigError
 from ..models.defaults import CALIBRATION_TEXT
@@ -163,9 +164,17 @@ def token_elements(geometry: Geometry) -> int:
     return sum(2 * heads * head_dim for heads, head_dim in geometry.values())
 
 
-@register("pq-4")
-def _default_codebooks(setting: Setting) -> Method:
+def _default_codebooks(setting: Setting, bits: int) -> Method:
+    """The codebooks of `pqlab.default_codebooks`: M = d/2 with 8 or 6 bits a code, M = d/4 with 8 bits a code."""
     from ..models import default_codebooks
 
-    books = default_codebooks(setting.model, setting.tokenizer, text=setting.calibration, progress=setting.progress)
-    return from_codebooks("pq-4", books.to(setting.model.device), setting)
+    sizes = sorted({head_dim for _, head_dim in setting.geometry.values()})
+    if bits == 2 and len(sizes) > 1:
+        raise ConfigError(f"pq-2 has one M for all layers; heads of {sizes} elements need codebooks of their own")
+    pq = {4: PQConfig(), 3: PQConfig(nbits=6), 2: PQConfig(M=max(1, sizes[0] // 4))}[bits]
+    books = default_codebooks(setting.model, setting.tokenizer, pq, text=setting.calibration, progress=setting.progress)
+    return from_codebooks(f"pq-{bits}", books.to(setting.model.device), setting)
+
+
+for _bits in (4, 3, 2):
+    register(f"pq-{_bits}")(partial(_default_codebooks, bits=_bits))
