@@ -105,8 +105,8 @@ class OutOfMemoryError(PQCacheError):
         title="out of memory",
         what="The page pool is larger than the memory that is free. It is checked, and raised, before anything is "
         "allocated.",
-        why="All pages are taken at once: max_pages × the bytes of a page, which grow with page_size, M, nbits and "
-        "the model's layers and kv heads. Without max_pages they follow context × max_batch.",
+        why="All pages are taken at once: max_pages times the bytes of a page, which grow with page_size, M, nbits and "
+        "the model's layers and kv heads. Without max_pages they follow context times max_batch.",
         remedy="Lower max_pages to what the message says would fit (or context, or max_batch), or take fewer bits: M "
         "halved or nbits=4 halve a page. The report's smallest setting is page_size 32, residual 64, 500 pages. "
         "python -m pqlab doctor --shape Llama-3.1-8B --context 32768 says what fits before a model is loaded.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,127 @@ def test_a_reader_that_stops_reading_is_no_error():
     command = f'"{sys.executable}" -m pqlab doctor | head -c 1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=os.path.dirname(doctor.__file__))
     assert "BrokenPipe" not in done.stderr
+
+
+# -- the troubleshooting table of the report -------------------------------------------------------------------------
+
+
+def program(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """torch says that it was built with CUDA 13.0 and sees a GPU."""
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("release", "problem"), [("13.0", ""), ("13.2", ""), ("12.4", "built with CUDA 13.0, the toolkit is 12.4")]
+)
+def test_a_toolkit_of_another_major_version_is_a_problem(release, problem, a_gpu, monkeypatch, tmp_path):
+    program(tmp_path, "nvcc", f"echo 'Cuda compilation tools, release {release}, V{release}.1'")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    finding = PROBES["nvcc"]()
+    assert f"release {release}" in finding.value
+    assert problem in finding.problem and bool(problem) == bool(finding.problem)
+    assert "CUDA_HOME" in finding.remedy or not problem
+
+
+def test_a_compiler_that_nvcc_refuses_is_named(a_gpu, monkeypatch, tmp_path):
+    refuses = "echo '#error -- unsupported GNU version! gcc versions later than 12 are not supported!' >&2; exit 1"
+    program(tmp_path, "nvcc", refuses)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    finding = PROBES["host compiler"]()
+    assert "gcc versions later than 12" in finding.problem and "CXX" in finding.remedy
+    program(tmp_path, "nvcc", "exit 0")
+    assert not PROBES["host compiler"]().problem
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_real_nvcc_is_really_asked(a_gpu, monkeypatch, tmp_path):
+    assert not PROBES["host compiler"]().problem
+    monkeypatch.setenv("CXX", str(program(tmp_path, "c++", "echo 'error: broken on purpose' >&2; exit 1")))
+    assert PROBES["host compiler"]().problem
+
+
+def test_a_gpu_without_a_toolkit(a_gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert "CUDA toolkit" in PROBES["nvcc"]().remedy
+
+
+def test_a_missing_ninja(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(probes.sys, "executable", str(tmp_path / "python"))
+    finding = PROBES["ninja"]()
+    assert finding.problem and finding.remedy == "pip install ninja"
+
+
+def test_libraries_of_another_torch_on_the_path(monkeypatch, tmp_path):
+    import torch
+
+    own = Path(torch.__file__).parent / "lib"
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{own}{os.pathsep}{other}")
+    assert not PROBES["libraries"]().problem
+    (other / "libc10.so").touch()
+    finding = PROBES["libraries"]()
+    assert "libc10.so" in finding.problem and f"LD_LIBRARY_PATH={own}:" in finding.remedy
+
+
+def test_a_kernel_that_lacks_a_library(monkeypatch, tmp_path):
+    """A library that was linked against one that has gone since."""
+    from pqlab.kernels import build
+
+    for name, options in (("libgone.so", []), ("kernel.so", ["-L.", "-Wl,--no-as-needed", "-lgone"])):
+        (tmp_path / "empty.c").touch()
+        command = ["c++", "-shared", "-x", "c", "empty.c", "-x", "none", "-o", name, *options]
+        subprocess.run(command, cwd=tmp_path, check=True)
+    (tmp_path / "libgone.so").unlink()
+    built = build.FinishedBuild("kernel", tmp_path / "kernel.so", 1.0, "2", ())
+    monkeypatch.setattr(build, "finished_builds", lambda: [built])
+    finding = PROBES["libraries"]()
+    assert "libgone.so" in finding.problem and "LD_LIBRARY_PATH" in finding.remedy
+
+
+def test_too_little_memory_names_what_to_lower_and_that_really_fits(monkeypatch):
+    from pqlab import memory
+    from pqlab.config import CacheConfig, PQConfig
+    from pqlab.cost import CacheCost
+    from pqlab.doctor.cache_memory import cache_memory, needed_bytes, ways_to_fit
+    from pqlab.shapes import SHAPES
+
+    cost = CacheCost(SHAPES["Llama-3.1-8B"], PQConfig(), CacheConfig(), context=32768, batch=4)
+    assert not cache_memory("Llama-3.1-8B", 1000)().problem
+    for share in (0.9, 0.6, 0.3):
+        free = int(needed_bytes(cost) * share)
+        monkeypatch.setattr(memory, "free_memory", lambda device="cpu", free=free: free)
+        finding = cache_memory("Llama-3.1-8B", 32768, 4)()
+        ways = dict(ways_to_fit(cost, free))
+        assert "PQC004" in finding.problem and ways
+        assert all(change in finding.remedy for change in ways)
+        assert all(needed_bytes(lower) <= free for lower in ways.values())
+        context = next(lower.context for change, lower in ways.items() if change.startswith("context="))
+        more = CacheCost(cost.shape, cost.pq, cost.cache, context=context + cost.cache.page_size, batch=4)
+        assert needed_bytes(more) > free, "a longer context would have fitted"
+    assert any(change.startswith("M=") for change in ways), "at 30 % only M, batch and length are left"
+    assert not any(change.startswith("nbits=") for change in ways)
+
+
+def test_the_command_asks_about_a_cache(capsys):
+    assert cli.main(["doctor", "--json", "--shape", "Llama-3.1-70B", "--context", "131072", "--batch", "1000"]) == 0
+    finding = json.loads(capsys.readouterr().out)["cache memory"]
+    assert "1000 x 131,072 tokens" in finding["problem"] and finding["remedy"]
+    assert cli.main(["doctor", "--shape", "Lama"]) == 2
+    assert "Llama-3.1-8B" in capsys.readouterr().err
+    assert cli.main(["doctor", "--context", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err

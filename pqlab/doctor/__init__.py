@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import asdict
 
+from .cache_memory import DEFAULT_SHAPE, cache_memory
 from .chromium import find_chromium
 from .finding import Finding, Probe
 from .probes import PROBES
@@ -21,11 +22,23 @@ __all__ = ["PROBES", "Finding", "Probe", "examine", "find_chromium", "report"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    asked = parser.add_argument_group("cache memory", "whether a cache would fit here, and what to lower if not")
+    asked.add_argument("--shape", help=f"a model shape by name (default: {DEFAULT_SHAPE})")
+    asked.add_argument("--context", type=int, help="tokens of a sequence (default: the model's own limit)")
+    asked.add_argument("--batch", type=int, help="sequences (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the report, or its JSON; 2 for a cache that cannot be asked about."""
+    probes = dict(PROBES)
+    if (args.shape, args.context, args.batch) != (None, None, None):
+        wrong = _wrong_question(args)
+        if wrong:
+            print(f"pqlab doctor: {wrong}", file=sys.stderr)
+            return 2
+        probes["cache memory"] = cache_memory(args.shape or DEFAULT_SHAPE, args.context, args.batch or 1)
     with contextlib.redirect_stdout(sys.stderr):  # whatever a probe prints must not get into the JSON
-        findings = examine()
+        findings = examine(probes)
     text = json.dumps({k: asdict(v) for k, v in findings.items()}, indent=2) if args.json else report(findings)
     try:
         sys.stdout.write(text.encode("ascii", "replace").decode() + "\n")  # any terminal can show it
@@ -50,6 +63,19 @@ def report(findings: dict[str, Finding]) -> str:
     lines.append("")
     lines += [f"! {name}: {finding.problem}. {finding.remedy}" for name, finding in problems.items()]
     return "\n".join(lines if problems else [*lines, "No problems found."])
+
+
+def _wrong_question(args: argparse.Namespace) -> str:
+    """What is wrong with the cache that was asked about, and what to type instead; "" when nothing is."""
+    from ..shapes import SHAPES
+
+    if args.shape is not None and args.shape not in SHAPES:
+        return f"--shape {args.shape} is unknown; there are {', '.join(SHAPES)}"
+    for name in ("context", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            return f"--{name} {value} is out of range (at least 1); the nearest good value is 1"
+    return ""
 
 
 _REMEDY = "Mend what the message names; a broken package: run make setup, or pip install --force-reinstall it"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from .cache_memory import cache_memory
 from .chromium import find_chromium
 from .finding import Finding, Probe
 
@@ -138,17 +141,109 @@ def ninja() -> Finding:
     return Finding(f"{_output(path, '--version')}, {path}")
 
 
-def nvcc() -> Finding:
+def _find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+
+
+def nvcc() -> Finding:
+    """The CUDA toolkit, and whether it is of the version that torch was built with.
+
+    torch refuses to build with a toolkit of another major version; another minor version works, and is said.
+    """
+    path = _find_nvcc()
     if path:
         lines = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
-        return Finding(f"{next((line for line in lines if 'release' in line), 'version unknown').strip()}, {path}")
+        said = next((line for line in lines if "release" in line), "version unknown").strip()
+        return _toolkit_beside_torch(f"{said}, {path}", re.search(r"release (\d+)\.(\d+)", said))
     import torch
 
     if torch.cuda.is_available():
         return Finding("not found", "CUDA kernels cannot be built", "Install the CUDA toolkit, or set CUDA_HOME to it")
     return Finding("not found (only needed with an NVIDIA GPU)")
+
+
+def _toolkit_beside_torch(value: str, release: re.Match[str] | None) -> Finding:
+    import torch
+
+    wanted = torch.version.cuda
+    if not torch.cuda.is_available():
+        return Finding(f"{value}; not used here, torch sees no GPU")
+    if release is None or wanted is None:
+        return Finding(value)
+    if release[1] != wanted.split(".")[0]:
+        return Finding(
+            value,
+            f"torch was built with CUDA {wanted}, the toolkit is {release[1]}.{release[2]}: kernels cannot be built",
+            f"Install the toolkit {wanted} and set CUDA_HOME to it, or install a torch for CUDA {release[1]}",
+        )
+    return Finding(value if f"{release[1]}.{release[2]}" == wanted else f"{value} (torch: {wanted}, which fits)")
+
+
+def host_compiler() -> Finding:
+    """Whether nvcc takes this C++ compiler: a toolkit knows compilers up to some version. Tried on an empty file."""
+    import torch
+
+    path = _find_nvcc()
+    if path is None or not torch.cuda.is_available():
+        return Finding("nvcc is not used here")
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    host = shutil.which(chosen[0]) if chosen else None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cu"
+        source.touch()
+        command = [path, "-E", str(source), "-o", os.devnull, *(["-ccbin", host] if host else [])]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    if done.returncode == 0:
+        return Finding(f"{host or 'the default one'} fits {path}")
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines() or ["?"]
+    return Finding(
+        f"{host or 'the default one'} does not fit {path}",
+        f"nvcc refuses it: {errors[0].strip()[:300]}",
+        "Install a C++ compiler that this toolkit takes (its message names the versions) and set CXX to it",
+    )
+
+
+def libraries() -> Finding:
+    """torch's own libraries, whether LD_LIBRARY_PATH puts others before them, and what the built kernels still lack.
+
+    Kernels are linked against torch's libraries, which torch has loaded before: nothing has to be set for that.
+    """
+    import torch
+
+    own = Path(torch.__file__).parent / "lib"
+    chosen = [Path(entry) for entry in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if entry]
+    value = f"{own}; LD_LIBRARY_PATH {'is ' + os.pathsep.join(map(str, chosen)) if chosen else 'is not set'}"
+    here = {path.name for path in own.glob("*.so*")}
+    for entry in chosen:
+        others = sorted({path.name for path in entry.glob("lib*.so*")} & here) if entry.is_dir() else []
+        if others and entry.resolve() != own.resolve():
+            return Finding(
+                value,
+                f"LD_LIBRARY_PATH loads {', '.join(others[:3])} from {entry} instead of from torch",
+                f"Take {entry} out of LD_LIBRARY_PATH, or put torch's folder first: "
+                f"export LD_LIBRARY_PATH={own}:$LD_LIBRARY_PATH",
+            )
+    lacking = _unresolved(here)
+    if lacking:
+        return Finding(
+            value,
+            f"built kernels need {', '.join(lacking)}, which no folder of the loader has",
+            "Add the folder that has it to LD_LIBRARY_PATH (CUDA's lie in CUDA_HOME/lib64), or remove the folder "
+            "kernels from pqlab's cache directory: the next import builds for the libraries of now",
+        )
+    return Finding(value)
+
+
+def _unresolved(known: set[str]) -> list[str]:
+    """Libraries that built kernels ask for and neither the loader nor torch (`known`) has."""
+    from ..kernels.build import finished_builds
+
+    ldd, missing = shutil.which("ldd"), set()
+    for build in finished_builds() if ldd else ():
+        said = subprocess.run([ldd, str(build.path)], capture_output=True, text=True, timeout=20).stdout
+        missing |= {line.split()[0] for line in said.splitlines() if "not found" in line}
+    return sorted(missing - known)
 
 
 def gpu() -> Finding:
@@ -235,11 +330,14 @@ PROBES: dict[str, Probe] = {
     "system": system,
     "cpu": cpu,
     "memory": memory,
+    "cache memory": cache_memory(),
     "torch": torch_build,
+    "libraries": libraries,
     "gpu": gpu,
     "compiler": compiler,
     "ninja": ninja,
     "nvcc": nvcc,
+    "host compiler": host_compiler,
     "backends": backends,
     "caches": caches,
     "default model": default_model,

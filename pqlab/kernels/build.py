@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,29 @@ def build_mode() -> str:
 
 def cache_folder() -> Path:
     return cache_dir() / "kernels"
+
+
+@dataclass(frozen=True)
+class FinishedBuild:
+    """A library in the cache folder, whole and unchanged since it was built."""
+
+    name: str
+    path: Path
+    seconds: float
+    torch: str
+    flags: tuple[str, ...]
+
+
+def finished_builds() -> list[FinishedBuild]:
+    """Every whole library of the cache folder (and of the one that replaces it where it cannot be written)."""
+    found = []
+    for root in (cache_folder(), _fallback_folder()):
+        for folder in sorted(root.glob("*/build.json")) if _is_ours(root) else ():
+            library, info = _read_build(folder.parent)
+            if library is not None:
+                seconds, flags = float(info.get("seconds", 0)), tuple(info.get("flags", ()))
+                found.append(FinishedBuild(library.stem, library, seconds, info.get("torch", "unknown"), flags))
+    return found
 
 
 class Extension:
