@@ -9,6 +9,7 @@ from importlib import import_module
 
 COMMANDS = {
     "bench": ("pqlab.evaluation.bench", "time one part of pqlab"),
+    "check": ("pqlab.selftest", "run pqlab's own checks on this machine: pages, kernels, a real model"),
     "doctor": ("pqlab.doctor", "say what is installed, what works, and what to do about the rest"),
     "eval": ("pqlab.evaluation.eval_command", "bits, bytes and fidelity of every method: KL, perplexity, agreement"),
     "explain": ("pqlab.explain", "say what an error code means and what to set"),

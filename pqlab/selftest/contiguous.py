@@ -1,0 +1,102 @@
+"""Standard, contiguous product quantization: what paged PQ is held to. No pages, no ring, no fused kernel.
+
+Codes and exact tokens are tensors that grow by concatenation, and every step dequantizes all codes for the model's own
+attention (MILLION without its kernels). Tokens leave the exact window by the same rule as in `PagedPQCache`, so the
+two hold the same tokens in the same form and must give the same logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ..config import CacheConfig
+from ..quantization import Codebooks, LayerCodec, PQCodec
+
+_CHUNK = 512  # tokens whose distances to all centroids are held at a time
+
+
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """uint8 [B, H, n, M]: nearest centroids by argmax(x . c - |c|^2 / 2), as a matrix product.
+
+    In float64: the differences of that sum are too coarse in float32, and a near tie decided otherwise is another
+    code, which would hide a fault of the same size.
+
+    Args:
+        x: [B, H, n, d]; centroids: [H, M, C, dm].
+    """
+    batch, heads, n, _ = x.shape
+    _, m, count, dm = centroids.shape
+    rows = x.double().unflatten(-1, (m, dm)).permute(1, 3, 0, 2, 4).reshape(heads * m, batch * n, dm)
+    books = centroids.double().reshape(heads * m, count, dm)
+    bias = -0.5 * books.square().sum(-1)[:, None]
+    parts = [torch.baddbmm(bias, part, books.mT).argmax(-1) for part in rows.split(_CHUNK, 1)]
+    return torch.cat(parts, 1).view(heads, m, batch, n).permute(2, 0, 3, 1).to(torch.uint8)
+
+
+class ContiguousPQLayer(DynamicLayer):
+    """One layer: `[sinks exact | codes | window exact]`, each a tensor that grows by `torch.cat`."""
+
+    def __init__(self, codec: LayerCodec, config: CacheConfig) -> None:
+        super().__init__()
+        self.codec, self.config = codec, config
+        self.sinks: list[Tensor] = []
+        self.codes: list[Tensor] = []
+        self.window: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        new = [key_states, value_states]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.sinks = [x[:, :, :0] for x in new]
+            self.window = [x[:, :, :0] for x in new]
+            heads_m = [(*x.shape[:2], 0, side.num_subspaces) for x, side in zip(new, self._sides, strict=True)]
+            self.codes = [torch.empty(shape, dtype=torch.uint8, device=self.device) for shape in heads_m]
+        before = self.stored() if key_states.shape[2] > 1 else None  # a chunk sees itself exactly
+        room = max(0, self.config.num_sinks - self.sinks[0].shape[2])
+        self.sinks = [torch.cat([old, x[:, :, :room]], 2) for old, x in zip(self.sinks, new, strict=True)]
+        self.window = [torch.cat([old, x[:, :, room:]], 2) for old, x in zip(self.window, new, strict=True)]
+        self._flush()
+        if before is None:
+            return self.stored()
+        return tuple(torch.cat([old, x], 2) for old, x in zip(before, new, strict=True))
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """K and V [B, H, n, d] of all tokens, codes dequantized."""
+        return tuple(
+            torch.cat([sinks, side.decode(codes).to(sinks.dtype), window], 2)
+            for side, sinks, codes, window in zip(self._sides, self.sinks, self.codes, self.window, strict=True)
+        )
+
+    def get_seq_length(self) -> int:
+        return sum(part[0].shape[2] for part in (self.sinks, self.codes, self.window)) if self.is_initialized else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for part in (self.sinks, self.codes, self.window) for x in part)
+
+    @property
+    def _sides(self) -> tuple[PQCodec, PQCodec]:
+        return self.codec.k, self.codec.v
+
+    def _flush(self) -> None:
+        coded, waiting = self.codes[0].shape[2], self.window[0].shape[2]
+        if waiting < self.config.window_length:
+            return
+        size = self.config.page_size
+        leaving = (coded + waiting - self.config.residual_length) // size * size - coded
+        for i, side in enumerate(self._sides):
+            fresh = nearest(side.to_code_space(self.window[i][:, :, :leaving]), side.centroids)
+            self.codes[i] = torch.cat([self.codes[i], fresh], 2)
+            self.window[i] = self.window[i][:, :, leaving:].clone()  # a view would keep what has left
+
+
+def contiguous_cache(model, books: Codebooks, config: CacheConfig) -> DynamicCache:
+    """A transformers cache with a `ContiguousPQLayer` for every full-attention layer; other layers stay exact."""
+    cache = DynamicCache(config=model.config)
+    books = books.to(model.device)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = ContiguousPQLayer(books.layer(i), config)
+    return cache
