@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from ..config import CacheConfig
 from ..cost import EXACT_BYTES
@@ -159,7 +160,7 @@ def evaluate(
 
     made: dict[str, Method] = {}
     errors: dict[str, Exception] = {}
-    for name in _with_bar([*chosen, *codebooks], progress):
+    for name in tqdm([*chosen, *codebooks], desc="preparing", unit="method", disable=not progress):
         try:
             books = codebooks.get(name)
             made[name] = methods.make(name, setting) if books is None else _from_given(name, books, setting)
@@ -202,15 +203,6 @@ def evaluate(
         settings=settings,
         exact_token_bytes=token_elements(setting.geometry) * EXACT_BYTES,
     )
-
-
-def _with_bar(names: list[str], progress: bool) -> Iterable[str]:
-    """The names behind a bar: methods that are trained take up to minutes."""
-    if not progress:
-        return names
-    from tqdm.auto import tqdm
-
-    return tqdm(names, desc="preparing methods", unit="method")
 
 
 def _from_given(name: str, books: Codebooks | str | Path, setting: Setting) -> Method:

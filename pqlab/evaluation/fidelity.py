@@ -13,6 +13,7 @@ from math import exp
 
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from ..config import CacheConfig
 from ..transformers_api import cache_argument
@@ -85,28 +86,26 @@ def compare(
     before = model.config._attn_implementation
     model.set_attn_implementation("pqlab")
     frames = []
-    runs = [(i, ids.to(model.device)) for i, ids in enumerate(windows)]
-    if progress:
-        from tqdm.auto import tqdm
-
-        runs = tqdm(runs, desc="evaluating", unit="window")
+    bar = tqdm(total=len(windows) * (1 + len(methods)), desc="evaluating", unit="run", disable=not progress)
     try:
-        for i, ids in runs:
+        for i, ids in enumerate(windows):
+            ids = ids.to(model.device)
             exact = _hidden(model, ids, None)
             if not exact.isfinite().all():
                 raise ValueError(f"window {i}: the exact model itself is not finite; load it in another dtype")
+            bar.update()
             for name, quantize in methods.items():
-                if failures and name in failures:
-                    continue
-                try:
-                    frame = _run(model, ids, exact, quantize, own_configs.get(name, config), prompt)
-                except Exception as error:
-                    if failures is None:
-                        raise
-                    failures[name] = error
-                else:
-                    frames.append(frame.assign(method=name, window=i))
+                if failures is None or name not in failures:
+                    try:
+                        frame = _run(model, ids, exact, quantize, own_configs.get(name, config), prompt)
+                        frames.append(frame.assign(method=name, window=i))
+                    except Exception as error:
+                        if failures is None:
+                            raise
+                        failures[name] = error
+                bar.update()
     finally:
+        bar.close()
         model.set_attn_implementation(before)
     frames = [frame for frame in frames if not failures or frame.method[0] not in failures]
     return pd.concat(frames, ignore_index=True)[_COLUMNS] if frames else pd.DataFrame(columns=_COLUMNS)
