@@ -183,8 +183,42 @@ def test_encode_pages_keeps_other_slots(nbits, first_slot, n):
     assert (a != b).float().mean() < 1e-4
 
 
+def _books(kind: str, g: torch.Generator) -> torch.Tensor:
+    """Centroids [2, 8, 256, 2] of different kinds; distances between them spread over many orders of magnitude."""
+    books = torch.randn(2, 8, 256, 2, generator=g, device="cuda")
+    return {
+        "normal": books, "heavy tails": books**5, "far away": books + 300, "equal": books[:, :, :1].expand_as(books),
+        "apart": books * torch.tensor([1e-4, 50.0], device="cuda"), "raster": (books * 4).round(),
+        "on a line": books * torch.tensor([0.0, 1.0], device="cuda"), "twins": books[:, :, torch.arange(256) // 2],
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "heavy tails", "far away", "equal", "apart", "raster", "on a line", "twins"]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_encode_of_many_tokens_is_exact(kind, dtype):
+    """Long prompts take lists of candidates; they lose no centroid, ties go to the lowest, outliers find theirs."""
+    g = torch.Generator(device="cuda").manual_seed(0)
+    books = _books(kind, g)
+    near = books.gather(2, torch.randint(0, 256, (2, 8, 9001, 1), generator=g, device="cuda").expand(-1, -1, -1, 2))
+    noise = torch.randn(near.shape, generator=g, device="cuda") * books.std((1, 2, 3), keepdim=True)
+    scale = torch.tensor([0, 1e-3, 0.1, 0.5, 1, 3, 100], device="cuda")
+    scale = scale[torch.randint(0, 7, (9001, 1), generator=g, device="cuda")]
+    x = (near + scale * noise).transpose(1, 2).flatten(2).to(dtype)
+    ids = torch.randperm(150, generator=g, device="cuda")[:142]
+    pages = torch.full((150, 2, 4, 8, 16), 255, device="cuda", dtype=torch.uint8)
+    with use_backend("cuda"):
+        codes = ops.encode(x, books)
+        ops.encode_pages_(pages, x, books, ids, 37, 8)
+    assert torch.equal(codes, reference.encode(x, books))
+    written = read_pages(pages, ids, 8)
+    assert torch.equal(written[:, 37 : 37 + 9001], codes)
+    assert (written[:, :37] == 255).all() and (written[:, 37 + 9001 :] == 255).all()
+
+
 @pytest.mark.parametrize("v_codec", [(32, 8), (16, 8)])
-def test_append_in_a_graph(v_codec):
+def test_steps_in_a_graph(v_codec):
     """Steps of a ragged batch through one graph: sinks fill, the ring turns, pages are flushed, as in the reference."""
     batch, heads, d, sinks, residual, page_size = 3, 2, 64, 2, 20, 16
     slots, codecs = residual + page_size, ((32, 8), v_codec)
@@ -195,13 +229,22 @@ def test_append_in_a_graph(v_codec):
     expected = [b.clone() for b in buffers]
     k, v = torch.randn(2, batch, heads, 1, d, device="cuda").half()
     before, after = torch.zeros(2, batch, 3, dtype=torch.int32, device="cuda")
-    call = (*buffers, k, v, table, before, after, *books, codecs[0][1], codecs[1][1])
+    q, new_q, new_k, new_v = (torch.randn(batch, n, 1, d, device="cuda").half() for n in (4, 4, heads, heads))
+    new_before, new_after = torch.zeros_like(before), torch.zeros_like(after)
+    call = (*buffers, k, v, table, before, after, *books, codecs[0][1], codecs[1][1], q, d**-0.5)
+
+    def step():
+        for old, new in ((before, new_before), (after, new_after), (k, new_k), (v, new_v), (q, new_q)):
+            torch.add(new, 0, out=old)  # by kernels right ahead of the step's
+        return ops.step_(*call)[0]
+
     with use_backend("cuda"):
-        ops.append_(*call)  # nothing happens: no row changes
+        step()  # nothing is stored: no row changes
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            ops.append_(*call)
+            out = step()
+            after_copy = ops.step_(*call[:15], torch.empty_like(q).copy_(q), call[16])[0]  # copies are no kernels
     rows = [[0, 0, 0] for _ in range(batch)]
     for step in range(70):
         new = []
@@ -211,13 +254,18 @@ def test_append_in_a_graph(v_codec):
                 continue
             s, w = (s + 1, w) if s + c + w < sinks else (s, w + 1)
             new.append([s, c + page_size, w - page_size] if w == slots else [s, c, w])
-        before.copy_(torch.tensor(rows))
-        after.copy_(torch.tensor(new))
-        k.normal_()
-        v.normal_()
+        new_before.copy_(torch.tensor(rows))
+        new_after.copy_(torch.tensor(new))
+        for x in (new_k, new_v, new_q):
+            x.normal_()
+        out.fill_(float("nan"))
         graph.replay()
-        reference.append_(*expected, *call[6:])
+        reference.append_(*expected, *call[6:15])
         rows = new
+        args = (new_q, *expected[4:], table, after, *books, *expected[:4], codecs[0][1], codecs[1][1], d**-0.5)
+        want = reference.decode(args[0].double(), *args[1:])[0]
+        assert (out.double() - want).norm() <= 3e-3 * want.norm()
+        assert (after_copy.double() - want).norm() <= 3e-3 * want.norm()
     assert max(c for _, c, _ in rows) >= 2 * page_size
     for ours, theirs in zip(buffers, expected, strict=True):
         same = (ours == theirs).float().mean()

@@ -284,12 +284,14 @@ def test_encode_pages_writes_its_slots_only(backend, nbits, first_slot, n):
     assert torch.equal(pack_codes(pages.new_zeros(16), nbits), pages.new_zeros(2 * nbits))  # no stray bits in a tile
 
 
-def test_append_stores_and_flushes_like_the_reference(cpu):
+def test_steps_store_and_flush_like_the_reference(cpu):
+    """With append_ and decode, or both as one."""
     g = torch.Generator().manual_seed(0)
     heads, head_dim, slots, page_size = 2, 8, 24, 16
-    results = []
+    results, steps = [], []
     for name in BACKENDS:
         g.manual_seed(0)
+        outs = []
         books = [torch.randn(heads, 4, 256, 2, generator=g) for _ in "kv"]
         pages = [torch.zeros(6, heads, 1, 4, 16, dtype=torch.uint8) for _ in "kv"]
         exact = [torch.zeros(3, heads, n, head_dim) for n in (2, 2, slots, slots)]
@@ -305,12 +307,20 @@ def test_append_stores_and_flushes_like_the_reference(cpu):
                     after[row, 0 if after[row, 0] < 2 else 2] += 1
                     if after[row, 2] == slots:
                         after[row, 1:] += torch.tensor([page_size, -page_size], dtype=torch.int32)
-                ops.append_(*exact, *pages, k, v, table, lengths, after, *books, 8, 8)
+                q = torch.randn(3, 2 * heads, 1, head_dim, generator=g)
+                call = (*exact, *pages, k, v, table, lengths, after, *books, 8, 8)
+                if step % 2:
+                    ops.append_(*call)
+                    outs.append(ops.decode(q, *pages, table, after, *books, *exact, 8, 8, 0.3)[0])
+                else:
+                    outs.append(ops.step_(*call, q, 0.3)[0])
                 lengths = after
         results.append((*pages, *exact))
+        steps.append(torch.stack(outs))
     assert lengths.tolist()[0][1] == 2 * page_size
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
+    torch.testing.assert_close(*steps, atol=1e-4, rtol=1e-4)
 
 
 # -- dispatch --------------------------------------------------------------------------------------------------------
@@ -327,7 +337,9 @@ def test_opcheck(backend):
     exact = [torch.zeros(1, 2, n, 8) for n in (0, 0, 20, 20)]
     token, table = torch.ones(1, 2, 1, 8), torch.tensor([[1]], dtype=torch.int32)
     args = (*exact, pages, pages.clone(), token, token.clone(), table, lengths, lengths + lengths.new_tensor([0, 0, 1]))
-    torch.library.opcheck(torch.ops.pqlab.append_.default, (*args, books, books.clone(), 4, 4))
+    args = (*args, books, books.clone(), 4, 4)
+    torch.library.opcheck(torch.ops.pqlab.append_.default, args)
+    torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3))
 
 
 def test_calls_are_counted_with_their_reason(cpu):

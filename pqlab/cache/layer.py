@@ -167,8 +167,8 @@ class PagedPQLayer(CacheLayerMixin):
         if mask is not None:
             self.group.check_mask(plan, mask)
         if steps == 1:
-            self._store(plan, keys, values)
-            out, _ = self._attend_stored(query, plan.after, scaling)
+            out = self._step(query, keys, values, plan.before, plan.after, scaling)
+            self.columns = start + 1
         elif plan.starts_empty:
             out = _attend_chunk(query, keys, values, mask, scaling)
             self._store(plan, keys, values)
@@ -221,6 +221,19 @@ class PagedPQLayer(CacheLayerMixin):
         pending, self.pending = self.pending, None
         return pending
 
+    def _step(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, before: torch.Tensor, after: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """Store one token a row, [B, H, 1, d], between two states of the lengths, int32 [B, 3], and attend to all."""
+        k, v = self.codec.k, self.codec.v
+        out, _ = ops.step_(
+            self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages,
+            k.to_code_space(keys), v.to_code_space(values), self.group.page_table(), before, after,
+            k.centroids, v.centroids, k.nbits, v.nbits, k.map_query(query), scaling,
+        )  # fmt: skip
+        return v.from_code_space(out)
+
     def _attend_stored(self, query: torch.Tensor, lengths: torch.Tensor, scaling: float):
         """(out [B, Hq, S, d], lse [B, Hq, S]) over everything stored."""
         out, lse = ops.decode(
@@ -234,21 +247,17 @@ class PagedPQLayer(CacheLayerMixin):
         """Write the new tokens of a step, flushing what the plan says. Nothing is encoded twice."""
         keys, values = self.codec.k.to_code_space(keys), self.codec.v.to_code_space(values)
         if plan.num_columns == 1:
-            self._append(keys, values, plan.before, plan.after)
+            ops.append_(
+                self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages, keys, values,
+                self.group.page_table(), plan.before, plan.after, self.codec.k.centroids, self.codec.v.centroids,
+                self.codec.k.nbits, self.codec.v.nbits,
+            )  # fmt: skip
         else:
             by_row = {flush.row: flush for flush in plan.flushes}
             for row, count in enumerate(plan.counts):
                 if count:
                     self._store_row(plan, row, keys[row], values[row], by_row.get(row))
         self.columns = plan.start + plan.num_columns
-
-    def _append(self, keys: torch.Tensor, values: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Store one token a row, [B, H, 1, d] in code space, between two states of the lengths, int32 [B, 3]."""
-        ops.append_(
-            self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages, keys, values,
-            self.group.page_table(), before, after, self.codec.k.centroids, self.codec.v.centroids,
-            self.codec.k.nbits, self.codec.v.nbits,
-        )  # fmt: skip
 
     def _store_row(self, plan: StepPlan, row: int, k: torch.Tensor, v: torch.Tensor, flush: Flush | None) -> None:
         """Store a row's part [H, S, d] of a chunk: sinks, then codes straight from the chunk, then the ring."""

@@ -1,7 +1,7 @@
 """Static mode: fixed capacity and shapes, so that a decode step can be captured in a CUDA graph or compiled.
 
 Every row owns its pages from the start, and the lengths live on the device: a step advances them there, and the flush
-inside `ops.append_` happens where they say so. The host takes part in chunks only (prompts), for which it reads the
+inside `ops.step_` happens where they say so. The host takes part in chunks only (prompts), for which it reads the
 lengths once.
 """
 
@@ -199,14 +199,10 @@ class StaticPagedPQLayer(PagedPQLayer):
         pending = self._take_pending()
         if self.is_first:
             self.group.advance()
-        self._append(
-            self.codec.k.to_code_space(pending.keys), self.codec.v.to_code_space(pending.values),
-            self.group.before, self.group.lengths,
-        )  # fmt: skip
-        return self._attend_stored(query, self.group.lengths, scaling)[0]
+        return self._step(query, *pending, self.group.before, self.group.lengths, scaling)
 
     def _warm_up(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> None:
-        """Run a decode step's operations once, with no token to store.
+        """Run a decode step's operation once, with no token to store.
 
         Kernels are built and backends make what they keep (workspaces, prepared codebooks) at the first call; inside
         a graph capture that memory would belong to the graph.
@@ -214,6 +210,4 @@ class StaticPagedPQLayer(PagedPQLayer):
         if self.is_warm:
             return
         self.is_warm = True
-        lengths = self.group.lengths
-        self._append(self.codec.k.to_code_space(keys), self.codec.v.to_code_space(values), lengths, lengths)
-        self._attend_stored(query, lengths, scaling)
+        self._step(query, keys, values, self.group.lengths, self.group.lengths, scaling)

@@ -73,6 +73,24 @@ class Backend:
         """Plain torch around this backend's own encode; a backend with a fused kernel overrides it."""
         reference.append_(*args, encode_pages_=self.encode_pages_)
 
+    def step_(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Both operations of a step, one after the other."""
+        self.append_(*append_part(args))
+        return self.decode(*decode_part(args))
+
+
+def append_part(step: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `append_` in those of `step_`."""
+    return step[:15]
+
+
+def decode_part(step: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `decode` in those of `step_`."""
+    (sink_k, sink_v, window_k, window_v, k_pages, v_pages, _, _, page_table, _, after, k_books, v_books,
+     k_nbits, v_nbits, q, scale) = step  # fmt: skip
+    return (q, k_pages, v_pages, page_table, after, k_books, v_books, sink_k, sink_v, window_k, window_v,
+            k_nbits, v_nbits, scale)  # fmt: skip
+
 
 class ReferenceBackend(Backend):
     """Plain torch: any device, any dtype, always there."""

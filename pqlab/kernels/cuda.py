@@ -1,9 +1,9 @@
 """The CUDA backend: hands pointers and sizes to the kernels of `csrc/cuda` through ctypes.
 
 Every configuration that is met is compiled for itself, once, and cached (`build.Extension`); until it is there, and for
-what has no kernel, the reference runs, which the report shows. A call allocates its results and nothing else, copies
-nothing and never waits for the GPU, so that CUDA graphs can hold it. Workspaces and prepared codebooks are made at the
-first call with them: warm up before capturing, as graphs ask for anyway.
+what has no kernel, the reference runs, which the report shows. A call allocates its results (and room for the encoding
+of a long prompt), copies nothing and never waits for the GPU, so that CUDA graphs can hold it. Workspaces and prepared
+codebooks are made at the first call with them: warm up before capturing, as graphs ask for anyway.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..paging.layout import TILE
-from .backend import Backend, BuildStatus
+from .backend import Backend, BuildStatus, append_part, decode_part
 from .build import Extension
 from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
 
 _DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQ5iIif")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
 _ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
-_APPEND_SIDE = struct.Struct("<QQQ2qQQ")  # struct AppendSide
-_APPEND = struct.Struct("<QQQ9i4x")  # struct AppendParams, after its two sides
+_APPEND_SIDE = struct.Struct("<QQQ2qQQ")  # struct AppendSide of csrc/cuda/pq_append.cuh
+_APPEND = struct.Struct("<QQQ10iQ")  # struct AppendParams, after its two sides
 _MAX_STEPS = 16  # query vectors a kv head: above, reading the codes once for four of them does not pay
 _MAX_TOKENS = 65000 * 32  # of a row: the kernel shares a row's chunks in 32-bit arithmetic
 
@@ -58,6 +58,8 @@ class _Kernel:
             function = getattr(library, name, None)
             if function is not None:
                 function.restype = ctypes.c_char_p
+        if hasattr(library, "pqlab_encode"):
+            library.pqlab_encode_room.restype = ctypes.c_int64
         if hasattr(library, "pqlab_decode"):
             info = (ctypes.c_int * 4)()
             library.pqlab_decode_info(info)
@@ -68,6 +70,15 @@ class _Kernel:
         if self.library is not None:
             return None
         return self.reason if self.extension is None else self.extension.status.detail
+
+
+class _Held(NamedTuple):
+    """What a call of decode needs beside its arguments."""
+
+    books: Tensor  # both codebooks, prepared
+    partial: Tensor  # parts of rows that several blocks share
+    tickets: Tensor  # int32, zero before and after
+    splits: int  # blocks that share the rows of a kv head and a group of query vectors
 
 
 class CudaBackend(Backend):
@@ -150,26 +161,30 @@ class CudaBackend(Backend):
 
     # -- operations ------------------------------------------------------------------------------------------------
 
+    def step_(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Append sets decode's tickets to zero: in a graph that saves a kernel a layer."""
+        call = decode_part(args)
+        held = self._hold(call, zero_tickets=False)
+        self.append_(*append_part(args), tickets=held.tickets)
+        return self.decode(*call, held=held)
+
     def decode(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
         k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
-        k_nbits: int, v_nbits: int, scale: float,
+        k_nbits: int, v_nbits: int, scale: float, held: _Held | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`held`: what the call needs beside its arguments, if the caller has it."""
         args = (q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
                 k_nbits, v_nbits, scale)  # fmt: skip
         library = self._decode_kernel(args).library
         batch, query_heads, steps, head_dim = q.shape
         _, heads, tiles, _, _ = k_pages.shape
         group = query_heads // heads
-        blocks = -(-group * steps // library.vectors)
-        splits = max(1, self._device(q)[2] // (heads * blocks))
         stream = torch.cuda.current_stream(q.device).cuda_stream
         q, lengths, page_table = _dense_rows(q), lengths.contiguous(), _dense_last(page_table)
         sink_k, sink_v = _alike(sink_k, sink_v)
         window_k, window_v = _alike(window_k, window_v)
-        books = self._prepared(library, k_books, v_books, stream)
-        floats = heads * blocks * (splits + batch) * library.vectors * (head_dim + 4)
-        partial, tickets = self._workspace(q, floats, batch * heads * blocks, stream)
+        books, partial, tickets, splits = held or self._hold(args)
         out = torch.empty((batch, query_heads, steps, head_dim), dtype=q.dtype, device=q.device)
         lse = torch.empty((batch, query_heads, steps), dtype=torch.float32, device=q.device)
         params = _DECODE.pack(
@@ -210,12 +225,14 @@ class CudaBackend(Backend):
         )  # fmt: skip
         stream = torch.cuda.current_stream(x.device).cuda_stream
         with torch.cuda.device(x.device):
-            _check("encode", library.pqlab_encode(params, ctypes.c_void_p(stream)))
+            room = torch.empty(library.pqlab_encode_room(params), dtype=torch.uint8, device=x.device)
+            message = library.pqlab_encode(params, ctypes.c_void_p(room.data_ptr()), ctypes.c_void_p(stream))
+            _check("encode", message)
 
     def append_(
         self, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor, k_pages: Tensor, v_pages: Tensor,
         k: Tensor, v: Tensor, page_table: Tensor, before: Tensor, after: Tensor, k_books: Tensor, v_books: Tensor,
-        k_nbits: int, v_nbits: int,
+        k_nbits: int, v_nbits: int, tickets: Tensor | None = None,
     ) -> None:  # fmt: skip
         batch, heads, slots, head_dim = window_k.shape
         k, v = _dense_last(k), _dense_last(v)
@@ -235,10 +252,25 @@ class CudaBackend(Backend):
             params = first + second + _APPEND.pack(
                 page_table.data_ptr(), before.data_ptr(), after.data_ptr(), page_table.stride(0), 1 + together,
                 batch, heads, head_dim, m, sink_k.shape[2], slots, k_pages.shape[2],
+                0 if tickets is None else tickets.numel(), 0 if tickets is None else tickets.data_ptr(),
             )  # fmt: skip
             library = self._encode_kernel(k, m, nbits).library
             with torch.cuda.device(k.device):
                 _check("append_", library.pqlab_append(params, ctypes.c_void_p(stream)))
+
+    def _hold(self, args: tuple[Any, ...], zero_tickets: bool = True) -> _Held:
+        """What a call of decode needs beside its arguments."""
+        q, k_pages, k_books, v_books = args[0], args[1], args[5], args[6]
+        library = self._decode_kernel(args).library
+        batch, query_heads, steps, head_dim = q.shape
+        heads = k_pages.shape[1]
+        blocks = -(-query_heads // heads * steps // library.vectors)
+        splits = max(1, self._device(q)[2] // (heads * blocks))
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        books = self._prepared(library, k_books, v_books, stream)
+        floats = heads * blocks * (splits + batch) * library.vectors * (head_dim + 4)
+        partial, tickets = self._workspace(q, floats, batch * heads * blocks, stream, zero_tickets)
+        return _Held(books, partial, tickets, splits)
 
     # -- kept between calls ----------------------------------------------------------------------------------------
 
@@ -264,18 +296,23 @@ class CudaBackend(Backend):
             self._books[key] = (weakref.ref(k_books), weakref.ref(v_books), image)
         return image
 
-    def _workspace(self, q: Tensor, floats: int, tickets: int, stream: int) -> tuple[Tensor, Tensor]:
-        """Room for the parts of rows that several blocks share, and their tickets: zero before and after a call."""
+    def _workspace(
+        self, q: Tensor, floats: int, tickets: int, stream: int, zero_tickets: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Room for the parts of rows that several blocks share, and their tickets: zero before and after a call.
+
+        A graph gets its own for every call. Setting tickets to zero is a kernel there; `append_` can do it instead.
+        """
         kept = self._workspaces.get((q.device.index, stream))
         if kept is not None and kept[0].numel() >= floats and kept[1].numel() >= tickets:
             return kept
 
-        def make() -> tuple[Tensor, Tensor]:
-            tickets_at_zero = torch.zeros(tickets, dtype=torch.int32, device=q.device)
-            return torch.empty(floats, device=q.device), tickets_at_zero
+        def make(zero: bool = True) -> tuple[Tensor, Tensor]:
+            new = (torch.zeros if zero else torch.empty)(tickets, dtype=torch.int32, device=q.device)
+            return torch.empty(floats, device=q.device), new
 
         if torch.cuda.is_current_stream_capturing():
-            return make()  # the graph's own
+            return make(zero_tickets)
         if kept is not None:
             self._retired.append(kept)
         room = self._workspaces[(q.device.index, stream)] = _outside_of_pools(make, q.device)

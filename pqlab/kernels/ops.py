@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ..errors import KernelMissingError
 from . import checks
-from .backend import Backend, ReferenceBackend, current_setting
+from .backend import Backend, ReferenceBackend, append_part, current_setting, decode_part
 
 log = logging.getLogger("pqlab")
 
-OPS = ("decode", "encode", "encode_pages_", "append_")
+OPS = ("decode", "encode", "encode_pages_", "append_", "step_")
 LEVELS = {"cuda": ("cuda", "reference"), "cpu": ("cpu", "reference")}
 """Backends by device type, best first; any other device has the reference."""
 
@@ -141,6 +141,39 @@ def append_(
     )  # fmt: skip
 
 
+def step_(
+    sink_k: Tensor,
+    sink_v: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_table: Tensor,
+    before: Tensor,
+    after: Tensor,
+    k_books: Tensor,
+    v_books: Tensor,
+    k_nbits: int,
+    v_nbits: int,
+    q: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One layer of a decode step: `append_`, then `decode` with the lengths `after`.
+
+    One operation, so that a backend can let the first prepare the second, and half the calls for Python.
+
+    Returns:
+        out [B, Hq, S, d] and lse [B, Hq, S] of `decode`.
+    """
+    op = _step if _is_plain(q) else torch.ops.pqlab.step_.default
+    return op(
+        sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
+        k_nbits, v_nbits, q, scale,
+    )  # fmt: skip
+
+
 def register_backend(backend: Backend) -> None:
     _backends[backend.name] = backend
 
@@ -190,7 +223,8 @@ def _refusal(name: str, op: str, device_type: str, args: tuple[Any, ...] | None)
     if backend is None:
         return _absent.get(name, f"there is no {name} backend")
     if args is not None:
-        return backend.unable(op, args)
+        parts = (("append_", append_part(args)), ("decode", decode_part(args))) if op == "step_" else ((op, args),)
+        return next(filter(None, (backend.unable(*part) for part in parts)), None)
     status = backend.status()
     return None if status.state in ("none", "ready") else status.detail
 
@@ -249,6 +283,11 @@ _library.define(
     "Tensor(f!) v_pages, Tensor k, Tensor v, Tensor page_table, Tensor before, Tensor after, Tensor k_books, "
     "Tensor v_books, int k_nbits, int v_nbits) -> ()"
 )
+_library.define(
+    "step_(Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) window_k, Tensor(d!) window_v, Tensor(e!) k_pages, "
+    "Tensor(f!) v_pages, Tensor k, Tensor v, Tensor page_table, Tensor before, Tensor after, Tensor k_books, "
+    "Tensor v_books, int k_nbits, int v_nbits, Tensor q, float scale) -> (Tensor out, Tensor lse)"
+)
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
@@ -271,17 +310,27 @@ def _append(*args: Any) -> None:
     _run("append_", args[6].device.type, args)
 
 
+def _step(*args: Any) -> tuple[Tensor, Tensor]:
+    checks.append(*append_part(args))
+    checks.decode(*decode_part(args))
+    return _run("step_", args[6].device.type, args)
+
+
 # Plain `impl` costs 4 us a call where torch.library.custom_op costs several times that.
 _library.impl("decode", _decode, "CompositeExplicitAutograd")
 _library.impl("encode", _encode, "CompositeExplicitAutograd")
 _library.impl("encode_pages_", _encode_pages, "CompositeExplicitAutograd")
 _library.impl("append_", _append, "CompositeExplicitAutograd")
+_library.impl("step_", _step, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("pqlab::decode", lib=_library)
 def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
     checks.decode(*args)
-    q = args[0]
+    return _decode_results(args[0])
+
+
+def _decode_results(q: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -300,3 +349,10 @@ def _encode_pages_fake(*args: Any) -> None:
 @torch.library.register_fake("pqlab::append_", lib=_library)
 def _append_fake(*args: Any) -> None:
     checks.append(*args)
+
+
+@torch.library.register_fake("pqlab::step_", lib=_library)
+def _step_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    checks.append(*append_part(args))
+    checks.decode(*decode_part(args))
+    return _decode_results(args[15])

@@ -1,24 +1,16 @@
 // Launcher of pq_decode for one configuration, given by macros (pqlab/kernels/cuda.py sets them):
 //   PQ_D head size | PQ_KM, PQ_VM subspaces | PQ_KBITS, PQ_VBITS bits a code (8 or 4) | PQ_T element type of queries
 //   and exact tokens | PQ_HG query vectors a block | PQ_NW warps a block | PQ_SLOTS chunks on their way to a warp
-// Every function returns null, or a message that stays valid for the life of the process.
-#include <cstdio>
 #include <type_traits>
 
 #include "pq_books.cuh"
 #include "pq_decode.cuh"
-
-#ifdef _WIN32
-#define PQ_API extern "C" __declspec(dllexport)
-#else
-#define PQ_API extern "C" __attribute__((visibility("default")))
-#endif
+#include "pq_launch.cuh"
 
 namespace {
 
+using pqlab::cuda_message;
 using Cfg = pqlab::DecodeConfig<PQ_T, PQ_D, PQ_KM, PQ_KBITS, PQ_VM, PQ_VBITS, PQ_HG, PQ_NW, PQ_SLOTS>;
-
-const char* cuda_message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // What has to be true of the device before the first launch; checked once a device.
 const char* check_device() {
@@ -65,6 +57,5 @@ PQ_API const char* pqlab_decode(const pqlab::DecodeParams* params, void* stream)
     return "pages and books must be aligned to 16 bytes";
   if (p.B == 0 || p.G * p.S == 0) return nullptr;
   const dim3 grid(p.splits, p.H, (p.G * p.S + Cfg::HG - 1) / Cfg::HG);
-  pqlab::pq_decode_kernel<Cfg><<<grid, Cfg::NW * 32, Cfg::smem_bytes, static_cast<cudaStream_t>(stream)>>>(p);
-  return cuda_message(cudaGetLastError());
+  return pqlab::launch(pqlab::pq_decode_kernel<Cfg>, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
 }

@@ -1,48 +1,65 @@
 // Launchers of pq_encode and pq_append for one configuration, given by macros (pqlab/kernels/cuda.py sets them):
 //   PQ_DM dimensions a subspace | PQ_NBITS bits a code (8 or 4) | PQ_T element type of the vectors
 // Every function returns null, or a message that stays valid for the life of the process.
+#include "pq_append.cuh"
 #include "pq_encode.cuh"
-
-#ifdef _WIN32
-#define PQ_API extern "C" __declspec(dllexport)
-#else
-#define PQ_API extern "C" __attribute__((visibility("default")))
-#endif
+#include "pq_grid.cuh"
+#include "pq_launch.cuh"
 
 namespace {
 
-constexpr int kSmem = pqlab::kEncodeWarps * (1 << PQ_NBITS) * (PQ_DM + 1) * 4;
-constexpr int kFew = (1 << PQ_NBITS) >= 64 ? 8 : 2;  // threads a tile where there are few tokens
-
-template <typename P>
-const char* launch(void (*kernel)(P), dim3 grid, const P& p, void* stream) {
-  if (kSmem > 48 * 1024) {
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
-    if (e != cudaSuccess) return cudaGetErrorString(e);
-  }
-  kernel<<<grid, pqlab::kEncodeWarps * 32, kSmem, static_cast<cudaStream_t>(stream)>>>(p);
-  const cudaError_t e = cudaGetLastError();
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
-}
+constexpr int kCentroids = 1 << PQ_NBITS;
+constexpr int kSmem = pqlab::kEncodeWarps * kCentroids * (PQ_DM + 1) * 4;
+constexpr int kFew = kCentroids >= 64 ? 8 : 2;  // threads a tile where there are few tokens
 
 unsigned ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Whether the tokens are many enough to be worth a grid for every subspace, and their vectors lie well for it.
+bool takes_grids(const pqlab::EncodeParams& p) {
+  const uintptr_t x = reinterpret_cast<uintptr_t>(p.x), bytes = sizeof(PQ_T);
+  const bool aligned = (x | p.x_stride[0] * bytes | p.x_stride[1] * bytes) % 16 == 0 && p.M % pqlab::kTogether == 0 &&
+                       reinterpret_cast<uintptr_t>(p.books) % sizeof(float2) == 0;
+  return PQ_DM == 2 && kCentroids == pqlab::kPlane && p.n > 7168 && aligned;  // LOG.md: where the two ways are equal
+}
+
+const char* encode_with_grids(const pqlab::EncodeParams& p, pqlab::Grid* grids, void* stream) {
+  const dim3 grid(ceil_div(p.n, 8 * pqlab::kFindThreads), p.M / pqlab::kTogether, p.G);
+  const auto kernel = pqlab::pq_find_kernel<PQ_T>;
+  if (const char* m = pqlab::allow_smem(kernel, pqlab::kFindSmem)) return m;
+  const float2* const books = reinterpret_cast<const float2*>(p.books);
+  const auto make = pqlab::pq_grid_kernel;
+  if (const char* m = pqlab::launch(make, dim3(p.G * p.M), pqlab::kGridThreads, 0, stream, books, grids)) return m;
+  const pqlab::Grid* const made = grids;
+  return pqlab::launch(kernel, grid, pqlab::kFindThreads, pqlab::kFindSmem, stream, p, made);
+}
+
 }  // namespace
 
-PQ_API const char* pqlab_encode(const pqlab::EncodeParams* params, void* stream) {
+// Bytes of the memory, aligned to 16, that pqlab_encode needs for this call.
+PQ_API int64_t pqlab_encode_room(const pqlab::EncodeParams* p) {
+  return takes_grids(*p) ? static_cast<int64_t>(sizeof(pqlab::Grid)) * p->G * p->M : 0;
+}
+
+PQ_API const char* pqlab_encode(const pqlab::EncodeParams* params, void* room, void* stream) {
   const pqlab::EncodeParams& p = *params;
   if (p.n == 0 || p.G == 0) return nullptr;
   if (p.page_ids && reinterpret_cast<uintptr_t>(p.codes) & 15) return "pages must be aligned to 16 bytes";
+  if (takes_grids(p)) return encode_with_grids(p, static_cast<pqlab::Grid*>(room), stream);
   const int tiles = ceil_div(p.first_slot % 16 + p.n, 16);
   const bool few = p.n <= 2048;
+  const auto kernel = few ? pqlab::pq_encode_kernel<PQ_T, PQ_DM, PQ_NBITS, kFew>
+                          : pqlab::pq_encode_kernel<PQ_T, PQ_DM, PQ_NBITS, 1>;
   const dim3 grid(ceil_div(tiles, few ? 32 / kFew : 32), ceil_div(p.M, pqlab::kEncodeWarps), p.G);
-  return few ? launch(pqlab::pq_encode_kernel<PQ_T, PQ_DM, PQ_NBITS, kFew>, grid, p, stream)
-             : launch(pqlab::pq_encode_kernel<PQ_T, PQ_DM, PQ_NBITS, 1>, grid, p, stream);
+  if (const char* m = pqlab::allow_smem(kernel, kSmem)) return m;
+  return pqlab::launch(kernel, grid, pqlab::kEncodeWarps * 32, kSmem, stream, p);
 }
 
 PQ_API const char* pqlab_append(const pqlab::AppendParams* params, void* stream) {
   const pqlab::AppendParams& p = *params;
   if (p.B == 0) return nullptr;
-  const dim3 grid(ceil_div(p.tiles_per_page + 1, 32 / kFew), ceil_div(p.M, pqlab::kEncodeWarps), p.sides * p.B * p.H);
-  return launch(pqlab::pq_append_kernel<PQ_T, PQ_DM, PQ_NBITS, kFew>, grid, p, stream);
+  const dim3 grid(p.sides * p.B * p.H, ceil_div(p.M, pqlab::kAppendWarps * pqlab::kAppendRounds));
+  const auto kernel = pqlab::pq_append_kernel<PQ_T, PQ_DM, PQ_NBITS, kFew>;
+  constexpr int smem = pqlab::kAppendSmem<PQ_DM, kCentroids>;
+  if (const char* m = pqlab::allow_smem(kernel, smem)) return m;
+  return pqlab::launch(kernel, grid, pqlab::kAppendWarps * 32, smem, stream, p);
 }

@@ -29,11 +29,10 @@ __device__ __forceinline__ void load_entries(float* entries, const float* book, 
 }
 
 // Codes of the 16 tokens t0 .. t0 + 15, a byte each, in all SPLIT lanes of the tile. at(t) is the subvector of token t;
-// tokens outside [0, n) are read as the nearest inside.
-template <int DM, int C, int SPLIT, typename F>
+// tokens outside [0, n) are read as the nearest inside. AT_ONCE tokens are in registers.
+template <int DM, int C, int SPLIT, int AT_ONCE = (DM <= 2 ? 16 : DM == 4 ? 8 : 4), typename F>
 __device__ __forceinline__ void nearest16(const float* entries, int part, int t0, int n, F&& at, uint32_t (&packed)[4]) {
   constexpr int EIGHTS = C / 8 / SPLIT, STRIDE = DM + 1;
-  constexpr int AT_ONCE = DM <= 2 ? 16 : DM == 4 ? 8 : 4;  // tokens in registers
   static_assert(EIGHTS >= 1, "a thread compares eight centroids at least");
   const int c0 = part * EIGHTS * 8;
   auto exact = [&](const float (&v)[DM], int c) {  // as the reference adds: no fused multiply-add
@@ -175,65 +174,6 @@ __global__ void __launch_bounds__(kEncodeWarps * 32) pq_encode_kernel(const __gr
   const int place = p.first_slot / 16 + tile, page = place / p.tiles_per_page;
   const int64_t at = (static_cast<int64_t>(p.page_ids[page]) * p.G + g) * p.tiles_per_page + place % p.tiles_per_page;
   store_tile<NBITS>(p.codes + (at * p.M + m) * (2 * NBITS), packed, t0, p.n);
-}
-
-struct AppendSide {
-  void* sink;           // [B, H, num_sinks, D] of T, dense
-  void* window;         // [B, H, W, D] of T, dense
-  const void* x;        // [B, H, 1, D] of T, last dimension dense
-  int64_t x_stride[2];
-  const float* books;   // [H, M, C, DM]
-  uint8_t* pages;       // [max_pages][H][T][M][2 * NBITS]
-};
-
-struct AppendParams {
-  AppendSide side[2];
-  const int* page_table;  // [B][table_stride]
-  const int* before;      // [B][3]: sinks, coded, window
-  const int* after;
-  int table_stride;
-  int sides, B, H, D, M, num_sinks, slots, tiles_per_page;
-};
-
-// One new token a row to its sink or its slot of the ring, and, where a row flushes, the codes of ring tokens
-// [before.coded, after.coded). The newest token is never among them: the window keeps one at least. All decisions are
-// made here, from the lengths: the host knows nothing, so a graph can replay it. Blocks of rows that do not flush end
-// at once.
-template <typename T, int DM, int NBITS, int SPLIT>
-__global__ void __launch_bounds__(kEncodeWarps * 32) pq_append_kernel(const __grid_constant__ AppendParams p) {
-  constexpr int C = 1 << NBITS;
-  extern __shared__ float smem[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = lane % SPLIT;
-  const int row = blockIdx.z % (p.B * p.H), b = row / p.H, h = row % p.H;
-  const AppendSide& side = p.side[blockIdx.z / (p.B * p.H)];
-  const int* const before = p.before + 3 * b;
-  const int* const after = p.after + 3 * b;
-  const int token = before[0] + before[1] + before[2];
-  if (blockIdx.x == 0 && blockIdx.y == 0 && after[0] + after[1] + after[2] != token) {
-    const T* const x = static_cast<const T*>(side.x) + b * side.x_stride[0] + h * side.x_stride[1];
-    T* const to = token < p.num_sinks
-                      ? static_cast<T*>(side.sink) + (static_cast<int64_t>(row) * p.num_sinks + token) * p.D
-                      : static_cast<T*>(side.window) +
-                            (static_cast<int64_t>(row) * p.slots + (token - p.num_sinks) % p.slots) * p.D;
-    for (int i = threadIdx.x; i < p.D; i += kEncodeWarps * 32) to[i] = x[i];
-  }
-  const int first = before[1], n = after[1] - first;
-  const int m = blockIdx.y * kEncodeWarps + warp;
-  if (n <= 0 || m >= p.M) return;
-  float* const entries = smem + warp * C * (DM + 1);
-  load_entries<DM, C>(entries, side.books + (static_cast<int64_t>(h) * p.M + m) * C * DM, lane);
-  const T* const ring = static_cast<const T*>(side.window) + static_cast<int64_t>(row) * p.slots * p.D + m * DM;
-  const int tiles = (first % 16 + n + 15) / 16, per_warp = 32 / SPLIT;
-  for (int tile0 = blockIdx.x * per_warp; tile0 < tiles; tile0 += gridDim.x * per_warp) {
-    const int tile = tile0 + lane / SPLIT, t0 = tile * 16 - first % 16;
-    uint32_t packed[4];
-    nearest16<DM, C, SPLIT>(
-        entries, part, t0, n, [&](int t) { return ring + static_cast<int64_t>((first + t) % p.slots) * p.D; }, packed);
-    if (part != 0 || t0 >= n) continue;
-    const int place = first / 16 + tile, page = p.page_table[static_cast<int64_t>(b) * p.table_stride + place / p.tiles_per_page];
-    const int64_t at = (static_cast<int64_t>(page) * p.H + h) * p.tiles_per_page + place % p.tiles_per_page;
-    store_tile<NBITS>(side.pages + (at * p.M + m) * (2 * NBITS), packed, t0, n);
-  }
 }
 
 }  // namespace pqlab
