@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": ("pqlab.doctor", "say what is installed, what works, and what to do about the rest"),
     "eval": ("pqlab.evaluation.eval_command", "bits, bytes and fidelity of every method: KL, perplexity, agreement"),
     "explain": ("pqlab.explain", "say what an error code means and what to set"),
+    "plan": ("pqlab.evaluation.plan", "choose M by layer and side under a budget of bits or KL"),
     "setup": ("pqlab.prepare", "fetch the default model, calibrate its codebooks, build the kernels"),
 }
 

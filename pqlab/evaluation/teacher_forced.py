@@ -87,6 +87,36 @@ def from_codebooks(codebooks: Codebooks) -> Quantize:
     return quantize
 
 
+def attend_decoded(
+    query: torch.Tensor,
+    exact: tuple[torch.Tensor, torch.Tensor],
+    stored: tuple[torch.Tensor, torch.Tensor],
+    segments: list[Segment],
+    num_sinks: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Every position's attention over what it would see at its own decode step.
+
+    Args:
+        query: [1, Hq, n, d]; exact, stored: K and V [1, H, n, d] as the model made them and as they come back.
+        segments: `schedule(n, ...)`.
+    """
+    groups = query.shape[1] // exact[0].shape[1]
+    out = torch.empty_like(query)
+    for segment in segments:
+        edge = num_sinks + segment.coded if segment.coded else 0
+        keys, values = (
+            torch.cat([s[:, :, :edge], e[:, :, edge : segment.stop]], 2).repeat_interleave(groups, 1)
+            for s, e in zip(stored, exact, strict=True)
+        )
+        rows = torch.arange(segment.start, segment.stop, device=query.device)
+        causal = torch.arange(segment.stop, device=query.device) <= rows[:, None]
+        out[:, :, segment.start : segment.stop] = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, segment.start : segment.stop], keys, values, attn_mask=causal, scale=scaling
+        )
+    return out
+
+
 class _Layer(CacheLayerMixin):
     is_sliding = False
 
@@ -119,21 +149,7 @@ class _Layer(CacheLayerMixin):
         if end > sinks:
             body = slice(sinks, end)
             seen_k[0, :, body], seen_v[0, :, body] = self.quantize(self.index, k[0, :, body], v[0, :, body])
-        groups = query.shape[1] // k.shape[1]
-        out = torch.empty_like(query)
-        for segment in segments:
-            edge = sinks + segment.coded if segment.coded else 0
-            parts = [
-                (seen_k[:, :, :edge], seen_v[:, :, :edge]),
-                (k[:, :, edge : segment.stop], v[:, :, edge : segment.stop]),
-            ]
-            keys, values = (torch.cat(side, 2).repeat_interleave(groups, 1) for side in zip(*parts, strict=True))
-            rows = torch.arange(segment.start, segment.stop, device=k.device)
-            causal = torch.arange(segment.stop, device=k.device) <= rows[:, None]
-            out[:, :, segment.start : segment.stop] = torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, segment.start : segment.stop], keys, values, attn_mask=causal, scale=scaling
-            )
-        return out
+        return attend_decoded(query, (k, v), (seen_k, seen_v), segments, sinks, scaling)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0

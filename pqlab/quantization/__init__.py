@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .calibrate import calibrate, train
+from .calibrate import calibrate, origin_of, train
 from .codebook import Codebooks, LayerCodec, Origin
 from .codebook_file import CodebookError
 from .codec import Codec, IdentityCodec, PQCodec
@@ -24,6 +24,7 @@ __all__ = [
     "calibrate",
     "collect_kv",
     "distortion",
+    "origin_of",
     "product_kmeans",
     "record_kv",
     "train",

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,25 +99,37 @@ def calibrate(
             seed=seed,
             report=report,
         )
-    from ..models import fingerprint
-
-    joined = text if isinstance(text, str) else "\0".join(text)
-    origin = Origin(
-        model=Path(getattr(model.config, "_name_or_path", "")).name or type(model).__name__,
-        fingerprint=fingerprint(model),
-        num_layers=num_layers(model),
-        text=text_name,
-        text_sha256=sha256(joined.encode()).hexdigest(),
-        num_samples=samples.num_samples,
+    origin = replace(
+        origin_of(model, text, samples, text_name),
         num_sinks=num_sinks,
         window=window,
         maps=maps,
         weighted=weighted and bool(samples.sensitivity),
         iterations=iterations,
         seed=seed,
-        pqlab_version=_version(),
     )
     return Codebooks(layers, origin)
+
+
+def origin_of(model: PreTrainedModel, text: str | Sequence[str], samples: Samples, text_name: str = "") -> Origin:
+    """Where codebooks for `model` come from that are trained on `samples` of a text with the default settings."""
+    from ..models import fingerprint
+
+    joined = text if isinstance(text, str) else "\0".join(text)
+    return Origin(
+        model=Path(getattr(model.config, "_name_or_path", "")).name or type(model).__name__,
+        fingerprint=fingerprint(model),
+        num_layers=num_layers(model),
+        text=text_name,
+        text_sha256=sha256(joined.encode()).hexdigest(),
+        num_samples=samples.num_samples,
+        num_sinks=NUM_SINKS,
+        window=WINDOW,
+        maps=True,
+        weighted=bool(samples.sensitivity),
+        iterations=ITERATIONS,
+        pqlab_version=_version(),
+    )
 
 
 def train(

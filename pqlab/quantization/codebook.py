@@ -180,11 +180,15 @@ class Codebooks:
             layers.append({"layer": i, "heads": heads, "head_dim": d, **sides})
         return {"origin": asdict(self.origin), "layers": layers}
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; an existing file is replaced at once, never left half written."""
+    def save(self, path: str | Path, more: Mapping[str, Any] | None = None) -> None:
+        """Write one safetensors file; an existing file is replaced at once, never left half written.
+
+        Args:
+            more: JSON types that the header is to hold beside the codebooks' own.
+        """
         if not all(isinstance(codec, PQCodec) for layer in self.layers.values() for codec in (layer.k, layer.v)):
             raise CodebookError("only product-quantization codebooks are saved; identity codecs need no file")
-        write(path, self.header(), self.tensors())
+        write(path, {**(more or {}), **self.header()}, self.tensors())
 
     @classmethod
     def load(cls, path: str | Path, model_or_fingerprint: Any = None) -> Codebooks:

@@ -1,0 +1,414 @@
+"""A budget in, a plan out: which M every layer and side gets, chosen by what its error does to the next token.
+
+    p = plan(model, tokenizer, text, bits=2.25)
+    cache = p.cache(model)        # PagedPQCache(model, p.codebooks, p.config)
+    p.choices; p.certificate      # what was chosen and what was measured
+
+    planner = Planner(model, tokenizer, text)  # several budgets, calibrated once
+    planner.plan(bits=2.25); planner.plan(kl=0.002)
+
+The sensitivities are those of the model's own predictions. Storing one side of one layer badly changes that layer's
+attention output by delta; to second order the next-token distribution then diverges by
+
+    KL ~ 1/2 E[(g . delta)^2],    g = d log p(y) / d output, y drawn from the model's distribution
+
+(the Fisher information; Amari 1998). One backward pass gives g for every layer, and delta is local, so every candidate
+of every layer costs one attention call and no forward pass. Errors of different layers and sides are taken to add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.cache_utils import DynamicCache
+
+from ..cache import PagedPQCache
+from ..config import CacheConfig, PQConfig
+from ..errors import ConfigError
+from ..models import load_model, load_text
+from ..models.defaults import CALIBRATION_TEXT
+from ..paging.layout import SIDES
+from ..quantization import Codebooks, LayerCodec, attention_geometry, collect_kv, origin_of, train
+from ..quantization.codebook_file import read
+from ..quantization.sensitivity import value_metrics
+from ..transformers_api import cache_argument
+from .fidelity import compare, summarize, text_windows
+from .teacher_forced import attend_decoded, from_codebooks, schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BITS = (1, 2, 4, 8)
+"""Bits per element that a side can get: codes of 8 bits, d/M = 8 / bits."""
+DEFAULT_BITS = (1, 2, 4)
+
+_COLUMNS = ["layer", "side", "M", "nbits", "bits", "elements", "kl"]
+_DRAWS = 2  # labels drawn a position
+_HELD_OUT = 0.2  # of the text, from its end: sensitivities and certificate are not measured on what was trained on
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What `plan` chose.
+
+    Attributes:
+        codebooks: a codec per (layer, side), with the M that was chosen.
+        config: sinks, residual length and page size that the measurements hold for.
+        choices: layer, side, M, nbits, bits (per element), kl (nats; predicted, of this side alone).
+        certificate: what was measured, on what, with which error bars.
+    """
+
+    codebooks: Codebooks
+    config: CacheConfig
+    choices: pd.DataFrame
+    certificate: Mapping[str, Any]
+
+    @property
+    def bits(self) -> float:
+        """Token bits: codes per element, averaged over layers and sides."""
+        return self.codebooks.bits_per_element
+
+    def cache(self, model: PreTrainedModel, **settings) -> PagedPQCache:
+        """A cache of this plan; settings are those of `PagedPQCache`."""
+        return PagedPQCache(model, self.codebooks, self.config, **settings)
+
+    def save(self, path: str | Path) -> None:
+        """One file, which `Codebooks.load` reads too."""
+        choices = self.choices.to_dict("records")
+        self.codebooks.save(path, {"config": asdict(self.config), "choices": choices, "certificate": self.certificate})
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None) -> Plan:
+        """Read what `save` wrote; refused like `Codebooks.load` when it is not for `model`."""
+        codebooks = Codebooks.load(path, model)
+        header, _ = read(path)
+        if "choices" not in header:
+            raise ConfigError(f"{Path(path).name} holds codebooks without a plan; use Codebooks.load")
+        choices = pd.DataFrame(header["choices"])[_COLUMNS]
+        return cls(codebooks, CacheConfig(**header["config"]), choices, header["certificate"])
+
+    def __repr__(self) -> str:
+        kl, error = (self.certificate[name] for name in ("kl", "kl_error"))
+        return f"Plan({self.bits:.3g} bits per element, KL {kl:.5f} +- {error:.5f} nats on {self.certificate['on']})"
+
+
+def plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    bits: float | None = None,
+    kl: float | None = None,
+    **settings,
+) -> Plan:
+    """Choose M by layer and side under a budget, train the codebooks, and measure the result.
+
+    Args:
+        bits, kl: the budget; see `Planner.plan`. settings: of `Planner`.
+    """
+    _check_budget(bits, kl)
+    return Planner(model, tokenizer, text, **settings).plan(bits=bits, kl=kl)
+
+
+class Planner:
+    """Candidates for every layer and side, trained, and what each would cost: plans for any budget follow at once.
+
+    Args:
+        text: its first four fifths are calibrated on, the rest is measured on.
+        config: sinks, residual length and page size that the measurements are to hold for.
+        choices: bits per element that a side can get, of `BITS`.
+        windows, length: of text, in tokens, for the sensitivities, and as many again for certificates.
+
+    Attributes:
+        costs: `sensitivities`.
+
+    Raises:
+        ConfigError: unknown choices. ValueError: the text is too short.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        *,
+        config: CacheConfig | None = None,
+        choices: Sequence[int] = DEFAULT_BITS,
+        windows: int = 2,
+        length: int = 1024,
+        text_name: str = "",
+        progress: bool = True,
+    ) -> None:
+        choices = sorted(set(choices))
+        if not choices or not set(choices) <= set(BITS):
+            raise ConfigError(f"choices = {choices} are not of {BITS}")
+        cut = int(len(text) * (1 - _HELD_OUT))
+        held_out = text_windows(tokenizer, text[cut:], length, 2 * windows)  # says so when the text is too short
+        self.model, self.config = model, config or CacheConfig()
+        self._measured_on = f"{windows} x {length} tokens of the end of {text_name or 'the text'}"
+        self._windows = held_out[windows:]
+        samples = collect_kv(model, tokenizer, text[:cut])
+        metrics = value_metrics(model)
+        self.candidates: dict[int, dict[int, LayerCodec]] = {}
+        for choice in tqdm(choices, desc="train codebooks", unit="choice", disable=not progress):
+            settings = {
+                i: (PQConfig(M=d * choice // 8, nbits=8),) * 2 for i, (_, d) in attention_geometry(model).items()
+            }
+            self.candidates[choice] = train(samples, settings, value_metrics=metrics)
+        self.origin = origin_of(model, text[:cut], samples, text_name)
+        self.costs = sensitivities(model, held_out[:windows], self.candidates, self.config)
+
+    def plan(self, *, bits: float | None = None, kl: float | None = None) -> Plan:
+        """The plan for one budget, measured on windows that nothing was chosen by.
+
+        Args:
+            bits: token bits that may be spent (codes per element, mean over layers and sides); or
+            kl: nats that the next-token distributions may diverge, on average; the fewest bits that keep it, measured.
+
+        Raises:
+            ConfigError: no budget or two, or one that no choice meets.
+        """
+        _check_budget(bits, kl)
+        lowest, highest = int(self.costs.bits.min()), int(self.costs.bits.max())
+        if bits is not None:
+            if bits < lowest:
+                raise ConfigError(f"bits = {bits} is below the smallest choice, {lowest}; give at least that")
+            return self._made(bits)
+        best, ratio = None, 1.0  # of measured to predicted
+        for _ in range(4):
+            budgets = torch.linspace(lowest, highest, 57).tolist()
+            enough = (b for b in budgets if ratio * _total(self.costs, allocate(self.costs, b)) <= kl)
+            found = self._made(next(enough, highest))
+            if found.certificate["kl"] <= kl and (best is None or found.bits < best.bits):
+                best = found
+            before, ratio = ratio, found.certificate["kl"] / max(found.certificate["predicted_kl"], 1e-12)
+            if abs(ratio / before - 1) < 0.03:
+                break
+        best = best or self._made(highest)
+        if (reached := best.certificate["kl"]) > kl:
+            raise ConfigError(
+                f"kl = {kl} is not reached: the plan of {best.bits:.3g} bits measures {reached:.2g}; allow that, give "
+                f"larger choices (of {BITS}), or a cache with a larger residual_length"
+            )
+        return best
+
+    def _made(self, bits: float) -> Plan:
+        chosen = allocate(self.costs, bits)
+        layers = {
+            i: LayerCodec(self.candidates[chosen[i, "k"]][i].k, self.candidates[chosen[i, "v"]][i].v)
+            for i in next(iter(self.candidates.values()))
+        }
+        books = Codebooks(layers, self.origin)
+        frame = compare(self.model, self._windows, {"plan": from_codebooks(books)}, self.config)
+        row = summarize(frame).iloc[0]
+        costs = self.costs
+        table = costs[[chosen[r.layer, r.side] == r.bits for r in costs.itertuples()]].reset_index(drop=True)
+        certificate = {
+            "on": self._measured_on,
+            "predicted_kl": float(table.kl.sum()),
+            **{name: float(row[name]) for name in ("kl", "kl_error", "change", "agreement", "worst_kl")},
+            "residual_length": self.config.residual_length,
+            "num_sinks": self.config.num_sinks,
+        }
+        return Plan(books, self.config, table, certificate)
+
+
+def _check_budget(bits: float | None, kl: float | None) -> None:
+    if (bits is None) == (kl is None):
+        raise ConfigError("give one budget: bits= (per element) or kl= (nats)")
+
+
+def _total(costs: pd.DataFrame, chosen: Mapping[tuple[int, str], int]) -> float:
+    return sum(r.kl for r in costs.itertuples() if chosen[r.layer, r.side] == r.bits)
+
+
+def allocate(costs: pd.DataFrame, bits: float) -> dict[tuple[int, str], int]:
+    """Bits of every (layer, side) such that their mean is at most `bits` and the sum of the KLs is small.
+
+    Greedy on the lower convex hulls of the (size, KL) curves, which is optimal up to the last step taken.
+
+    Args:
+        costs: `sensitivities`: layer, side, bits, elements, kl.
+    """
+    chosen: dict[tuple[int, str], int] = {}
+    steps = []  # (nats saved per bit, key, to, bits it costs)
+    elements = {}
+    for key, group in costs.sort_values("bits").groupby(["layer", "side"], sort=False):
+        points = list(zip(group.bits, group.kl, strict=True))
+        elements[key] = int(group.elements.iloc[0])
+        at = points[0]
+        chosen[key] = int(at[0])
+        while True:
+            better = [p for p in points if p[0] > at[0] and p[1] < at[1]]
+            if not better:
+                break
+            to = max(better, key=lambda p, at=at: (at[1] - p[1]) / (p[0] - at[0]))
+            price = (to[0] - at[0]) * elements[key]
+            steps.append(((at[1] - to[1]) / price, key, int(to[0]), price))
+            at = to
+    left = bits * sum(elements.values()) - sum(chosen[key] * n for key, n in elements.items())
+    closed = set()  # a side whose next step did not fit takes no later one: it would start from elsewhere
+    for _, key, to, price in sorted(steps, key=lambda step: -step[0]):
+        if key in closed or price > left + 1e-6:
+            closed.add(key)
+            continue
+        chosen[key], left = to, left - price
+    return chosen
+
+
+def sensitivities(
+    model: PreTrainedModel,
+    windows: Sequence[Tensor],
+    candidates: Mapping[int, Mapping[int, LayerCodec]],
+    config: CacheConfig,
+    *,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """KL of storing one side of one layer with each candidate, everything else exact; see the module's text.
+
+    Args:
+        windows: int64 [1, n] token ids.
+        candidates: {bits per element: {layer: codecs}}.
+        config: sinks, residual length and page size: what is exact when.
+
+    Returns:
+        DataFrame: layer, side, M, nbits, bits, elements (of one token), kl (nats, mean over positions).
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("pqlab")
+    totals: dict[tuple[int, str, int], float] = {}
+    try:
+        for ids in windows:
+            layers, gradients = _gradients(model, ids.to(model.device), generator)
+            with torch.no_grad():
+                for key, value in _local_errors(layers, gradients, candidates, config).items():
+                    totals[key] = totals.get(key, 0.0) + value / len(windows)
+    finally:
+        model.set_attn_implementation(before)
+    rows = []
+    for (i, side, bits), kl in totals.items():
+        codec = getattr(candidates[bits][i], side)
+        elements = codec.num_heads * codec.head_dim
+        rows.append((i, side, codec.num_subspaces, codec.nbits, bits, elements, kl))
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+@dataclass(eq=False)
+class _Watched:
+    """One layer's exact attention with a handle on the gradient of its output."""
+
+    key: Tensor
+    value: Tensor
+    query: Tensor | None = None
+    nudge: Tensor | None = None  # zeros that are added to the output
+    scaling: float = 1.0
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        self.query, self.scaling = query.detach(), scaling
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, self.key, self.value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        self.nudge = torch.zeros_like(out, requires_grad=True)
+        return out + self.nudge
+
+
+class _Watching(DynamicCache):
+    def __init__(self, model) -> None:
+        super().__init__(config=model.config)
+        self.full = attention_geometry(model)
+        self.watched: dict[int, _Watched] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx not in self.full:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        marked = key_states.view_as(key_states)
+        marked.pqlab_layer = self.watched[layer_idx] = _Watched(key_states, value_states)
+        return marked, value_states
+
+
+@torch.enable_grad()
+def _gradients(model, ids: Tensor, generator: torch.Generator) -> tuple[dict[int, _Watched], list[dict[int, Tensor]]]:
+    """What every layer attended to, and d log p(y_t) summed over t / d output [1, Hq, n, d] for each draw of labels."""
+    cache = _Watching(model)
+    logits = model(ids, **cache_argument(model, cache), use_cache=True).logits[0].float()
+    watched = cache.watched
+    log_p = logits.log_softmax(-1)
+    gradients = []
+    for draw in range(_DRAWS):
+        labels = log_p.detach().exp().multinomial(1, generator=generator)
+        found = torch.autograd.grad(
+            log_p.gather(1, labels).sum(), [w.nudge for w in watched.values()], retain_graph=draw + 1 < _DRAWS
+        )
+        gradients.append(dict(zip(watched, found, strict=True)))
+    for w in watched.values():
+        w.key, w.value, w.nudge = w.key.detach(), w.value.detach(), None
+    return watched, gradients
+
+
+def _local_errors(
+    layers: Mapping[int, _Watched],
+    gradients: Sequence[Mapping[int, Tensor]],
+    candidates: Mapping[int, Mapping[int, LayerCodec]],
+    config: CacheConfig,
+) -> dict[tuple[int, str, int], float]:
+    """KL of every (layer, side, bits), mean over the positions of one window.
+
+    The gradient at position s sums over all later tokens t that read it, while the errors of one position reach those
+    tokens together with the errors of the others; positions are taken as independent.
+    """
+    found: dict[tuple[int, str, int], float] = {}
+    for i, w in layers.items():
+        segments = schedule(w.key.shape[2], 1, config)
+        coded = slice(config.num_sinks, config.num_sinks + segments[-1].coded)
+
+        def attend(seen_k: Tensor, seen_v: Tensor, w=w, segments=segments) -> Tensor:
+            return attend_decoded(w.query, (w.key, w.value), (seen_k, seen_v), segments, config.num_sinks, w.scaling)
+
+        exact = attend(w.key, w.value)
+        for bits, codecs in candidates.items():
+            for side in SIDES:
+                codec, tensors = getattr(codecs[i], side), {"k": w.key.clone(), "v": w.value.clone()}
+                stored = tensors[side]
+                stored[0, :, coded] = codec.decode(codec.encode(stored[0, :, coded])).to(stored.dtype)
+                delta = attend(tensors["k"], tensors["v"]) - exact  # [1, Hq, n, d]
+                change = [(g[i] * delta).sum((1, 3)).double().square().mean() for g in gradients]
+                found[i, side, bits] = 0.5 * float(sum(change)) / len(gradients)
+    return found
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="name, hub id or folder (default: the embedded model)")
+    parser.add_argument("--text", default=CALIBRATION_TEXT, help="name of a shipped text, or a file")
+    parser.add_argument("--bits", nargs="+", type=float, default=[], help="budgets, bits per element")
+    parser.add_argument("--kl", nargs="+", type=float, default=[], help="budgets, nats")
+    parser.add_argument("--choices", nargs="+", type=int, default=list(DEFAULT_BITS), help=f"of {BITS}")
+    parser.add_argument("--residual", type=int, default=CacheConfig().residual_length, help="exact newest tokens")
+    parser.add_argument("--sinks", type=int, default=CacheConfig().num_sinks, help="exact first tokens")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for plan-<budget>.safetensors")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan every budget, print what was measured, write the files; the exit status."""
+    if not args.bits and not args.kl:
+        print("pqlab plan: give budgets: --bits 2.25 or --kl 0.002")
+        return 2
+    model, tokenizer = load_model(args.model) if args.model else load_model()
+    config = CacheConfig(residual_length=args.residual, num_sinks=args.sinks)
+    named = {"choices": args.choices, "config": config, "text_name": Path(args.text).name}
+    planner = Planner(model, tokenizer, load_text(args.text), **named)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, budget in [*(("bits", b) for b in args.bits), *(("kl", k) for k in args.kl)]:
+        found = planner.plan(**{name: budget})
+        path = args.out / f"plan-{name}-{budget:g}.safetensors"
+        found.save(path)
+        print(f"{path.name}: {found}", flush=True)
+    return 0
