@@ -14,7 +14,7 @@ from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig, cli, kernels, 
 from pqlab.kernels import ops, reference
 from pqlab.kernels.backend import Backend
 from pqlab.paging.policy import POLICIES, Lifo
-from pqlab.selftest import PHASES, Phase, chosen_phases, expect
+from pqlab.selftest import PHASES, Console, Phase, Session, chosen_phases, expect
 from pqlab.selftest.contiguous import contiguous_cache, nearest
 from pqlab.selftest.model_runs import apart, attention, follow
 
@@ -155,12 +155,19 @@ def test_pages_and_kernels_pass_here(seed, capsys):
         assert "[INFO] cuda: not on this machine, nothing to check (torch sees no CUDA device)" in said
 
 
-def test_the_same_seed_gives_the_same_inputs(capsys):
-    seen = []
-    for seed in ("5", "5", "6"):
-        said = run(capsys, "--phase1", "--seed", seed)[1]
-        seen.append(re.findall(r"page table: (.*) \(", said) + re.findall(r"cache contents: (.*) \(", said))
-    assert seen[0] == seen[1] != seen[2] and len(seen[0]) == 2
+def test_the_same_seed_gives_the_same_inputs_and_another_seed_others():
+    from pqlab.selftest.backends import random_decode
+
+    def inputs(seed: int) -> tuple:
+        session = Session(Console(), seed=seed)
+        return session.random("a").random(), session.generator("a").initial_seed(), random_decode(
+            session.generator("b"), "cpu", (64, 32, 8)
+        )[5]  # fmt: skip
+
+    (number, first, books), again, other = inputs(5), inputs(5), inputs(6)
+    assert (number, first) == again[:2] and torch.equal(books, again[2])
+    assert number != other[0] and first != other[1]
+    assert books.shape != other[2].shape or not torch.equal(books, other[2])
 
 
 class WrongCpu(Backend):

@@ -127,7 +127,7 @@ class Session:
         return random.Random(self._seed_of(name))
 
     def _seed_of(self, name: str) -> int:
-        return (self.seed << 32) + zlib.crc32(name.encode())
+        return zlib.crc32(f"{self.seed} {name}".encode())  # 32 bits: torch's CPU generator takes no more
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
