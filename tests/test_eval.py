@@ -26,13 +26,14 @@ def tiny(make_model, tiny_tokenizer):
     return make_model("llama", head_dim=32), tiny_tokenizer
 
 
-def test_bytes_are_those_of_the_cost_model(tiny):
+@pytest.mark.parametrize("maps", [False, True])
+def test_bytes_are_those_of_the_cost_model(tiny, maps):
     model, tokenizer = tiny
     pq = PQConfig(M=16, nbits=6)
-    books = Codebooks.random(model, config=pq)
+    books = Codebooks.random(model, config=pq, maps=maps)
     method = methods.from_codebooks("pq", books, Setting(model, tokenizer, SMALL))
     for context in (40, 2048, 8192):
-        cost = CacheCost(ModelShape.from_config(model), pq, SMALL, context)
+        cost = CacheCost(ModelShape.from_config(model), pq, SMALL, context, maps=maps)
         assert method.total_bytes(context) == cost.stored_bytes + cost.constant_bytes
     assert method.token_bits == cost.token_bits == 3 and method.exact_tokens == 23
 
@@ -192,3 +193,30 @@ def test_a_run_without_numbers_still_prints(tiny, capsys):
     assert "page_size" in eval_command.render_table(result.table())
     assert eval_command.render_positions(result.by_position()) == "no method was measured"
     assert result.record()["methods"][1]["error"].startswith("ConfigError")
+
+
+def test_a_cell_of_the_committed_table_comes_out_again(default_model, all_threads):
+    """KIVI's KL at positions 0 to 511: causal, so the first 513 tokens of each window are enough."""
+    from pqlab.evaluation.provenance import text_record
+
+    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert text_record(record["text"]["name"]) == record["text"]
+    (row,) = (row for row in record["methods"] if row["method"] == "kivi-4")
+    cell = row["by_position"][0]
+    assert (cell["start"], cell["stop"]) == (0, 512)
+    frames = [
+        evaluate(
+            *default_model,
+            ["kivi-4"],
+            text=record["text"]["name"],
+            windows=1,
+            length=513,
+            skip=record["skip"] + i * record["stride"],
+            prompt=record["prompt"],
+            config=CacheConfig(**record["cache"]),
+        ).frame
+        for i in range(record["windows"])
+    ]
+    again = pd.concat(frames)
+    assert len(again) == cell["positions"] and again.agree.mean() == pytest.approx(cell["agreement"], abs=0.003)
+    assert again.kl.mean() == pytest.approx(cell["kl"], rel=0.02)
