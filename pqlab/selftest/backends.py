@@ -16,6 +16,9 @@ from .session import DETAILS, Phase, Session, expect
 CODECS = ((64, 32, 8), (64, 32, 4), (128, 64, 8), (128, 32, 8), (96, 48, 8), (32, 16, 8), (64, 16, 8))
 """(head size, M, nbits): what a check draws from; every backend has kernels for them."""
 
+CPU_CODECS = (*CODECS, (64, 64, 8), (64, 4, 8), (128, 8, 6), (48, 16, 5), (80, 40, 3), (256, 128, 7))
+"""What the C++ kernels and the reference take besides."""
+
 
 def checks(session: Session):
     for name in ("reference", "cpu", "cuda"):
@@ -96,7 +99,7 @@ def encode_agrees(session: Session, name: str, device: str) -> str:
     g, count = session.generator(f"encode {name}"), session.amount(4, 20)
     codes_seen = 0
     for _ in range(count):
-        d, m, nbits = _codec(g)
+        d, m, nbits = _codec(g, device)
         heads, n, page_size = _pick(g, 1, 2, 3), _pick(g, 1, 17, 40), 16 * _pick(g, 1, 2, 4)
         books = torch.randn(heads, m, 2**nbits, d // m, generator=g).to(device)
         x = torch.randn(heads, n, d, generator=g).to(device)
@@ -182,8 +185,8 @@ def _pick(g: torch.Generator, *choices):
     return choices[int(torch.randint(0, len(choices), (1,), generator=g))]
 
 
-def _codec(g: torch.Generator) -> tuple[int, int, int]:
-    return _pick(g, *CODECS)
+def _codec(g: torch.Generator, device: str) -> tuple[int, int, int]:
+    return _pick(g, *(CODECS if device == "cuda" else CPU_CODECS))
 
 
 def random_decode(g: torch.Generator, device: str, codec: tuple[int, int, int] | None = None) -> tuple:
@@ -191,7 +194,7 @@ def random_decode(g: torch.Generator, device: str, codec: tuple[int, int, int] |
 
     On CUDA the shapes are few: each is compiled for itself.
     """
-    d, m, nbits = codec or (CODECS[0] if device == "cuda" else _codec(g))
+    d, m, nbits = codec or (CODECS[0] if device == "cuda" else _codec(g, device))
     heads, group = _pick(g, 1, 2, 3), 3 if device == "cuda" else _pick(g, 1, 2, 3, 5)
     steps = 1 if device == "cuda" else _pick(g, 1, 1, 2, 7)
     rows, page_size, num_sinks, slots = _pick(g, 1, 2, 4), 16 * _pick(g, 1, 2, 4), 4, 100
