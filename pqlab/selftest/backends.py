@@ -69,7 +69,8 @@ def decode_agrees(session: Session, name: str, device: str) -> str:
     worst = worst_lse = 0.0
     shapes = set()
     for case in range(count):
-        call = random_decode(g, device, codec=CODECS[(case + session.seed) % len(CODECS)] if session.full else None)
+        every = session.full and device == "cuda"  # each is compiled for itself: quick keeps to one
+        call = random_decode(g, device, codec=CODECS[case % len(CODECS)] if every else None)
         shapes.add(_shape(call))
         with use_backend(name):
             out, lse = ops.decode(*call)

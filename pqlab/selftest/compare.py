@@ -37,7 +37,7 @@ def checks(session: Session) -> Iterator[Check]:
 def contiguous_beside_paged(session: Session) -> str:
     model, _ = session.loaded
     books, config = session.codebooks, CacheConfig()
-    prompt, new = session.amount(700, 3000), session.amount(24, 80)
+    prompt, new = session.amount(700, 2000), session.amount(24, 60)
     text = session.prompt(prompt, "compare")
     paged = lambda: PagedPQCache(model, books, config, context=prompt + new)  # noqa: E731
     with attention(model, "pqlab"):
@@ -52,7 +52,10 @@ def contiguous_beside_paged(session: Session) -> str:
     ]
     rows = [_measure(session, name, how, make, ids, prompt) for name, how, make in ways]
     say = session.console.info
-    say(f"{prompt} tokens of prompt, {new} steps: prefill s, ms a token, bytes held" + ", peak" * bool(rows[0].peak))
+    say(
+        f"{prompt} tokens of prompt, {new} steps, exact tokens in {model.dtype}: prefill s, ms a token, bytes held"
+        + ", peak" * bool(rows[0].peak)
+    )
     for row in rows:
         peak = f"  {readable_bytes(row.peak):>11}" if row.peak is not None else ""
         times = f"{row.run.prefill_seconds:7.2f} {1e3 * row.run.token_seconds:8.2f}"

@@ -142,9 +142,11 @@ class Session:
 
     @cached_property
     def codebooks(self) -> Codebooks:
-        from ..models import default_codebooks
+        from ..models import default_codebooks, default_codebooks_path
 
         begin = time.perf_counter()
+        if not default_codebooks_path(self.loaded[0]).exists():
+            self.console.info("codebooks: none for this model yet, calibrating them once; this takes minutes on a CPU")
         books = default_codebooks(*self.loaded, progress=False)
         self.console.info(f"codebooks: {books}, {time.perf_counter() - begin:.1f} s")
         return books
