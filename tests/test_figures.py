@@ -6,6 +6,7 @@ import html
 import re
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from tiny_trace import PROMPT, tiny_cache_and_trace
@@ -15,6 +16,7 @@ from pqlab.cost import SHAPES, CacheCost
 from pqlab.evaluation.layout_access import LOADS, compare_orders, random_codes
 from pqlab.evaluation.layout_bench import measure_orders
 from pqlab.figures import theme
+from pqlab.figures.accuracy import divergence_figure, pareto_figure, plan_figure
 from pqlab.figures.decode import decode_figure
 from pqlab.figures.decode_data import error_grid, next_tokens
 from pqlab.figures.layout import SHOWN, layout_figure
@@ -228,3 +230,36 @@ def test_text_is_escaped_and_says_its_pages(trace):
     for page in (page for page in trace.tables[40].tolist() if page >= 0):
         assert f'title="page {page}: codes"' in late
     assert "tokens before" in text_html(trace, 40, num_tokens=10) and "tokens before" not in late
+
+
+@pytest.mark.parametrize("theme_name", ["light", "dark"])
+def test_pareto_draws_every_method_and_joins_those_not_beaten(theme_name):
+    rows = [("exact", 16, 0.0), ("a", 2, 0.1), ("b", 4, 0.2), ("c", 4, 0.01), ("d", 4.02, 0.0101), ("e", 5, 0.02)]
+    table = pd.DataFrame(rows, columns=["method", "token_bits", "kl"])
+    figure = pareto_figure(table, ["c"], theme_name)
+    line, own, others = figure.data
+    assert list(line.x) == [2, 4] and list(line.y) == [0.1, 0.01]
+    assert list(own.customdata) == ["c"] and list(others.customdata) == ["a", "b", "d", "e"]
+    assert list(own.text) == ["c"], "points on each other share a label within their kind"
+    together = pareto_figure(table).data[2]
+    assert list(together.text) == ["a", "c<br>d", "", "b", "e"] or "c<br>d" in together.text
+
+
+def test_plan_shows_what_was_chosen_and_what_is_left():
+    rows = [(i, side, 2 + 2 * (i == 1), 10.0 ** -(i + 2)) for i in range(3) for side in "kv"]
+    figure = plan_figure(pd.DataFrame(rows, columns=["layer", "side", "bits", "kl"]))
+    grid, k, v = figure.data
+    assert list(grid.y) == ["K", "V"] and np.array(grid.z).tolist() == [[2, 4, 2], [2, 4, 2]]
+    assert list(k.y) == list(v.y) == [0.01, 0.001, 0.0001]
+
+
+def test_divergence_marks_the_worst_positions_with_their_text():
+    frame = pd.DataFrame({"method": "m", "window": 0, "position": range(200), "kl": [0.0] * 50 + [0.01] * 150})
+    frame["agree"] = True
+    frame.loc[120, ["kl", "agree"]] = 2.0, False
+    figure = divergence_figure(frame, {0: [f"<w{i}>\n" for i in range(200)]})
+    line, worst = figure.data
+    assert min(line.x) == 50 and list(worst.x) == [120] and list(worst.marker.symbol) == ["x"]
+    assert worst.text[0].endswith("‹w119>⏎‹w120>⏎”")
+    with pytest.raises(ValueError, match="choose one"):
+        divergence_figure(pd.concat([frame, frame.assign(window=1)]))

@@ -38,6 +38,7 @@ from ..models.defaults import CALIBRATION_TEXT
 from ..paging.layout import SIDES
 from ..quantization import Codebooks, LayerCodec, attention_geometry, collect_kv, origin_of, train
 from ..quantization.codebook_file import read
+from ..quantization.samples import NUM_TOKENS
 from ..quantization.sensitivity import value_metrics
 from ..transformers_api import cache_argument
 from .fidelity import compare, summarize, text_windows
@@ -125,6 +126,7 @@ class Planner:
         text: its first four fifths are calibrated on, the rest is measured on.
         config: sinks, residual length and page size that the measurements are to hold for.
         choices: bits per element that a side can get, of `BITS`.
+        num_tokens: to calibrate on.
         windows, length: of text, in tokens, for the sensitivities, and as many again for certificates.
 
     Attributes:
@@ -142,6 +144,7 @@ class Planner:
         *,
         config: CacheConfig | None = None,
         choices: Sequence[int] = DEFAULT_BITS,
+        num_tokens: int = NUM_TOKENS,
         windows: int = 2,
         length: int = 1024,
         text_name: str = "",
@@ -155,7 +158,7 @@ class Planner:
         self.model, self.config = model, config or CacheConfig()
         self._measured_on = f"{windows} x {length} tokens of the end of {text_name or 'the text'}"
         self._windows = held_out[windows:]
-        samples = collect_kv(model, tokenizer, text[:cut])
+        samples = collect_kv(model, tokenizer, text[:cut], num_tokens=num_tokens)
         metrics = value_metrics(model)
         self.candidates: dict[int, dict[int, LayerCodec]] = {}
         for choice in tqdm(choices, desc="train codebooks", unit="choice", disable=not progress):

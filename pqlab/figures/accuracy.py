@@ -1,0 +1,181 @@
+"""How faithful: bits against divergence of many methods, a plan's choices, and divergence along a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from .sheet import Sheet
+from .theme import AMOUNTS, BAD, GREY, PAGED, Theme, sequence_colour
+
+_LOWEST = 1e-7  # nats that a logarithmic axis still shows
+
+
+def pareto_figure(table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | None = "light") -> go.Figure:
+    """Token bits against KL, a point a method; the line joins those that no other beats in both.
+
+    Args:
+        table: rows with `method`, `token_bits` and `kl` (nats), as `Evaluation.table` gives them; `kl_error` is drawn
+            where it is there. Rows without numbers and the exact cache are left out.
+        own: methods to mark as pqlab's.
+    """
+    rows = table[table.kl > 0].sort_values(["token_bits", "kl"])
+    best = rows[rows.kl < rows.kl.shift().cummin().fillna(float("inf"))]
+    sheet = Sheet()
+    plot = sheet.plot(
+        0,
+        0,
+        "left and low is better",
+        x={"title": {"text": "token bits: codes, scales, zero points"}, "rangemode": "tozero"},
+        y={"title": {"text": "KL to exact, nats"}, "type": "log", "dtick": 1, "exponentformat": "power"},
+    )
+    sheet.add(
+        plot,
+        "scatter",
+        x=best.token_bits,
+        y=best.kl,
+        mode="lines",
+        line={"color": GREY, "dash": "dot", "shape": "hv"},
+        name="not beaten in both",
+        hoverinfo="skip",
+    )
+    mine = rows.method.isin(own)
+    for name, part, symbol in (("pqlab", rows[mine], "diamond"), ("others", rows[~mine], "circle")):
+        sheet.add(
+            plot,
+            "scatter",
+            x=part.token_bits,
+            y=part.kl,
+            error_y={"type": "data", "array": part["kl_error"].fillna(0)} if "kl_error" in part else {},
+            text=_labels(part),
+            customdata=part.method,
+            mode="markers+text",
+            textposition="top right" if symbol == "diamond" else "middle right",
+            marker={"symbol": symbol, "size": 12, "color": PAGED if symbol == "diamond" else GREY},
+            name=name,
+            hovertemplate="%{customdata}<br>%{x:.3g} bits, KL %{y:.3g} nats<extra></extra>",
+            cliponaxis=False,
+        )
+    return sheet.figure(theme, min_width=620, height=460, margin={"t": 40, "b": 90, "l": 70, "r": 110})
+
+
+def _labels(rows: pd.DataFrame) -> list[str]:
+    """A label a point; points that lie on each other share one, so that it can be read."""
+    place = list(zip(rows.token_bits.round(1), np.log10(rows.kl).mul(4).round(), strict=True))
+    together: dict[tuple[float, float], list[str]] = {}
+    for where, name in zip(place, rows.method, strict=True):
+        together.setdefault(where, []).append(name)
+    return ["<br>".join(together.pop(where, [])) for where in place]
+
+
+def plan_figure(choices: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """What a plan gave every layer and side, and what each of them still costs.
+
+    Args:
+        choices: layer, side, bits, kl (nats), as `Plan.choices`.
+    """
+    sheet = Sheet(heights=[0.32, 0.68], gap_y=0.16)
+    layers = sorted(choices.layer.unique())
+    grid = choices.pivot(index="side", columns="layer", values="bits")
+    span = {"range": [layers[0] - 0.5, layers[-1] + 0.5], "dtick": max(1, len(layers) // 15)}
+    plot = sheet.plot(
+        0, 0, "bits per element", y={"type": "category", "showgrid": False}, x={"showgrid": False, **span}
+    )
+    sheet.add(
+        plot,
+        "heatmap",
+        z=grid.to_numpy(),
+        x=layers,
+        y=[side.upper() for side in grid.index],
+        text=[[f"{b:g}" for b in row] for row in grid.to_numpy()],
+        texttemplate="%{text}",
+        colorscale=AMOUNTS,
+        showscale=False,
+        xgap=1,
+        ygap=1,
+        hovertemplate="layer %{x}, %{y}: %{z:g} bits<extra></extra>",
+        name="bits",
+    )
+    plot = sheet.plot(
+        1,
+        0,
+        "divergence that is left, predicted, nats",
+        x={"title": {"text": "layer"}, **span},
+        y={"type": "log", "dtick": 1, "exponentformat": "power"},
+    )
+    for index, (side, part) in enumerate(choices.sort_values("layer").groupby("side")):
+        sheet.add(
+            plot,
+            "scatter",
+            x=part.layer,
+            y=part.kl.clip(lower=_LOWEST),
+            mode="lines+markers",
+            line={"color": sequence_colour(index)},
+            marker={"symbol": ("circle", "square")[index % 2]},
+            name=side.upper(),
+            hovertemplate=f"layer %{{x}}, {side.upper()}: %{{y:.2g}} nats<extra></extra>",
+        )
+    return sheet.figure(theme, min_width=620, height=420, margin={"t": 40, "b": 80, "l": 60, "r": 20})
+
+
+def divergence_figure(
+    frame: pd.DataFrame, tokens: Mapping[int, Sequence[str]] | None = None, theme: Theme | None = "light"
+) -> go.Figure:
+    """KL of the positions of one window, a line a method, from the first stored page on.
+
+    The worst positions are marked, with the tokens that they follow.
+
+    Args:
+        frame: method, window, position, kl, agree: `Evaluation.frame` or `fidelity.compare`, of one window.
+        tokens: token texts by window, to name positions with.
+    """
+    windows = frame.window.unique()
+    if len(windows) != 1:
+        raise ValueError(f"the frame holds windows {list(windows)}; choose one: frame[frame.window == {windows[0]}]")
+    names = (tokens or {}).get(int(windows[0]))
+    frame = frame[frame.kl > 0]  # before the first page is full there is nothing to differ
+    sheet = Sheet()
+    plot = sheet.plot(
+        0,
+        0,
+        f"window {windows[0]}",
+        x={"title": {"text": "position"}},
+        y={"title": {"text": "KL to exact, nats"}, "type": "log", "dtick": 1, "exponentformat": "power"},
+    )
+    for index, (method, part) in enumerate(frame.groupby("method", sort=False)):
+        colour = sequence_colour(index)
+        sheet.add(
+            plot,
+            "scatter",
+            x=part.position,
+            y=part.kl.rolling(32, min_periods=1).mean().clip(lower=_LOWEST),
+            mode="lines",
+            line={"color": colour},
+            name=f"{method}, mean of 32",
+            legendgroup=method,
+        )
+        worst = part.nlargest(max(1, len(part) // 100), "kl")
+        labels = [_label(names, position) for position in worst.position]
+        sheet.add(
+            plot,
+            "scatter",
+            x=worst.position,
+            y=worst.kl,
+            text=labels,
+            mode="markers",
+            marker={"color": colour, "symbol": ["circle" if a else "x" for a in worst.agree], "line": {"color": BAD}},
+            name=f"{method}, worst 1 % (×: another likeliest token)",
+            legendgroup=method,
+            hovertemplate=f"{method}, %{{text}}: %{{y:.3g}} nats<extra></extra>",
+        )
+    return sheet.figure(theme, min_width=620, height=440, margin={"t": 40, "b": 120, "l": 70, "r": 20})
+
+
+def _label(names: Sequence[str] | None, position: int) -> str:
+    if names is None:
+        return f"position {position}"
+    before = "".join(names[max(0, position - 4) : position + 1])
+    return "after “…" + before.replace("\n", "⏎").replace("<", "‹") + "”"
