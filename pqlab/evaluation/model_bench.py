@@ -33,6 +33,10 @@ from ..transformers_api import cache_argument
 SHAPES = {
     "7b": {"num_key_value_heads": 32, "intermediate_size": 11008},
     "8b": {"num_key_value_heads": 8, "intermediate_size": 14336},
+    "smollm2": {
+        "num_key_value_heads": 3, "intermediate_size": 1536, "hidden_size": 576, "num_attention_heads": 9,
+        "num_hidden_layers": 30, "vocab_size": 49152, "head_dim": 64,
+    },
     "tiny": {
         "num_key_value_heads": 2, "intermediate_size": 64, "hidden_size": 64, "num_attention_heads": 4,
         "num_hidden_layers": 2, "vocab_size": 100, "head_dim": 16,
