@@ -90,7 +90,7 @@ def compare(
     try:
         for i, ids in enumerate(windows):
             ids = ids.to(model.device)
-            exact = _hidden(model, ids, None)
+            exact = last_hidden(model, ids, None)
             if not exact.isfinite().all():
                 raise ValueError(f"window {i}: the exact model itself is not finite; load it in another dtype")
             bar.update()
@@ -175,14 +175,14 @@ def _error_over_windows(group: pd.DataFrame, values: pd.Series) -> float:
     return means.std() / len(means) ** 0.5 if len(means) > 1 else float("nan")
 
 
-def _hidden(model, ids: torch.Tensor, cache) -> torch.Tensor:
-    """[n, hidden size] behind the last layer."""
+def last_hidden(model, ids: torch.Tensor, cache) -> torch.Tensor:
+    """[n, hidden size] behind the last layer, of one text [1, n]; the cache may be None: exact."""
     base = model.base_model
     return base(ids, **cache_argument(base, cache), use_cache=cache is not None).last_hidden_state[0]
 
 
 def _run(model, ids, exact, quantize: Quantize, config: CacheConfig, prompt: int) -> pd.DataFrame:
-    hidden = _hidden(model, ids, TeacherForcedCache(model, quantize, config, prompt))
+    hidden = last_hidden(model, ids, TeacherForcedCache(model, quantize, config, prompt))
     frame = pd.concat(_measure(model, ids, exact, hidden, prompt), ignore_index=True)
     if frame.kl.isna().any():  # a mean would pass over them
         raise ValueError(f"next-token distributions are not finite at {int(frame.kl.isna().sum())} positions")
