@@ -28,16 +28,17 @@ CASES = tuple(
     for *heads, d in ((9, 3, 64), (32, 8, 128), (32, 32, 128))
     for n in (1024, 2048, 4096, 8192, 32768)
 )
-_SECONDS = 1.5  # of turns a contender
+_SECONDS = 1.0  # a contender
 _ENCODED = 4096  # tokens
 
 
 def interleaved(contenders: Mapping[str, Callable[[], Any]], seconds: float = _SECONDS) -> dict[str, list[float]]:
-    """Seconds of every call of the contenders, which take turns until each has had `seconds` and five turns."""
+    """Seconds of every call of the contenders, which take turns for `seconds` each on average, five turns at least."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for function in contenders.values():
         function()
-    while any(sum(t) < seconds or len(t) < 5 for t in times.values()) and max(map(len, times.values())) < 2000:
+    end = time.perf_counter() + seconds * len(contenders)
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
         for name, function in contenders.items():
             start = time.perf_counter()
             function()
