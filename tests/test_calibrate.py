@@ -17,10 +17,11 @@ from pqlab.transformers_api import cache_argument
 TEXT = " ".join(f"Chapter {i}: the {i * 7919 % 997}th whale was {i * 31 % 89} feet long, and sang." for i in range(200))
 
 
-def cached_kv(model, ids):
+def cached_kv(model, ids, first_position=0):
     """What transformers' own cache holds after a forward over whole rows: {layer: (K, V)}."""
     cache = DynamicCache(config=model.config)
-    model(ids, **cache_argument(model, cache))
+    positions = first_position + torch.arange(ids.shape[1])[None]
+    model(ids, **cache_argument(model, cache), position_ids=positions)
     return {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
 
 
@@ -74,8 +75,24 @@ def test_windows_start_anew(make_model, tiny_tokenizer):
         model, tiny_tokenizer, TEXT, num_tokens=300, window=100, num_sinks=4, progress=lambda *x: seen.append(x)
     )
     assert samples.num_samples == 3 * 96 and seen == [(100, 300), (200, 300), (300, 300)]
-    last = cached_kv(model, torch.tensor([windows[2]]))[1][0][0, :, 4:]
+    end = model.config.max_position_embeddings - 100
+    last = cached_kv(model, torch.tensor([windows[2]]), end)[1][0][0, :, 4:]
     torch.testing.assert_close(samples.keys[1][:, -96:], last, atol=1e-4, rtol=1e-4)
+
+
+def test_windows_reach_the_positions_that_the_model_can():
+    """Keys are turned by their position: those of late tokens must be among the samples."""
+    from transformers import GPT2Config, LlamaConfig
+
+    from pqlab.quantization.samples import MAX_POSITION, _first_positions
+
+    assert _first_positions(LlamaConfig(max_position_embeddings=8192), 4, 2048) == [0, 2048, 4096, 6144]
+    assert _first_positions(LlamaConfig(max_position_embeddings=8192), 1, 2048) == [0]
+    assert _first_positions(LlamaConfig(max_position_embeddings=10**6), 4, 2048)[-1] == MAX_POSITION - 2048
+    assert _first_positions(LlamaConfig(max_position_embeddings=2048), 4, 2048) == [0] * 4
+    assert _first_positions(GPT2Config(), 4, 512) == [0] * 4, "no rotary embedding"
+    scaled = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert _first_positions(LlamaConfig(rope_parameters=scaled), 4, 512) == [0] * 4
 
 
 @pytest.mark.parametrize(

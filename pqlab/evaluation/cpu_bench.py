@@ -32,12 +32,12 @@ _SECONDS = 1.0  # a contender
 _ENCODED = 4096  # tokens
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], seconds: float = _SECONDS) -> dict[str, list[float]]:
+def interleaved(contenders: Mapping[str, Callable[[], Any]], seconds: float | None = None) -> dict[str, list[float]]:
     """Seconds of every call of the contenders, which take turns for `seconds` each on average, five turns at least."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for function in contenders.values():
         function()
-    end = time.perf_counter() + seconds * len(contenders)
+    end = time.perf_counter() + (_SECONDS if seconds is None else seconds) * len(contenders)
     while time.perf_counter() < end or min(map(len, times.values())) < 5:
         for name, function in contenders.items():
             start = time.perf_counter()

@@ -24,6 +24,9 @@ NUM_TOKENS = 8192
 WINDOW = 2048
 NUM_SINKS = 4
 
+MAX_POSITION = 32768
+"""Calibration reaches this far into the context of a model: few windows spread over more would lie too far apart."""
+
 _MAX_CHARS = 4_000_000  # of a text that are tokenized to choose windows from
 
 
@@ -54,7 +57,10 @@ def collect_kv(
 ) -> Samples:
     """Run text through the model, window by window, and keep the keys and values.
 
-    Each window starts a new sequence; its first `num_sinks` tokens are no samples, since a cache keeps them exact.
+    Each window starts a new sequence; its first `num_sinks` tokens are no samples, since a cache keeps them exact. With
+    rotary embeddings, windows start at positions spread over the model's context: its attention sees distances only,
+    but keys are turned by their position, and those of a long context would be like none of a short text. (SmolLM2 at 4
+    bits, calibrated on positions below 2048: KL .0007 there, .028 at 4000.)
 
     Args:
         text: one text, of which windows are taken evenly from beginning to end, or several, taken in turn.
@@ -75,10 +81,12 @@ def collect_kv(
         )
     parts: list[Samples] = []
     sensitivity: dict[int, Sensitivity] = {}
+    starts = _first_positions(text_config(model), len(windows), max(map(len, windows)))
     total = sum(map(len, windows))
     done = 0
-    for ids in windows:
-        parts.append(record_kv(model, torch.tensor([ids]), num_sinks=num_sinks, sensitivity=sensitivity))
+    for ids, start in zip(windows, starts, strict=True):
+        options = {"num_sinks": num_sinks, "first_position": start, "sensitivity": sensitivity}
+        parts.append(record_kv(model, torch.tensor([ids]), **options))
         done += len(ids)
         if progress is not None:
             progress(done, total)
@@ -96,6 +104,7 @@ def record_kv(
     attention_mask: Tensor | None = None,
     *,
     num_sinks: int = NUM_SINKS,
+    first_position: int = 0,
     sensitivity: dict[int, Sensitivity] | None = None,
 ) -> Samples:
     """Keys and values of one batch of sequences; pads and the first `num_sinks` real tokens of a row are left out.
@@ -104,6 +113,7 @@ def record_kv(
 
     Args:
         input_ids: [B, n] token ids; attention_mask: [B, n], 0 where a token is a pad; None means no pads.
+        first_position: of every row's first real token.
         sensitivity: of earlier batches, to go on with.
     """
     geometry = attention_geometry(model)
@@ -115,7 +125,7 @@ def record_kv(
         model.base_model(
             input_ids=input_ids,
             attention_mask=mask,
-            position_ids=(place - 1).clamp_min(0),
+            position_ids=(place - 1).clamp_min(0) + first_position,
             **cache_argument(model.base_model, recorder),
             use_cache=True,
         )
@@ -182,6 +192,18 @@ class _Observed:
         return torch.nn.functional.scaled_dot_product_attention(
             query, self.key, self.value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
+
+
+def _first_positions(config, count: int, length: int) -> list[int]:
+    """Where each of `count` windows of `length` tokens starts: spread over the context of a model with rotary
+    embeddings, at 0 for any other, and where their scaling depends on the length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type", "default") for part in [rope, *rope.values()] if isinstance(part, dict)}
+    context = getattr(config, "max_position_embeddings", None) or 0
+    if not rope or kinds & {"dynamic", "longrope"}:
+        return [0] * count
+    room = max(0, min(context, MAX_POSITION) - length)
+    return [i * room // max(1, count - 1) for i in range(count)]
 
 
 def split_text(
