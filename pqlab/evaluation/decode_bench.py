@@ -91,24 +91,26 @@ class Timer:
         return statistics.median(times)
 
 
-def decode_arguments(case: Case, *, exact_tokens: bool = True, seed: int = 0, device: str = "cuda") -> tuple[Any, ...]:
+def decode_arguments(
+    case: Case, *, exact_tokens: bool = True, seed: int = 0, device: str = "cuda", page_size: int = PAGE
+) -> tuple[Any, ...]:
     """Random arguments of `ops.decode`: pages shuffled over a pool that is a little too large."""
     g = torch.Generator(device=device).manual_seed(seed)
     batch, d, m, heads = len(case.tokens), case.head_dim, case.m, case.kv_heads
     beside = SINKS + WINDOW if exact_tokens else 0
     coded = [max(0, n - beside) for n in case.tokens]
-    per_row = -(-max(coded) // PAGE)
+    per_row = -(-max(coded) // page_size)
     max_pages = batch * per_row + 7
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device=device)
 
     pages = [
-        torch.randint(0, 256, (max_pages, heads, PAGE // 16, m, 16), generator=g, device=device, dtype=torch.uint8)
+        torch.randint(0, 256, (max_pages, heads, page_size // 16, m, 16), generator=g, device=device, dtype=torch.uint8)
         for _ in range(2)
     ]
     table = torch.randperm(max_pages, generator=g, device=device)[: batch * per_row].view(batch, per_row)
-    used = torch.arange(per_row, device=device) * PAGE < torch.tensor(coded, device=device)[:, None]
+    used = torch.arange(per_row, device=device) * page_size < torch.tensor(coded, device=device)[:, None]
     exact = [SINKS, WINDOW] if exact_tokens else [0, 0]
     lengths = torch.tensor([[exact[0], n, exact[1]] for n in coded], dtype=torch.int32, device=device)
     books = [random(heads, m, 256, d // m) for _ in range(2)]

@@ -6,9 +6,7 @@ copy. Bandwidth counts the wanted bytes alone; what is fetched beside them shows
 
 from __future__ import annotations
 
-import platform
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,23 +14,13 @@ import torch
 
 from ..paging.layout import ORDERS, TILE
 from .layout_access import PATTERNS
+from .provenance import device_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_BYTES = 64 * 2**20
 """Codes per order, and bytes overwritten before each read so that it starts with cold caches."""
-
-
-def device_name(device: str | torch.device = "cpu") -> str:
-    """The processor's or the GPU's name as its maker calls it."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def stored_views(codes: torch.Tensor, pattern: str, slot: int = 0, subspace: int = 0) -> dict[str, torch.Tensor]:

@@ -9,6 +9,8 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 from ..models import load_text
 
 PACKAGES = ("pqlab", "torch", "transformers", "numpy", "pandas", "optimum-quanto", "hqq")
@@ -52,3 +54,14 @@ def file_sha256(path: str | Path) -> str:
 
 def today() -> str:
     return datetime.date.today().isoformat()
+
+
+def device_name(device: str | torch.device = "cpu") -> str:
+    """The processor's or the GPU's name as its maker calls it."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -40,7 +40,7 @@ class CpuBackend(Backend):
     def __init__(self) -> None:
         self._library: Any = None
         sources = sorted(SOURCES.glob("*.cpp"))
-        self.extension = Extension("pqlab_cpu", sources, self._load, cflags=_compile_flags(), ldflags=_link_flags())
+        self.extension = Extension("pqlab_cpu", sources, self._load, cflags=compile_flags(), ldflags=link_flags())
 
     def _load(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -164,7 +164,8 @@ def _fail(op: str, code: int, what: str) -> None:
     raise ValueError(f"pqlab.{op}: {cause}: {what}")
 
 
-def _compile_flags() -> list[str]:
+def compile_flags() -> list[str]:
+    """For C++ that runs on this machine."""
     if sys.platform == "win32":
         return ["/O2", "/std:c++17"]
     native = "-march=native" if _machine_is_x86() else "-mcpu=native"
@@ -174,7 +175,7 @@ def _compile_flags() -> list[str]:
     return [*flags, "-fopenmp"] if torch.backends.openmp.is_available() and sys.platform != "darwin" else flags
 
 
-def _link_flags() -> list[str]:
+def link_flags() -> list[str]:
     return ["-Wl,--no-as-needed"] if sys.platform.startswith("linux") else []  # keep torch's libraries, and so libgomp
 
 

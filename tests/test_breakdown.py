@@ -1,0 +1,147 @@
+"""Where a step's time goes: parts are exclusive and complete, and measuring leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pqlab import CacheConfig, cli, kernels
+from pqlab.errors import ConfigError, UnsupportedModelError
+from pqlab.evaluation import breakdown as module
+from pqlab.evaluation.breakdown import PARTS, breakdown
+from pqlab.evaluation.decode_steps import decode_step
+from pqlab.evaluation.filled_caches import filled_paged
+from pqlab.kernels import ops
+from pqlab.transformers_api import cache_argument
+
+PAGE = CacheConfig(page_size=16, residual_length=32)
+
+
+class Ticks(module._Watch):
+    """A clock that moves when it is told to."""
+
+    time = 0.0
+
+    def now(self):
+        return self.time / 1e3
+
+
+def test_a_moment_belongs_to_the_innermost_part():
+    watch = Ticks()
+
+    def spend(milliseconds):
+        watch.time += milliseconds
+
+    inner = watch.wrap(lambda: spend(5), "inner")
+
+    def both():
+        spend(1)
+        inner()
+        spend(2)
+
+    with watch:
+        spend(10)
+        watch.wrap(both, "outer")()
+        spend(20)
+    inner()  # not measured any more
+    assert watch.read() == pytest.approx({"rest": 30, "outer": 3, "inner": 5})
+    watch.cost = 2.0  # taken from each of the five intervals
+    assert watch.read() == pytest.approx({"rest": 26, "outer": 0, "inner": 3})
+
+
+def test_an_error_closes_the_part():
+    watch = Ticks()
+
+    def fail():
+        raise KeyError
+
+    with watch:
+        with pytest.raises(KeyError):
+            watch.wrap(fail, "part")()
+        watch.time += 1
+    assert watch.read() == pytest.approx({"rest": 1, "part": 0})
+
+
+def test_parts_of_every_kind_of_model(tiny_model):
+    kernels.wait()
+    if tiny_model.config.model_type.startswith("gemma3"):
+        with pytest.raises(UnsupportedModelError, match="running a prompt"):
+            breakdown(tiny_model, "paged", 100, 2)
+        return
+    paged = breakdown(tiny_model, "paged", 100, config=PAGE)
+    exact = breakdown(tiny_model, "exact", 100, 4)
+    common = {"embedding", "norms", "projection", "rotary", "store", "mlp", "lm head", "rest"}
+    assert set(paged.part) == common | {"maps", "flush", "codes", "exact tokens", "bookkeeping"}
+    assert set(exact.part) == common | {"attention"}
+    for frame in (paged, exact):
+        assert list(frame.part) == [part for part in PARTS if part in set(frame.part)]
+        assert frame.share.sum() == pytest.approx(1) and (frame.milliseconds > 0).all()
+        assert frame.attrs["sum_milliseconds"] == pytest.approx(frame.milliseconds.sum())
+        measured = frame.attrs["step_milliseconds"] * (1 + frame.attrs["overhead"])
+        assert frame.attrs["sum_milliseconds"] <= measured * 1.001
+    assert paged.attrs["steps"] == 16 and exact.attrs["steps"] == 4
+
+
+def test_measuring_leaves_nothing_behind(make_model):
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    ids = torch.arange(40)[None]
+    before = model(ids).logits
+    functions = dict(ALL_ATTENTION_FUNCTIONS)
+    rotary = __import__(type(model).__module__, fromlist=["x"]).apply_rotary_pos_emb
+    breakdown(model, "paged", 100, 2)
+    breakdown(model, "exact", 100, 2)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == functions
+    assert __import__(type(model).__module__, fromlist=["x"]).apply_rotary_pos_emb is rotary
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any({"decode", "append_", "encode_pages_"} & set(vars(backend)) for backend in ops.backends().values())
+    assert model.config._attn_implementation == "pqlab" and torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama"])
+def test_a_cache_of_ones_own(make_model, kind):
+    model = make_model(kind)
+
+    def prompted():
+        cache = DynamicCache(config=model.config)
+        model(torch.arange(50)[None], **cache_argument(model, cache))
+        return cache
+
+    frame = breakdown(model, prompted, 50, 3)
+    assert frame.attrs["kind"] == "DynamicCache" and "attention" in set(frame.part)
+
+
+def test_a_filled_cache_is_the_one_a_prompt_leaves(make_model):
+    model = make_model("llama")
+    cache = filled_paged(model, 150, PAGE)
+    assert cache.lengths.tolist() == [[4, 112, 34]] and cache.get_seq_length() == 150
+    cache.group.check_integrity()
+    step = decode_step(model, cache, "pqlab", 150)
+    for _ in range(20):
+        assert torch.isfinite(step()).all()
+    assert cache.lengths.sum() == 170 and cache.lengths[0, 1] == 128
+
+
+def test_wrong_settings_say_what_to_set(make_model):
+    model = make_model("llama")
+    with pytest.raises(ConfigError, match='"paged", "exact"'):
+        breakdown(model, "page", 100)
+    with pytest.raises(ConfigError, match="GPU"):
+        breakdown(model, "paged", 100, graph=True)
+
+
+def test_the_command_compares_kinds_and_contexts(capsys):
+    options = ["--shape", "tiny", "--context", "64", "200", "--steps", "3", "--device", "cpu", "--json"]
+    assert cli.main(["bench", "breakdown", *options]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    runs = {(r["kind"], r["context"]) for r in found["records"]}
+    assert runs == {(kind, n) for kind in ("exact", "paged") for n in (64, 200)}
+    for line in ("sum of parts", "step by itself", "cost of measuring", "exact tokens"):
+        assert line in out
+    assert cli.main(["bench", "breakdown", "--shape", "tiny", "--model", "default"]) == 2
+    assert "not both" in capsys.readouterr().out
