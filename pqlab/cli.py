@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("pqlab.evaluation.eval_command", "bits, bytes and fidelity of every method: KL, perplexity, agreement"),
     "explain": ("pqlab.explain", "say what an error code means and what to set"),
     "plan": ("pqlab.evaluation.plan", "choose M by layer and side under a budget of bits or KL"),
+    "run": ("pqlab.evaluation.pipeline.command", "the report's pipeline: baseline, sampling, training, evaluation"),
     "setup": ("pqlab.prepare", "fetch the default model, calibrate its codebooks, build the kernels"),
 }
 

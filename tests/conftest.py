@@ -95,17 +95,9 @@ def tiny_model(request: pytest.FixtureRequest):
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """One token per UTF-8 byte (ids 0 to 255), then <pad> 256 and <s> 257: fits the tiny models, pads on the left."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from pqlab.models.random_weights import byte_tokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<s>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", padding_side="left", model_max_length=4096
-    )
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

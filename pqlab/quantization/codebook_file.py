@@ -1,4 +1,8 @@
-"""The file of `Codebooks`: tensors and a JSON header in one safetensors file, with a checksum over the tensors."""
+"""The file of `Codebooks` and of samples: tensors and a JSON header in one safetensors file, with a checksum.
+
+A tensor that several names share, or that is expanded (one codebook for all heads), is stored once; the header's
+"shared" says which names are what expansion of it, and reading gives the same sharing back.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,10 @@ import torch
 
 SCHEMA_VERSION = 1
 _KEY = "pqlab"  # of the header in safetensors' metadata
+_DRAFT = ".unfinished-"  # followed by the process
+
+
+Tensors = dict[str, torch.Tensor]
 
 
 class CodebookError(ValueError):
@@ -25,47 +33,77 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, tor
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **header, "sha256": _digest(copies)}, sort_keys=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    stored, shared = _distinct(tensors)
+    about = {"schema_version": SCHEMA_VERSION, **header, **({"shared": shared} if shared else {})}
+    text = json.dumps({**about, "sha256": _digest(stored)}, sort_keys=True)
+    draft = path.with_name(f".{path.name}{_DRAFT}{os.getpid()}")
     try:
-        save_file(copies, draft, {_KEY: text})
+        save_file(stored, draft, {_KEY: text})
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Header and tensors of a file. Raises `CodebookError` when it is damaged, foreign or of another schema."""
+def remove_drafts(path: str | Path) -> None:
+    """Delete what killed writers of this file left lying beside it. No other process may be writing it."""
+    path = Path(path)
+    for draft in path.parent.glob(f".{path.name}{_DRAFT}*"):
+        draft.unlink(missing_ok=True)
+
+
+def read(path: str | Path, what: str = "codebook", remedy: str = "calibrate again") -> tuple[dict[str, Any], Tensors]:
+    """Header and tensors of a file. Raises `CodebookError` when it is damaged, foreign or of another schema.
+
+    Args:
+        what, remedy: what kind of file it is and what to do about a bad one, for the messages.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no codebook file at {path}")
+        raise FileNotFoundError(f"no {what} file at {path}")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
-                raise CodebookError(f"{path.name} is a safetensors file but no pqlab codebook file")
-            header = _parse(path, text)
+                raise CodebookError(f"{path.name} is a safetensors file but no pqlab {what} file")
+            header = _parse(path, text, remedy)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise CodebookError(f"{path.name} cannot be read as a safetensors file ({error}); calibrate again") from error
+        raise CodebookError(f"{path.name} cannot be read as a safetensors file ({error}); {remedy}") from error
     if _digest(tensors) != header.get("sha256"):
-        raise CodebookError(f"{path.name} is damaged: its checksum is not that of its content; calibrate again")
-    return header, tensors
+        raise CodebookError(f"{path.name} is damaged: its checksum is not that of its content; {remedy}")
+    whole = {name: tensors[first].expand(shape) for name, (first, shape) in header.pop("shared", {}).items()}
+    return header, tensors | whole
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def _distinct(tensors: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, tuple[str, list[int]]]]:
+    """Copies of the tensors, each piece of memory once and without expanded dimensions, and {name: (the name it is
+    stored under, its shape)} for those that are not stored as they are."""
+    stored: Tensors = {}
+    shared: dict[str, tuple[str, list[int]]] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        kept = tensor[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
+        first = seen.setdefault((kept.device, kept.data_ptr(), tuple(kept.shape), kept.stride(), kept.dtype), name)
+        if first == name:
+            stored[name] = kept.cpu().contiguous().clone()
+        if first != name or kept.shape != tensor.shape:
+            shared[name] = (first, list(tensor.shape))
+    return stored, shared
+
+
+def _parse(path: Path, text: str, remedy: str) -> dict[str, Any]:
     try:
         header = json.loads(text)
         version = header["schema_version"]
     except (ValueError, TypeError, KeyError) as error:
-        raise CodebookError(f"{path.name} has no readable pqlab header ({error!r}); calibrate again") from error
+        raise CodebookError(f"{path.name} has no readable pqlab header ({error!r}); {remedy}") from error
     if version != SCHEMA_VERSION:
         raise CodebookError(
             f"{path.name} has schema version {version}, this pqlab reads version {SCHEMA_VERSION}; "
-            "calibrate again, or use the pqlab that wrote it"
+            f"{remedy}, or use the pqlab that wrote it"
         )
     return header
 

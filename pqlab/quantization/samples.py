@@ -44,6 +44,11 @@ class Samples:
         """n: vectors per layer, kv head and side."""
         return next(iter(self.keys.values())).shape[1]
 
+    def to(self, device: torch.device | str) -> Samples:
+        """The same samples on a device."""
+        keys, values = ({i: x.to(device) for i, x in side.items()} for side in (self.keys, self.values))
+        return Samples(keys, values, {i: seen.to(device) for i, seen in self.sensitivity.items()})
+
 
 def collect_kv(
     model: PreTrainedModel,

@@ -37,6 +37,11 @@ class Sensitivity:
         """[H, d, d]: E[q q^T]; None when no query was seen."""
         return None if self.query_moment is None else self.query_moment / self.num_queries
 
+    def to(self, device: torch.device | str) -> Sensitivity:
+        """The same observations on a device."""
+        moment = None if self.query_moment is None else self.query_moment.to(device)
+        return Sensitivity(moment, self.num_queries, [(k.to(device), v.to(device)) for k, v in self.importance])
+
     def weights(self) -> tuple[Tensor, Tensor] | None:
         """Weights of the samples (K, V), float32 [H, n] with mean 1 + floor; None when no query was seen.
 

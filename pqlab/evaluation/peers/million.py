@@ -10,17 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from ...config import PQConfig
-from ...errors import ConfigError
 from ...models import load_text
-from ...quantization import Codebooks, LayerCodec, PQCodec, collect_kv, product_kmeans
+from ...quantization import Codebooks, collect_kv, merged_head_dim, train_merged
 from ..methods import Method, Setting, from_codebooks, register
-
-NUM_VECTORS = 2**17
-"""Vectors a side that a merged codebook is trained on, spread evenly over layers, heads and tokens: 512 a centroid."""
 
 
 def merged_codebooks(setting: Setting, pq: PQConfig, *, num_tokens: int = 8192, seed: int = 0) -> Codebooks:
@@ -34,34 +27,11 @@ def merged_codebooks(setting: Setting, pq: PQConfig, *, num_tokens: int = 8192, 
     Raises:
         ConfigError: layers of unequal head size have no common codebook, or M does not divide the head size.
     """
-    sizes = {head_dim for _, head_dim in setting.geometry.values()}
-    if len(sizes) > 1:
-        raise ConfigError(f"one codebook for all layers needs one head size; this model has {sorted(sizes)}")
-    m = pq.num_subspaces(sizes.pop())
+    pq.num_subspaces(merged_head_dim(setting.geometry))  # raises before the text is read
     samples = collect_kv(
         setting.model, setting.tokenizer, load_text(setting.calibration), num_tokens=num_tokens, num_sinks=0
     )
-    merged = [
-        product_kmeans(_spread(side)[None], m, 2**pq.nbits, seed=seed)[0] for side in (samples.keys, samples.values)
-    ]
-    # expanded, not copied: all heads of all layers share one tensor, and its bytes count once
-    return Codebooks(
-        {
-            i: LayerCodec(*(PQCodec(book.expand(heads, *book.shape)) for book in merged))
-            for i, (heads, _) in setting.geometry.items()
-        }
-    )
-
-
-def _spread(layers: dict[int, Tensor]) -> Tensor:
-    """[n, d]: at most `NUM_VECTORS` vectors of all layers [H, n, d], equally many of each layer."""
-    most = NUM_VECTORS // len(layers)
-    parts = []
-    for x in layers.values():
-        vectors = x.flatten(0, 1)
-        count = min(most, len(vectors))
-        parts.append(vectors[torch.arange(count, device=x.device) * len(vectors) // count])
-    return torch.cat(parts)
+    return Codebooks(train_merged(samples, pq, seed=seed))
 
 
 def make(setting: Setting, bits: int) -> Method:
