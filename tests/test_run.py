@@ -155,6 +155,18 @@ def test_random_weights_are_for_time_and_memory_only(run):
     assert "perplexity " not in said.split("\n\n")[1]
 
 
+@pytest.mark.parametrize("paged", [["--paged"], []])
+def test_where_a_step_goes(run, paged):
+    code, said = run("-f", "debug-model", "-p", "baseline", "evaluation", "--breakdown", *paged)
+    assert code == 0, said
+    for record in run.records():
+        found = record["result"]["breakdown"]
+        assert sum(row["milliseconds"] for row in found["parts"]) == pytest.approx(found["sum_milliseconds"], rel=1e-3)
+        assert found["context"] == 120 and {"projection", "mlp"} <= {row["part"] for row in found["parts"]}
+    assert ("codes" in {row["part"] for row in found["parts"]}) == bool(paged)  # the contiguous cache has no kernel
+    assert "A decode step behind 120 tokens" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

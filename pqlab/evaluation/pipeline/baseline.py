@@ -9,8 +9,8 @@ import torch
 
 from ...selftest.model_runs import attention
 from ..fidelity import CHUNK, last_hidden
-from .generation import time_generation
 from .job import EXACT, Job
+from .timing import timed
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -21,8 +21,7 @@ def run(job: Job) -> dict[str, Any]:
     elif not job.found.random:
         with attention(job.loaded[0], "sdpa"):
             found |= exact_perplexity(job.loaded[0], job.windows)
-    generation = time_generation(job.loaded[0], job.prompts, job.exact_cache(), job.settings.new_tokens)
-    return {**found, "generation": generation.record()}
+    return found | timed(job, EXACT, job.exact_cache())
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from ...memory import MIB, readable_bytes
 from ...models import named
 from ...quantization import CodebookError
 from .. import corpora
+from ..breakdown import PARTS
 from ..longbench.tasks import TASKS
 from .job import Job
 from .runner import run_stages
@@ -45,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--page_size", type=int, default=default.page_size, help="tokens of a page, 16 to 512")
     add("--extended_residual", type=int, default=default.extended_residual, help="exact newest tokens, 32 to 1024")
     add("--max_pages", type=int, default=default.max_pages, help="pages of the pool, 100 to 10000")
+    add("--breakdown", action="store_true", help="where the time of a decode step goes, part by part")
     add("--sinks", type=int, default=default.sinks, help="exact first tokens")
     add("--windows", type=int, default=default.windows, help="windows of the text for perplexity and KL")
     add("--length", type=int, default=default.length, help="tokens of a window")
@@ -146,11 +148,27 @@ def render(records: list[dict[str, Any]]) -> list[str]:
         columns = max((list(row) for row in rows), key=len)  # a PQ cache has columns that the exact one lacks
         table = pd.DataFrame(rows, columns=columns).fillna("-")
         parts += [table.to_string(index=False), NOTES.format(memory=measured[0]["generation"]["memory"])]
+    steps = [(result["cache"], result["breakdown"]) for result in measured if "breakdown" in result]
+    if steps:
+        parts.append(_parts_table(steps))
     marks = {(row["task"], row["cache"]): row for result in measured for row in result.get("longbench", [])}
     if marks:
         table = pd.DataFrame([{**row, "score": f"{row['score']:.2f}"} for row in marks.values()])
         parts.append(table.to_string(index=False))
     return parts
+
+
+def _parts_table(steps: list[tuple[str, dict[str, Any]]]) -> str:
+    """Milliseconds of every part of a step, a column a cache."""
+    columns = {}
+    for cache, found in steps:
+        column = {row["part"]: f"{row['milliseconds']:.3f}" for row in found["parts"]}
+        columns[f"{cache}, ms"] = column | {"step": f"{found['step_milliseconds']:.3f}"}
+    order = [part for part in (*PARTS, "step") if any(part in column for column in columns.values())]
+    about = steps[0][1]
+    head = f"A decode step behind {about['context']} tokens, one row ({about['how']}); step: without measuring"
+    table = pd.DataFrame(columns).reindex(order).fillna("-").rename_axis("part").reset_index()
+    return f"{head}\n{table.to_string(index=False)}"
 
 
 def _row(result: dict[str, Any]) -> dict[str, str]:

@@ -7,8 +7,8 @@ from typing import Any
 from ..evaluate import plain_records
 from ..fidelity import compare, summarize
 from ..methods import Setting, from_codebooks
-from .generation import time_generation
 from .job import EXACT, Job
+from .timing import timed
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -27,5 +27,4 @@ def run(job: Job) -> dict[str, Any]:
         frame = compare(model, job.windows, {job.pq_name: method.quantize}, job.settings.cache, progress=True)
         (summary,) = plain_records(summarize(frame))
         found |= {key: value for key, value in summary.items() if key != "method"}
-    generation = time_generation(model, job.prompts, job.pq_cache(), job.settings.new_tokens)
-    return {**found, "generation": generation.record()}
+    return found | timed(job, job.pq_name, job.pq_cache())
