@@ -73,7 +73,7 @@ def exact_contenders(case: Case) -> dict[str, Callable[[], Tensor]]:
     return found
 
 
-def bench_decode(case: Case) -> dict[str, Any]:
+def bench_decode(case: Case, seconds: float | None = None) -> dict[str, Any]:
     """One record: microseconds of the kernel and of the best exact attention, and their ratio."""
     args = decode_arguments(case, device="cpu")
     args = tuple(x.float() if isinstance(x, Tensor) and x.dtype == torch.float16 else x for x in args)
@@ -84,7 +84,7 @@ def bench_decode(case: Case) -> dict[str, Any]:
         error = ((out - expected).norm() / expected.norm()).item()
         if error > 1e-4:
             raise RuntimeError(f"{case.name}: the kernel differs from the reference by {error:.1e}")
-        times = interleaved({"pqlab": lambda: ops.decode(*args), **exact_contenders(case)})
+        times = interleaved({"pqlab": lambda: ops.decode(*args), **exact_contenders(case)}, seconds)
     ours = times.pop("pqlab")
     best = min(times, key=lambda name: statistics.median(times[name]))
     return {

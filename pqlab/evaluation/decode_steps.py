@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +14,8 @@ from ..transformers_api import cache_argument
 from .filled_caches import filled_buffers
 
 Step = Callable[[], torch.Tensor]
+
+REPEATS = 30
 
 EXACT_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -103,3 +106,19 @@ def captured(step: Step) -> Step:
     if not bool(torch.isfinite(logits).all()):
         raise RuntimeError("the graph's logits are not finite: something in the step was not captured")
     return replay
+
+
+def time_graph(
+    step: Step, repeats: int = REPEATS, average: Callable[[Sequence[float]], float] = statistics.median
+) -> float:
+    """Median (or another average) of the milliseconds of a replay of the step's graph."""
+    replay = captured(step)
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return average(times)

@@ -29,12 +29,11 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..quantization import Codebooks
 from ..transformers_api import cache_argument
-from .decode_steps import EXACT_BACKENDS, NONE, Step, captured, decode_step, exact_step
+from .decode_steps import EXACT_BACKENDS, NONE, Step, decode_step, exact_step, time_graph
 from .filled_caches import ROOM, filled_buffers, filled_dynamic, filled_paged
 from .provenance import commit, device_name, today, versions
 from .random_models import SHAPES, random_model
 
-REPEATS = 30
 PREFILLS = 4
 """Prompts of each kind that are read in turns; the first of them is not counted."""
 
@@ -58,7 +57,7 @@ def bench_model(
             step = make()
             step()  # kernels are built for what they are asked
             kernels.wait()
-            ms = _time_graph(step) if graph and device == "cuda" else _time_eager(step, device)
+            ms = time_graph(step) if graph and device == "cuda" else _time_eager(step, device)
             rows.append(Timing(case, ms))
         except Exception as error:  # an exact attention that refuses these shapes is a row, not the end
             rows.append(Timing(case, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"))
@@ -137,20 +136,6 @@ def bench_prefill(shape: str, context: int, *, dtype=torch.float16, device="cuda
 def _first_token(model: PreTrainedModel, cache: Cache, ids: torch.Tensor) -> int:
     logits = model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
     return int(logits[0, -1].argmax())  # waits for the device
-
-
-def _time_graph(step: Step) -> float:
-    """Median milliseconds of a replay."""
-    replay = captured(step)
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def _time_eager(step: Step, device: str) -> float:

@@ -1,0 +1,235 @@
+"""How fast: speed-up by context, time beside that of reading the bytes, whole models, byte orders, parts of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from .layout import SHOWN
+from .sheet import Sheet
+from .theme import BLUE, EXACT, GREEN, GREY, ORANGE, PAGED, PURPLE, SKY, VERMILLION, YELLOW, Theme, sequence_colour
+
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_MARKS = ("circle", "square", "diamond", "triangle-up")
+PART_COLOURS = {
+    "mlp": GREY, "projection": "#B0B0B0", "lm head": "#CCCCCC", "norms": "#6E6E6E", "rotary": "#565656",
+    "embedding": "#444444", "attention": BLUE, "codes": ORANGE, "exact tokens": YELLOW, "maps": VERMILLION,
+    "store": SKY, "flush": GREEN, "bookkeeping": PURPLE, "rest": "#E4E4E4",
+}  # fmt: skip
+"""Greys are the model's own work; colours are attention and the cache."""
+
+
+def speedup_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """How many times faster than the fastest exact attention, by context, a line a shape; above 1 is faster.
+
+    Args:
+        frame: from `evaluation.shipped.decode_frame`; batches of unequal rows are single points.
+    """
+    contexts = sorted(frame.context.unique())
+    sheet = Sheet()
+    plot = sheet.plot(
+        0,
+        0,
+        "one layer, one new token: speed-up over the fastest exact attention",
+        x=_contexts(contexts),
+        y={"title": {"text": "times faster"}, "rangemode": "tozero"},
+    )
+    for i, ((shape, bits, batch), part) in enumerate(frame.groupby(["shape", "bits", "batch"], sort=False)):
+        text = [f"{us:,.0f} µs; {name} {exact:,.0f} µs" for us, name, exact in
+                zip(part.microseconds, part.exact, part.exact_microseconds, strict=True)]  # fmt: skip
+        sheet.add(
+            plot,
+            "scatter",
+            x=part.context,
+            y=part.speedup,
+            text=text,
+            mode="lines+markers",
+            line={"color": sequence_colour(i), "dash": _DASHES[i % len(_DASHES)]},
+            marker={"symbol": _MARKS[i % len(_MARKS)], "size": 8},
+            name=_name(shape, bits, batch, bool(part.ragged.any())),
+            hovertemplate="%{x:,} tokens: %{y:.2f}x<br>%{text}<extra>%{fullData.name}</extra>",
+        )
+    _line(sheet, plot, [contexts[0], contexts[-1]], [1, 1], "as fast as exact")
+    return sheet.figure(theme, min_width=620, height=420, margin={"t": 40, "b": 110, "l": 60, "r": 20})
+
+
+def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """Microseconds by context beside the time in which the codes can just be read, a plot a shape (batch 1).
+
+    Args:
+        frame: from `evaluation.shipped.decode_frame`.
+    """
+    frame = frame[frame.batch == 1]
+    groups = [(name, part) for name, part in frame.groupby(["shape", "bits"], sort=False) if len(part) > 1]
+    sheet = Sheet([1] * len(groups), gap_x=0.06)
+    for column, ((shape, bits), part) in enumerate(groups):
+        plot = sheet.plot(
+            0,
+            column,
+            _name(shape, bits, 1, False),
+            x=_contexts(sorted(part.context)),
+            y={"type": "log", "title": {"text": "µs"} if column == 0 else {}},
+        )
+        common = {"x": part.context, "showlegend": column == 0}
+        for name, values, colour, mark in (
+            ("fastest exact attention", part.exact_microseconds, EXACT, "square"),
+            ("pqlab", part.microseconds, PAGED, "diamond"),
+        ):
+            sheet.add(
+                plot,
+                "scatter",
+                **common,
+                y=values,
+                mode="lines+markers",
+                line={"color": colour},
+                marker={"symbol": mark, "size": 8},
+                name=name,
+                legendgroup=name,
+                hovertemplate=f"%{{x:,}} tokens: %{{y:,.1f}} µs<extra>{name}</extra>",
+            )
+        sheet.add(
+            plot,
+            "scatter",
+            **common,
+            y=part.read_microseconds,
+            text=[f"{share:.0%}" if share == share else "" for share in part.share],
+            mode="lines+text",
+            textposition="bottom center",
+            line={"color": GREY, "dash": "dot"},
+            name="only reading the codes (%: pqlab's share of that rate)",
+            legendgroup="read",
+            hovertemplate="%{x:,} tokens: %{y:,.1f} µs<extra>only reading</extra>",
+        )
+    width = max(620, 320 * len(groups))
+    return sheet.figure(theme, min_width=width, height=420, margin={"t": 40, "b": 110, "l": 60, "r": 20})
+
+
+def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """Milliseconds a token of whole models: what attention and cache take, on top of everything else.
+
+    Args:
+        frame: from `evaluation.shipped.model_frame`.
+    """
+    frame = frame[frame.case != "none"]
+    groups = list(frame.groupby(["shape", "context"], sort=False))
+    sheet = Sheet([1] * len(groups), gap_x=0.16)
+    for column, ((shape, context), part) in enumerate(groups):
+        part = part.iloc[::-1]
+        names = [f"{case}, {how}" for case, how in zip(part.case, part.how, strict=True)]
+        plot = sheet.plot(
+            0, column, f"{shape}, {context:,} tokens", x={"title": {"text": "ms a token"}}, y={"type": "category"}
+        )
+        rest = part.rest_milliseconds.fillna(0)
+        over = part.milliseconds - rest
+        common = {"y": names, "orientation": "h", "showlegend": column == 0}
+        sheet.add(
+            plot,
+            "bar",
+            **common,
+            x=rest,
+            marker={"color": GREY, "opacity": 0.5},
+            name="everything else",
+            legendgroup="rest",
+            hovertemplate="%{x:.2f} ms<extra>everything else</extra>",
+        )
+        sheet.add(
+            plot,
+            "bar",
+            **common,
+            x=over,
+            marker={"color": [PAGED if case.startswith("paged") else EXACT for case in part.case]},
+            text=[f"{ms:.1f}" for ms in part.milliseconds],
+            textposition="outside",
+            cliponaxis=False,
+            name="attention and cache (eager: not separated)",
+            legendgroup="over",
+            hovertemplate="%{x:.2f} ms<extra>attention and cache</extra>",
+        )
+    width, height = max(620, 480 * len(groups)), 170 + 24 * int(frame.groupby(["shape", "context"]).size().max())
+    margin = {"t": 40, "b": 100, "l": 150, "r": 40}
+    return sheet.figure(theme, min_width=width, barmode="stack", height=height, margin=margin)
+
+
+def breakdown_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """The parts of a decode step as stacked bars, a bar a kind of cache and context; greys are the model's own work.
+
+    Args:
+        frame: kind, context, part, milliseconds, share, as `evaluation.breakdown_bench.breakdowns` returns them.
+    """
+    bars = frame[["context", "kind"]].drop_duplicates()
+    names = [f"{kind}<br>{context:,}" for context, kind in bars.itertuples(index=False)]
+    sheet = Sheet()
+    plot = sheet.plot(0, 0, x={"type": "category"}, y={"title": {"text": "ms a token"}})
+    for part, colour in PART_COLOURS.items():
+        rows = bars.merge(frame[frame.part == part], how="left")
+        if rows.milliseconds.isna().all():
+            continue
+        sheet.add(
+            plot,
+            "bar",
+            x=names,
+            y=rows.milliseconds,
+            marker={"color": colour},
+            text=[part if share > 0.04 else "" for share in rows.share],
+            textposition="inside",
+            insidetextanchor="middle",
+            customdata=rows.share,
+            name=part,
+            hovertemplate=f"{part}: %{{y:.2f}} ms, %{{customdata:.1%}}<extra>%{{x}}</extra>",
+        )
+    margin = {"t": 20, "b": 60, "l": 60, "r": 140}
+    legend = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top", "traceorder": "reversed"}
+    return sheet.figure(theme, min_width=620, barmode="stack", height=520, margin=margin, legend=legend)
+
+
+def orders_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """Share of the read rate by byte order and page size, and that of the real decode operation.
+
+    Args:
+        frame: records of `bench layout`: what, order, case, page_size, microseconds, gb_per_s, share.
+    """
+    sheet = Sheet([1, 1], gap_x=0.1)
+    sums, decodes = frame[frame.what == "sum over codes"], frame[frame.what == "decode"]
+    for column, (rows, by, title) in enumerate(
+        [(sums, "order", "the same sum over codes in each byte order"), (decodes, "case", "pqlab's decode operation")]
+    ):
+        sizes = sorted(rows.page_size.unique())
+        plot = sheet.plot(
+            0,
+            column,
+            title,
+            x={"title": {"text": "page size, tokens"}, "type": "category", "categoryarray": [str(s) for s in sizes]},
+            y={"title": {"text": "share of the rate of just reading"}, "tickformat": ".0%", "rangemode": "tozero"},
+        )
+        for i, (name, part) in enumerate(rows.groupby(by, sort=False)):
+            sheet.add(
+                plot,
+                "scatter",
+                x=part.page_size.astype(str),
+                y=part.share,
+                mode="lines+markers",
+                line={"color": sequence_colour(i + 4 * column), "dash": _DASHES[i % len(_DASHES)]},
+                marker={"symbol": _MARKS[i % len(_MARKS)], "size": 9},
+                customdata=part[["microseconds", "gb_per_s"]],
+                name=SHOWN.get(str(name), str(name)),
+                hovertemplate="page %{x}: %{customdata[0]:,.0f} µs, %{customdata[1]:,.1f} GB/s, %{y:.1%}"
+                "<extra>%{fullData.name}</extra>",
+            )
+    return sheet.figure(theme, min_width=760, height=420, margin={"t": 40, "b": 120, "l": 70, "r": 20})
+
+
+def _contexts(contexts: Sequence[int]) -> dict:
+    labels = [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in contexts]
+    return {"type": "log", "title": {"text": "tokens"}, "tickvals": list(contexts), "ticktext": labels}
+
+
+def _name(shape: str, bits: float, batch: int, ragged: bool) -> str:
+    rows = f", batch {batch}" if batch > 1 else ""
+    return f"{shape}, {bits:g} bit{rows}{' of unequal rows (to their reading)' if ragged else ''}"
+
+
+def _line(sheet: Sheet, plot: dict[str, str], x: Sequence[float], y: Sequence[float], name: str) -> None:
+    style = {"color": GREY, "dash": "dot"}
+    sheet.add(plot, "scatter", x=x, y=y, mode="lines", line=style, name=name, hoverinfo="skip")
