@@ -203,6 +203,24 @@ def test_what_cannot_be_run_says_what_to_type(run, arguments, message):
     assert re.search(message, said), said
 
 
+def test_half_is_fp16(run):
+    code, said = run("-f", "debug-model", "-p", "baseline", "evaluation", "--paged", "--half")
+    assert code == 0, said
+    baseline, evaluation = run.records()
+    assert baseline["model"]["dtype"] == "float16"
+    assert baseline["result"]["generation"]["cache_bytes"] == (120 + 6 - 1) * 2 * 2 * 2 * 64 * 2
+    assert evaluation["result"]["generation"]["cache_bytes"] > 0
+
+
+def test_memory_that_runs_out_says_what_to_lower(run, monkeypatch):
+    def full(job):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(runner, "STAGES", {**runner.STAGES, "baseline": full})
+    code, said = run("-p", "baseline")
+    assert code == 1 and "Tried to allocate 9 GiB" in said and "Lower --batch, --context" in said
+
+
 def test_every_problem_is_said_at_once(run):
     code, said = run("-p", "baseline", "--page_size", "20", "--nbits", "3", "--batch", "0")
     assert code == 2 and said.count("type -") == 3
@@ -312,7 +330,7 @@ def test_one_run_at_a_time_in_a_folder(run):
     run.out.mkdir()
     with FileLock(run.out / ".lock"):
         code, said = run("-p", "baseline")
-    assert code == 1 and "another run works in" in said
+    assert code == 2 and "another run works in" in said
     assert run("-p", "baseline")[0] == 0
 
 

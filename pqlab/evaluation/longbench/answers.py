@@ -113,7 +113,13 @@ def middle_cut(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | 
     if max_length is None or len(ids) <= max_length:
         return text, False
     half = max_length // 2
-    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:])), True
+    while True:
+        parts = (ids[:half], ids[len(ids) - half :])
+        text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+        excess = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) - max_length
+        if excess <= 0:  # where words were cut, other tokens may come out
+            return text, True
+        half -= -(-excess // 2)
 
 
 def _is_chat(tokenizer: Any, task: Task) -> bool:

@@ -12,7 +12,6 @@ import torch
 from ...errors import ConfigError, PQCacheError, UnsupportedModelError
 from ...memory import MIB, readable_bytes
 from ...models import named
-from ...quantization import CodebookError
 from .. import corpora
 from ..breakdown import PARTS
 from ..longbench.tasks import TASKS
@@ -62,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the stages and print what they found; 2 for what cannot be run, 1 when a stage broke off."""
+    """Run the stages and print what they found; 2 for settings that cannot be run, 1 when a stage broke off."""
     try:
         job = _job(args)
     except (ConfigError, UnsupportedModelError, OSError) as error:  # OSError: no such model, text or data set
@@ -72,8 +71,14 @@ def run(args: argparse.Namespace) -> int:
         print(line, flush=True)
     try:
         records = run_stages(job, lambda line: print(f"[run] {line}", flush=True))
-    except (PQCacheError, CodebookError, ConfigError, ValueError, ImportError, OSError) as error:
-        print(f"pqlab run: {error}\nThe stages before it are done; the same command goes on from here.")
+    except ConfigError as error:
+        print(f"pqlab run: {error}")
+        return 2
+    except (PQCacheError, ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
+        advice = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "Lower --batch, --context, --length or --samples, or add --half. "
+        print(f"pqlab run: {error}\n{advice}The stages before this one are done; the same command goes on from here.")
         return 1
     for part in render(records):
         print(f"\n{part}")
