@@ -163,7 +163,8 @@ def test_where_a_step_goes(run, paged):
         found = record["result"]["breakdown"]
         assert sum(row["milliseconds"] for row in found["parts"]) == pytest.approx(found["sum_milliseconds"], rel=1e-3)
         assert found["context"] == 120 and {"projection", "mlp"} <= {row["part"] for row in found["parts"]}
-    assert ("codes" in {row["part"] for row in found["parts"]}) == bool(paged)  # the contiguous cache has no kernel
+    fused = {"codes", "exact tokens"} & {row["part"] for row in found["parts"]}  # so few codes may take no time
+    assert bool(fused) == bool(paged), "the contiguous cache has no kernel"
     assert "A decode step behind 120 tokens" in said
 
 
