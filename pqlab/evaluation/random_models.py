@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..models.random_weights import random_weights
+
 SHAPES = {
     "7b": {"num_key_value_heads": 32, "intermediate_size": 11008},
     "8b": {"num_key_value_heads": 8, "intermediate_size": 14336},
@@ -24,11 +26,4 @@ def random_model(shape: str, context: int, dtype: torch.dtype, device: str | tor
     """A Llama of one of `SHAPES` for `context` tokens with small random weights, made on the device."""
     settings = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000}
     config = LlamaConfig(**(settings | SHAPES[shape]), max_position_embeddings=context)
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to_empty(device=device).to(dtype)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its buffers are no parameters
-    return model.eval().requires_grad_(False)
+    return random_weights(config, dtype, "sdpa", device=device)

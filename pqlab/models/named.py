@@ -19,7 +19,7 @@ from .fetch import FetchError
 from .load import ModelLoadError, load_model, model_source
 from .packaged import PACKAGED
 from .quiet import quiet_transformers
-from .random_weights import byte_tokenizer, random_weights
+from .random_weights import NUM_BYTE_TOKENS, byte_tokenizer, random_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +94,10 @@ class FoundModel:
         """Model and tokenizer, as `load_model` gives them; random weights come with a tokenizer of bytes."""
         if not self.random:
             return load_model(self.source, dtype, device=device)
-        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None) or 4096
+        text = self.config.get_text_config(decoder=True)
+        if text.vocab_size < NUM_BYTE_TOKENS:
+            raise ModelLoadError(f"{self.name} has {text.vocab_size} tokens, too few for bytes ({NUM_BYTE_TOKENS})")
+        limit = getattr(text, "max_position_embeddings", None) or 4096
         return random_weights(self.config, dtype, device=device, seed=seed), byte_tokenizer(limit)
 
 

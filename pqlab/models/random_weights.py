@@ -29,22 +29,17 @@ def random_weights(
     """A causal language model of this configuration, initialized as transformers does, made on the device itself.
 
     No token ends its generation.
-
-    Raises:
-        ValueError: the vocabulary has no room for `byte_tokenizer`.
     """
     from transformers import AutoModelForCausalLM
 
-    size = config.get_text_config(decoder=True).vocab_size
-    if size < NUM_BYTE_TOKENS:
-        raise ValueError(f"a vocabulary of {size} tokens is too small for bytes; set vocab_size to {NUM_BYTE_TOKENS}")
     place = torch.device(device or "cpu")
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), quiet_transformers(), place:
+    gpus = range(torch.cuda.device_count()) if place.type == "cuda" else ()
+    with torch.random.fork_rng(devices=gpus), quiet_transformers(), place:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.set_attn_implementation(attn)
     model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = NUM_BYTE_TOKENS - 2
+    model.generation_config.pad_token_id = 0
     return model.eval().requires_grad_(False)
 
 
