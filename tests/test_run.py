@@ -21,6 +21,7 @@ from pqlab.evaluation.pipeline.generation import cache_bytes, time_generation
 from pqlab.evaluation.pipeline.memory_peak import memory_peak
 from pqlab.evaluation.pipeline.results import Results
 from pqlab.evaluation.pipeline.settings import Settings, resolved_m
+from pqlab.evaluation.provenance import text_record
 from pqlab.quantization import Codebooks
 
 SMALL = (
@@ -73,6 +74,7 @@ def test_the_whole_pipeline(run):
         assert record["schema"] == 1 and record["seed"] == 0 and record["device"]["type"] == "cpu"
         assert record["versions"]["torch"] == torch.__version__ and record["settings"]["page_size"] == 16
         assert record["model"]["M"] == 16 and record["model"]["fingerprint"].startswith("llama-2x48")
+    assert baseline["texts"]["timed_on"] == baseline["texts"]["evaluated_on"] == text_record("pride")
     assert str(run.out) not in json.dumps(run.records())
 
     exact, paged = baseline["result"], evaluation["result"]
@@ -252,7 +254,7 @@ def test_longbench_through_the_command(run, tmp_path):
     assert [row["cache"] for row in baseline["longbench"]] == ["exact"]
     assert [(row["cache"], row["examples"]) for row in evaluation["longbench"]] == [("exact", 2), ("paged pq", 2)]
     assert baseline["longbench"][0]["score"] == evaluation["longbench"][0]["score"]
-    assert "hotpotqa" in said and "perplexity" not in baseline
+    assert "hotpotqa" in said and "perplexity" not in baseline and list(run.records()[0]["texts"]) == ["timed_on"]
     assert run.records()[0]["settings"]["data"] == tmp_path.name
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ...cache import PagedPQCache
 from ...selftest.contiguous import ContiguousPQLayer
 from ...selftest.model_runs import attention, counted
 from ...transformers_api import cache_argument
+from ..longbench.answers import MakeCache
 from .memory_peak import memory_peak
 
 if TYPE_CHECKING:
@@ -66,14 +66,12 @@ class Generation:
 
 
 @torch.inference_mode()
-def time_generation(
-    model: PreTrainedModel, ids: torch.Tensor, make_cache: Callable[[int], tuple[Cache, str]], new_tokens: int
-) -> Generation:
+def time_generation(model: PreTrainedModel, ids: torch.Tensor, make_cache: MakeCache, new_tokens: int) -> Generation:
     """Generate greedily behind prompts, once to warm up and once by the clock.
 
     Args:
         ids: int64 [batch, context], without pads.
-        make_cache: tokens of a sequence -> a fresh cache and the attention to run it with.
+        make_cache: called with the tokens of a sequence, prompt and new ones.
         new_tokens: 2 at least; the end of a text does not end it.
     """
     ids = ids.to(model.device)

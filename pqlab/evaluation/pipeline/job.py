@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from ...cache import PagedPQCache
 from ...config import PQConfig
@@ -21,7 +20,7 @@ from ...quantization import CodebookError, Codebooks
 from ...selftest.contiguous import contiguous_cache
 from ..corpora import Corpus
 from ..fidelity import text_windows
-from ..longbench.answers import answer_tasks, scores
+from ..longbench.answers import MakeCache, answer_tasks, scores
 from ..longbench.examples import read_examples
 from .settings import Settings, resolved_m
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 EXACT, PAGED, CONTIGUOUS = "exact", "paged pq", "contiguous pq"
 """Names of the caches in tables and records."""
-
-MakeCache = Callable[[int], tuple[Cache, str]]
 
 
 @dataclass(frozen=True)

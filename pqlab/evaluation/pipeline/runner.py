@@ -75,7 +75,11 @@ def _record(
         "random_weights": job.found.random, "M": job.pq.M, "nbits": job.pq.nbits,
     }  # fmt: skip
     libraries = ("datasets", "rouge", "rapidfuzz", "jieba") if s.tasks else ("datasets",) if job.corpus.from_hub else ()
-    texts = {"evaluated_on": text_record(job.corpus.name, job.corpus.test_text)} if "generation" in result else {}
+    texts = {}
+    if "generation" in result:
+        texts["timed_on"] = text_record(job.corpus.name, job.corpus.test_text)
+    if "perplexity" in result:
+        texts["evaluated_on"] = texts["timed_on"]
     return {
         "schema": SCHEMA, "command": "run", "run": run, **about, "stage": stage, "seed": s.seed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": commit(),

@@ -12,8 +12,9 @@ from ...quantization.geometry import num_layers
 from ...selftest.model_runs import attention
 from ...transformers_api import cache_argument
 from ..breakdown import breakdown
+from ..longbench.answers import MakeCache
 from .generation import time_generation
-from .job import EXACT, PAGED, Job, MakeCache
+from .job import EXACT, PAGED, Job
 
 _KINDS = {EXACT: "exact", PAGED: "paged"}
 
