@@ -58,6 +58,26 @@ def test_advance_is_the_host_s_rule():
         assert lengths[0].tolist() == list(group.split(n, coded))
 
 
+@pytest.mark.parametrize("way, plain", [("greedy", True), ("padded batch", False)])
+def test_a_plainly_causal_prompt_is_attended_without_its_mask(make_model, monkeypatch, way, plain):
+    """transformers gives a static cache a mask for every prompt; the fastest attentions take none."""
+    from pqlab.cache import layer
+
+    model, masks, attend = make_model("llama"), [], layer._attend_chunk
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    monkeypatch.setattr(layer, "_attend_chunk", lambda *args: masks.append(args[3]) or attend(*args))
+    model.set_attn_implementation("pqlab")
+    with torch.no_grad():
+        model(**inputs_for(way), **cache_argument(model, PagedPQCache(model, books, STATIC, context=200)))
+        assert [mask is None for mask in masks] == [plain, plain]
+        ids = torch.arange(40)[None]
+        block = torch.ones(40, 40, dtype=torch.bool).tril()
+        block[20:, :20] = False  # two texts in one row
+        cache = PagedPQCache(model, books, STATIC, context=200)
+        model(ids, attention_mask=block[None, None], **cache_argument(model, cache))
+    assert torch.equal(masks[-1][0, 0], block)
+
+
 def test_one_graph_for_all_decode_steps(make_model):
     model = make_model("llama")
     model.set_attn_implementation("pqlab")

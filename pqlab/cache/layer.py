@@ -170,7 +170,7 @@ class PagedPQLayer(CacheLayerMixin):
             out = self._step(query, keys, values, plan.before, plan.after, scaling)
             self.columns = start + 1
         elif plan.starts_empty:
-            out = _attend_chunk(query, keys, values, mask, scaling)
+            out = _attend_chunk(query, keys, values, self.group.first_chunk_mask(plan, mask), scaling)
             self._store(plan, keys, values)
         elif steps <= FEW_QUERIES:
             old = self._attend_stored(query, plan.before, scaling)

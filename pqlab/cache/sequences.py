@@ -74,6 +74,7 @@ class StepPlan:
     after: torch.Tensor
     flushes: tuple[Flush, ...]
     mask_checked: bool = False
+    is_causal: bool | None = None  # of a first chunk's mask, once it was looked at
 
     @property
     def starts_empty(self) -> bool:
@@ -234,6 +235,21 @@ class SequenceGroup:
                 "the attention mask hides stored tokens from new ones (a packed, block or sliding pattern), which a "
                 "paged PQ layer does not do; use a plain causal mask with padding, or an exact cache for this model"
             )
+
+    def first_chunk_mask(self, plan: StepPlan, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask of a chunk with nothing before it, or None where it is plainly causal: that needs no mask, and the
+        fastest attentions take none. A static cache gets a mask for every prompt, S x S bytes of it.
+
+        Args:
+            plan: the step.
+            mask: bool [B, 1, S, S] or None.
+        """
+        if mask is None or plan.real is not None:
+            return mask
+        if plan.is_causal is None:  # once a step, not once a layer
+            causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+            object.__setattr__(plan, "is_causal", bool((mask == causal).all()))
+        return None if plan.is_causal else mask
 
     def _flush(self, row: int, first: int, count: int) -> Flush:
         size = self.config.page_size

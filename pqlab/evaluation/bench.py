@@ -6,6 +6,7 @@ import argparse
 from importlib import import_module
 
 BENCHMARKS = {
+    "baseline": ("pqlab.evaluation.baseline_vs_paged", "time to the first token, per token, and memory, by context"),
     "breakdown": ("pqlab.evaluation.breakdown_bench", "where a decode step's time goes, part by part"),
     "cpu": ("pqlab.evaluation.cpu_bench", "the C++ kernels beside the best exact attention, on this CPU"),
     "decode": ("pqlab.evaluation.decode_bench", "the decode kernel beside the best exact attention, on a GPU"),

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .sheet import Sheet
-from .theme import AMOUNTS, BAD, GREY, PAGED, Theme, sequence_colour
+from .theme import AMOUNTS, BAD, EXACT, GREY, PAGED, Theme, sequence_colour
 
 _LOWEST = 1e-7  # nats that a logarithmic axis still shows
 
@@ -69,6 +69,36 @@ def _labels(rows: pd.DataFrame) -> list[str]:
     for where, name in zip(place, rows.method, strict=True):
         together.setdefault(where, []).append(name)
     return ["<br>".join(together.pop(where, [])) for where in place]
+
+
+def corpora_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """Perplexity of every corpus, the exact cache beside the quantized one, with the change in per cent.
+
+    Args:
+        table: from `evaluation.corpora_table.corpora_table`; rows without numbers are named without a bar.
+    """
+    read = table.perplexity.notna()
+    names = [name if found else f"{name}<br>(not read)" for name, found in zip(table.corpus, read, strict=True)]
+    sheet = Sheet()
+    plot = sheet.plot(0, 0, x={"type": "category"}, y={"title": {"text": "perplexity"}, "rangemode": "tozero"})
+    changes = [f"{change:+.2%}" if change == change else "" for change in table.change]
+    for name, values, colour, text in (
+        ("exact", table.exact_perplexity, EXACT, None),
+        ("quantized", table.perplexity, PAGED, changes),
+    ):
+        sheet.add(
+            plot,
+            "bar",
+            x=names,
+            y=values,
+            text=text,
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": colour},
+            name=name,
+            hovertemplate="%{x}: %{y:.3f}<extra>%{fullData.name}</extra>",
+        )
+    return sheet.figure(theme, min_width=620, barmode="group", height=400, margin={"t": 30, "b": 90, "l": 60, "r": 20})
 
 
 def plan_figure(choices: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..memory import MIB
 from .layout import SHOWN
 from .sheet import Sheet
 from .theme import BLUE, EXACT, GREEN, GREY, ORANGE, PAGED, PURPLE, SKY, VERMILLION, YELLOW, Theme, sequence_colour
@@ -150,6 +151,40 @@ def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figur
     width, height = max(620, 480 * len(groups)), 170 + 24 * int(frame.groupby(["shape", "context"]).size().max())
     margin = {"t": 40, "b": 100, "l": 150, "r": 40}
     return sheet.figure(theme, min_width=width, barmode="stack", height=height, margin=margin)
+
+
+def baseline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """Time to the first token, time per token, and memory by context: the exact cache beside the paged one.
+
+    Args:
+        frame: from `evaluation.baseline_vs_paged.baseline_vs_paged`.
+    """
+    plots = (
+        ("first_token_seconds", 1.0, "time to the first token, s"),
+        ("token_ms", 1.0, "time per token, ms"),
+        ("cache_bytes", MIB, "cache, MiB"),
+        ("peak_bytes", MIB, "peak memory over the start, MiB"),
+    )
+    contexts = sorted(frame.context.unique())
+    sheet = Sheet([1] * len(plots), gap_x=0.07)
+    for column, (name, unit, title) in enumerate(plots):
+        plot = sheet.plot(0, column, title, x=_contexts(contexts), y={"rangemode": "tozero"})
+        for cache, colour, mark in (("exact", EXACT, "square"), ("paged", PAGED, "diamond")):
+            rows = frame[frame.cache == cache]
+            sheet.add(
+                plot,
+                "scatter",
+                x=rows.context,
+                y=rows[name] / unit,
+                mode="lines+markers",
+                line={"color": colour},
+                marker={"symbol": mark, "size": 8},
+                name=cache,
+                legendgroup=cache,
+                showlegend=column == 0,
+                hovertemplate="%{x:,} tokens: %{y:,.2f}<extra>%{fullData.name}</extra>",
+            )
+    return sheet.figure(theme, min_width=1000, height=380, margin={"t": 40, "b": 90, "l": 50, "r": 20})
 
 
 def breakdown_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
