@@ -80,8 +80,8 @@ def breakdown(
             waits for the host, and the time of a part holds that waiting.
 
     Returns:
-        DataFrame of parts in the order of `PARTS`, those that took no time left out: part, milliseconds (mean of the
-        steps), share (of their sum). `.attrs`: step_milliseconds (of a step without measuring), sum_milliseconds (of
+        DataFrame of the parts that this step has, in the order of `PARTS`: part, milliseconds (mean of the steps),
+        share (of their sum). `.attrs`: step_milliseconds (of a step without measuring), sum_milliseconds (of
         the parts), overhead (of measured steps over others, as a share), steps, context, kind, how.
 
     Raises:
@@ -113,7 +113,7 @@ def breakdown(
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
-    found = [(part, parts[part]) for part in PARTS if parts.get(part, 0) > 0]
+    found = [(part, parts[part]) for part in PARTS if part in parts]
     frame = pd.DataFrame(found, columns=["part", "milliseconds"])
     total = float(frame.milliseconds.sum())
     frame["share"] = frame.milliseconds / total
