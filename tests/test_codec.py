@@ -109,3 +109,17 @@ def test_layouts_follow_the_codec():
 def test_misfits_are_refused(make, names):
     with pytest.raises(ValueError, match=names):
         make()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8), (6, 1, 8), (1, 9, 5, 8), (4, 3, 7, 8), (2, 2, 6, 3, 8), (1, 3, 0, 8)])
+def test_a_map_is_a_product_with_the_matrix_of_the_head(shape):
+    codec = random_codec(mapped=True)
+    x = torch.randn(shape).transpose(-1, -2).contiguous().transpose(-1, -2)  # strides as no caller promises better
+    groups = shape[-3] // 3
+    by_head = codec.forward.repeat_interleave(groups, 0)  # query heads of a group follow each other
+    torch.testing.assert_close(
+        codec.to_code_space(x), torch.einsum("...hnd,hde->...hne", x, by_head), rtol=1e-5, atol=1e-5
+    )
+    back = torch.linalg.inv(by_head)
+    torch.testing.assert_close(codec.map_query(x), torch.einsum("...hnd,hed->...hne", x, back), rtol=1e-4, atol=1e-4)
+    assert codec.to_code_space(x.half()).dtype == torch.float16

@@ -1,8 +1,8 @@
 """`python -m pqlab bench layout`: how near to the rate of memory a kernel comes in each byte order, and page sizes.
 
 The same kernel idea (`order_kernels`) reads the same codes in row-major, transposed and tiled pages; beside it the time
-in which the same bytes can just be read. Then the real decode operation at every page size, beside exact attention's
-least: the time of reading its K and V. Caches are cold before every call, and all contenders take turns on a CPU.
+in which the same bytes can just be read. Then the real decode operation at every page size, beside the time of reading
+its codes. Caches are cold before every call, and all contenders take turns on a CPU.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ with `map_query(q)` and brings the output home with `from_code_space`. Without a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -213,5 +214,8 @@ def _apply(x: Tensor, matrix: Tensor) -> Tensor:
     heads, d, _ = matrix.shape
     if x.dim() < 3 or x.shape[-3] % heads or x.shape[-1] != d:
         raise ValueError(f"expected [..., a multiple of {heads} heads, n, {d}], got {list(x.shape)}")
-    grouped = x.unflatten(-3, (heads, -1)).to(matrix.dtype)  # [..., H, g, n, d]
-    return (grouped @ matrix[:, None]).flatten(-4, -3).to(x.dtype)
+    if math.prod(x.shape[:-3]) == 1:  # one sequence: no dimension has to be moved
+        return torch.bmm(x.reshape(heads, -1, d).to(matrix.dtype), matrix).view(x.shape).to(x.dtype)
+    rows = x.unflatten(-3, (heads, -1)).movedim(-4, 0)  # [H, ..., g, n, d]: a broadcast would copy the matrices instead
+    out = torch.bmm(rows.reshape(heads, -1, d).to(matrix.dtype), matrix).view(rows.shape)
+    return out.movedim(0, -4).flatten(-4, -3).to(x.dtype)
