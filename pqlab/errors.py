@@ -68,8 +68,9 @@ class KernelMissingError(PQCacheError):
     code = "PQC002"
     explanation = Explanation(
         title="kernel missing",
-        what="A backend was forced (PQLAB_BACKEND, use_backend) that cannot run this operation. Without force this "
-        "error does not exist: the next level runs instead, and backend_report() says why.",
+        what="A backend was forced (PQLAB_BACKEND, use_backend) that cannot run this operation, or the level that "
+        "would run it was forbidden. Otherwise this error does not exist: the next level runs instead, and "
+        "backend_report() says why.",
         why="There is no such device, the kernels could not be built (no compiler, no CUDA toolkit, no ninja), or no "
         "kernel is made for these sizes.",
         remedy='Set PQLAB_BACKEND to auto, or use_backend("auto"). To have the kernel after all: '

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from ..config import CacheConfig
 from ..cost import fit_max_pages
 from ..errors import UnsupportedModelError
+from ..kernels.backend import EXACT, current_setting
 from ..paging import PagePool
 from ..paging.layout import PoolLayout
 from ..quantization import Codebooks
@@ -201,7 +202,8 @@ class PagedPQCache(Cache):
     def _say_fallback(self, layer: PagedPQLayer, batch: int) -> None:
         self._warned = True
         implementation = layer.config._attn_implementation
-        if implementation == "pqlab" or self.settings.mode == "static":  # static mode refuses other attentions
+        refused = self.settings.mode == "static" or EXACT in current_setting().forbidden
+        if implementation == "pqlab" or refused:  # what is refused raises
             return
         pads = ""
         if batch > 1 and self.group._announced is None:

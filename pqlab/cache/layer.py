@@ -18,7 +18,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from ..errors import KernelMissingError, UnsupportedModelError
 from ..kernels import ops
+from ..kernels.backend import EXACT, current_setting
 from ..kernels.reference import attend_dense, merge
 from ..paging.layout import read_pages
 from .sequences import Flush, SequenceGroup, StepPlan, plain_state
@@ -110,7 +112,13 @@ class PagedPQLayer(CacheLayerMixin):
             marked = key_states.view_as(key_states)
             marked.pqlab_layer = self
             return marked, value_states
-        ops.record("attention", "dequantize", f'attention is "{self.config._attn_implementation}", not "pqlab"')
+        why = f'attention is "{self.config._attn_implementation}", not "pqlab"'
+        if EXACT in current_setting().forbidden:
+            raise KernelMissingError(
+                f"exact attention over the dequantized cache is forbidden, and the model's {why}.",
+                'Use model.set_attn_implementation("pqlab"), or set PQLAB_BACKEND=auto (pqlab.use_backend("auto")).',
+            )
+        ops.record("attention", "dequantize", why)
         real = self.group.take_announced(self.columns, key_states.shape[2])
         return self._store_and_dequantize(key_states, value_states, real)
 
@@ -159,6 +167,8 @@ class PagedPQLayer(CacheLayerMixin):
             [B, Hq, S, d].
         """
         keys, values = self._take_pending()
+        if current_setting().exact:
+            return self._attend_dequantized(query, keys, values, mask, scaling)
         batch, _, steps, _ = keys.shape
         start = self.columns
         mask = None if mask is None else mask[..., : start + steps]  # a static cache's mask spans its capacity
@@ -233,6 +243,20 @@ class PagedPQLayer(CacheLayerMixin):
             k.centroids, v.centroids, k.nbits, v.nbits, k.map_query(query), scaling,
         )  # fmt: skip
         return v.from_code_space(out)
+
+    def _attend_dequantized(self, query, keys, values, mask, scaling: float) -> torch.Tensor:
+        """The step of `attend` as another attention would compute it: over the whole K and V, dequantized."""
+        if self.is_compileable:
+            raise UnsupportedModelError('static mode reads codes; set mode="eager", or PQLAB_BACKEND to auto')
+        ops.record("attention", "dequantize", "forced")
+        start, steps = self.columns, keys.shape[2]
+        if mask is None:
+            mask = torch.ones(steps, start + steps, dtype=torch.bool, device=keys.device).tril(start)[None, None]
+        real = mask[:, 0, :, start : start + steps].diagonal(dim1=-2, dim2=-1).expand(keys.shape[0], -1)
+        out = _attend_chunk(query, *self._store_and_dequantize(keys, values, real), mask, scaling)
+        if self.group.probe is not None:
+            self.group.probe(self, self.group.plan, query, keys, values, out, scaling)
+        return out
 
     def _attend_stored(self, query: torch.Tensor, lengths: torch.Tensor, scaling: float):
         """(out [B, Hq, S, d], lse [B, Hq, S]) over everything stored."""

@@ -2,6 +2,9 @@
 
 A setting is "auto", the name of a backend to force ("cpu"), or a name with a minus to forbid it ("-cuda"); several
 are joined by commas. It comes from the environment variable PQLAB_BACKEND and can be changed by `use_backend`.
+
+Behind the backends lies one more level, "exact": exact attention over the dequantized cache. It is what runs under any
+attention but "pqlab"; "exact" forces it under that one, too, and "-exact" has the cache refuse instead.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from ..errors import ConfigError
 from . import reference
 
 NAMES = ("cuda", "cpu", "reference")
+EXACT = "exact"
+"""The level behind the backends; storing tokens still takes a backend, chosen automatically."""
 
 
 @dataclass
@@ -103,11 +108,12 @@ class ReferenceBackend(Backend):
 
 @dataclass(frozen=True)
 class Setting:
-    """A parsed setting: the backend to force, if any, and those that are forbidden."""
+    """A parsed setting: the backend to force, if any, those that are forbidden, and whether "exact" is forced."""
 
     text: str = "auto"
     forced: str | None = None
     forbidden: frozenset[str] = frozenset()
+    exact: bool = False
 
     @staticmethod
     def parse(text: str) -> Setting:
@@ -115,13 +121,14 @@ class Setting:
         words = [word.strip().lower() for word in text.split(",") if word.strip() not in ("", "auto")]
         forbidden = frozenset(word[1:] for word in words if word.startswith("-"))
         forced = [word for word in words if not word.startswith("-")]
-        unknown = [word for word in (*forced, *forbidden) if word not in NAMES]
+        unknown = [word for word in (*forced, *forbidden) if word not in (*NAMES, EXACT)]
         if unknown or len(forced) > 1 or "reference" in forbidden or forbidden.intersection(forced):
             raise ConfigError(
-                f'backend = {text!r} is not a setting; use "auto", one of {", ".join(NAMES)} to force it, or '
-                '"-cuda" and "-cpu" to forbid them'
+                f'backend = {text!r} is not a setting; use "auto", one of {", ".join((*NAMES, EXACT))} to '
+                'force it, or "-cuda", "-cpu" and "-exact" to forbid them'
             )
-        return Setting(",".join(words) or "auto", forced[0] if forced else None, forbidden)
+        exact = forced == [EXACT]
+        return Setting(",".join(words) or "auto", forced[0] if forced and not exact else None, forbidden, exact)
 
 
 _current = Setting.parse(os.environ.get("PQLAB_BACKEND", "auto"))

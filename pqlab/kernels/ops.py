@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import KernelMissingError
+from ..errors import KernelMissingError, PQCacheError
 from . import checks
 from .backend import Backend, ReferenceBackend, append_part, current_setting, decode_part
 
@@ -35,6 +35,7 @@ _backends: dict[str, Backend] = {"reference": ReferenceBackend()}
 _absent: dict[str, str] = {}  # backend -> why it was never registered
 _runs: Counter[tuple[str, str, str]] = Counter()  # (op, backend, reason) -> calls
 _last: dict[str, tuple[str, str]] = {}  # op -> (backend, reason) of the latest call
+_failed: dict[tuple[str, str], str] = {}  # (op, backend) -> what it raised when it ran; not tried again
 
 
 def decode(
@@ -175,7 +176,10 @@ def step_(
 
 
 def register_backend(backend: Backend) -> None:
+    """Put a backend in the place of its name; what one of that name failed at before is tried again."""
     _backends[backend.name] = backend
+    for key in [key for key in _failed if key[1] == backend.name]:
+        del _failed[key]
 
 
 def register_absence(name: str, reason: str) -> None:
@@ -197,9 +201,16 @@ def runs() -> dict[tuple[str, str, str], int]:
 
 
 def record(op: str, backend: str, reason: str) -> None:
-    """Count a run that did not go through the operations here (the cache's dequantizing fallback)."""
+    """Count a run that did not go through the operations here: attention over the dequantized cache."""
+    if (op, backend, reason) not in _runs:
+        log.warning("%s runs on the %s backend; %s", op, backend, reason)
     _runs[(op, backend, reason)] += 1
     _last[op] = (backend, reason)
+
+
+def last(op: str) -> tuple[str, str] | None:
+    """Backend and reason of the latest call, also of what `record` counted; None before the first."""
+    return _last.get(op)
 
 
 def chosen(op: str, device_type: str) -> tuple[str, str]:
@@ -222,6 +233,8 @@ def _refusal(name: str, op: str, device_type: str, args: tuple[Any, ...] | None)
     backend = _backends.get(name)
     if backend is None:
         return _absent.get(name, f"there is no {name} backend")
+    if (op, name) in _failed:
+        return _failed[op, name]
     if args is not None:
         parts = (("append_", append_part(args)), ("decode", decode_part(args))) if op == "step_" else ((op, args),)
         return next(filter(None, (backend.unable(*part) for part in parts)), None)
@@ -263,7 +276,22 @@ def _run(op: str, device_type: str, args: tuple[Any, ...]) -> Any:
         log.warning("%s runs on the %s backend; %s", op, backend.name, reason)
     _runs[key] += 1
     _last[op] = key[1:]
-    return getattr(backend, op)(*args)
+    try:
+        return getattr(backend, op)(*args)
+    except (RuntimeError, MemoryError) as error:
+        if not _may_fall_back(backend.name, error):
+            raise
+        _failed[op, backend.name] = f"it failed when it ran ({type(error).__name__}: {' '.join(str(error).split())})"
+        return _run(op, device_type, args)
+
+
+def _may_fall_back(name: str, error: Exception) -> bool:
+    """Whether the next level may run what this backend has begun. Every operation writes what it is given to places
+    that it is given, so that running it again is the same. A forced backend is to be heard of; a GPU without memory
+    has none for the next level; and a graph that is being captured has lost its capture."""
+    if name == "reference" or current_setting().forced or isinstance(error, (torch.OutOfMemoryError, PQCacheError)):
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 # -- torch.library ---------------------------------------------------------------------------------------------------

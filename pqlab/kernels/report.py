@@ -81,14 +81,17 @@ def backend_report() -> BackendReport:
     """Per operation and device the backend that a call gets now and why, the calls so far, and every build."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     choices = []
-    for op in ops.OPS:
+    for op in dict.fromkeys((*ops.OPS, *(o for o, _, _ in ops.runs()))):
         calls = {f"{name} ({why})": count for (o, name, why), count in ops.runs().items() if o == op}
-        for device in devices:
+        for device in devices if op in ops.OPS else ():
             try:
                 backend, reason = ops.chosen(op, device)
             except PQCacheError as error:  # a forced backend that does not take this device
                 backend, reason = "none", error.what
             choices.append(Choice(op, device, backend, reason, calls))
+        if op not in ops.OPS:  # attention over the dequantized cache: what ran last, on whatever device
+            backend, reason = ops.last(op) or ("none", "")
+            choices.append(Choice(op, "any", backend, reason, calls))
     builds = {}
     for name in NAMES:
         if name in ops.backends():

@@ -92,7 +92,7 @@ def runs_fused(session: Session) -> str:
 
 
 def levels(session: Session) -> str:
-    """Automatic, each level forbidden in turn, and each forced: the right one runs, and they agree."""
+    """Automatic, each level forbidden in turn, and each forced, exact attention too: the right one runs, they agree."""
     model, _ = session.loaded
     device = session.device.type
     ids, start = session.prompt(session.amount(130, 400), "levels"), session.amount(118, 360)
@@ -115,6 +115,13 @@ def levels(session: Session) -> str:
         first = first or result
         worst = max(worst, _same_logits(session, result, first, f'the "auto" run, under "{setting}"'))
         said.append(f"{setting}: {wanted}")
+    cache = PagedPQCache(model, session.codebooks, CONFIG, context=ids.shape[1])
+    with attention(model, "pqlab"), use_backend("exact"), counted() as runs:
+        result = follow(model, cache, ids, start)
+    dequantized = runs.get(("attention", "dequantize", "forced"), 0)
+    expect(dequantized and not _reads(runs), f'setting "exact": codes were read by {dict(_reads(runs))}; {_report()}')
+    worst = max(worst, _same_logits(session, result, first, 'the "auto" run, under "exact"'))
+    said.append("exact: dequantized")
     return f"{'; '.join(said)}; logits within {worst:.1g} of each other"
 
 

@@ -101,6 +101,12 @@ class DecodeTrace:
         """Most likely next tokens after `step` under both runs: run, rank, token_id, token, probability."""
         return self.top[self.top.step == self._step(step)].drop(columns="step").reset_index(drop=True)
 
+    def kernels(self) -> pd.DataFrame:
+        """Which backend ran what, and why it and none before it: operation, backend, reason, calls."""
+        import pandas as pd
+
+        return pd.DataFrame(self.meta.get("kernels", []), columns=["operation", "backend", "reason", "calls"])
+
     # -- attention ----------------------------------------------------------------------------------------------
 
     def attention(self, step: int, layer: int, head: int, kind: str = "isolated") -> pd.DataFrame:

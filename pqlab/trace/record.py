@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..attention import NAME
 from ..cache import PagedPQCache
 from ..config import CacheConfig
+from ..kernels import ops
 from ..kernels.reference import attend_dense
 from ..quantization import Codebooks
 from ..transformers_api import cache_argument
@@ -77,6 +78,7 @@ def trace_decode(
 def _run(model, tokenizer, ids, steps, cache, kept, follow, top, progress) -> DecodeTrace:
     import pandas as pd
 
+    ran_before = ops.runs()
     paged_probe, exact_probe = _PagedProbe(kept), _ExactProbe(kept)
     exact = _probed_exact_cache(model, exact_probe)
     if kept:
@@ -135,7 +137,7 @@ def _run(model, tokenizer, ids, steps, cache, kept, follow, top, progress) -> De
     for i, pages in enumerate(tables):
         table[i, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
     return DecodeTrace(
-        meta=_meta(model, cache, prompt_tokens, follow, paged_probe.scaling),
+        meta=_meta(model, cache, prompt_tokens, follow, paged_probe.scaling) | {"kernels": _kernels(ran_before)},
         token_ids=ids[0].cpu(),
         tokens=tokens,
         steps=frame,
@@ -251,6 +253,13 @@ def _texts(tokenizer, ids: list[int]) -> list[str]:
         texts.append(whole[len(done) :] if whole.startswith(done) else tokenizer.decode([token]))
         window, done = window[-4:], tokenizer.decode(window[-4:])
     return texts
+
+
+def _kernels(before: dict[tuple[str, str, str], int]) -> list[dict]:
+    """What ran since then: operation, backend, reason, calls."""
+    now = {key: count - before.get(key, 0) for key, count in ops.runs().items()}
+    columns = ("operation", "backend", "reason")
+    return [dict(zip(columns, key, strict=True)) | {"calls": count} for key, count in now.items() if count]
 
 
 def _meta(model, cache: PagedPQCache, prompt_tokens: int, follow: str, scaling: float | None) -> dict:
