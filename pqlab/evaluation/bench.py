@@ -11,6 +11,7 @@ BENCHMARKS = {
     "cpu": ("pqlab.evaluation.cpu_bench", "the C++ kernels beside the best exact attention, on this CPU"),
     "decode": ("pqlab.evaluation.decode_bench", "the decode kernel beside the best exact attention, on a GPU"),
     "layout": ("pqlab.evaluation.order_bench", "byte orders and page sizes: time, and share of the rate of memory"),
+    "memory": ("pqlab.evaluation.memory_timeline", "memory over a long generation, paged beside exact, sampled"),
     "model": ("pqlab.evaluation.model_bench", "time per token of a whole model, paged beside exact, in CUDA graphs"),
     "passkey": ("pqlab.evaluation.passkey", "one number in a long text, found by depth and length"),
     "pool": ("pqlab.evaluation.pool_bench", "what a page costs to allocate and free in pools of any size"),

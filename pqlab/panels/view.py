@@ -7,7 +7,6 @@ figure of a kernel; it does not wait to be asked for, since a kernel that runs a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,18 +15,9 @@ import anywidget
 import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
-from plotly.utils import PlotlyJSONEncoder
 
+from ..figures.page import Plain, plain
 from ..figures.theme import THEMES, template
-
-Plain = dict[str, Any]
-
-
-def plain(figure: go.Figure) -> Plain:
-    """A figure as JSON values {"data", "layout"}, arrays packed as plotly packs them; without its template."""
-    whole = figure.to_plotly_json()
-    layout = {key: value for key, value in whole["layout"].items() if key != "template"}
-    return json.loads(json.dumps({"data": whole["data"], "layout": layout}, cls=PlotlyJSONEncoder))
 
 
 def changes(before: Plain, after: Plain) -> Plain | None:
