@@ -344,6 +344,7 @@ PROBES: dict[str, Probe] = {
     "packages": packages(),
     "extra notebook": packages("notebook", "notebooks and panels need it"),
     "extra model": packages("model", "embedded models are converted with it"),
+    "extra tune": packages("tune", "pqlab tune needs it"),
     "extra test": packages("test", "the tests need it"),
     "chromium": chromium,
 }

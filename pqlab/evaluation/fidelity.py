@@ -183,7 +183,7 @@ def last_hidden(model, ids: torch.Tensor, cache) -> torch.Tensor:
 
 def _run(model, ids, exact, quantize: Quantize, config: CacheConfig, prompt: int) -> pd.DataFrame:
     hidden = last_hidden(model, ids, TeacherForcedCache(model, quantize, config, prompt))
-    frame = pd.concat(_measure(model, ids, exact, hidden, prompt), ignore_index=True)
+    frame = pd.concat(measure(model, ids, exact, hidden, prompt), ignore_index=True)
     if frame.kl.isna().any():  # a mean would pass over them
         raise ValueError(f"next-token distributions are not finite at {int(frame.kl.isna().sum())} positions")
     seen = _coded(ids.shape[1], prompt, config)
@@ -194,7 +194,12 @@ def _coded(length: int, prompt: int, config: CacheConfig) -> dict[int, int]:
     return {p: s.coded for s in schedule(length, prompt, config) for p in range(s.start, s.stop)}
 
 
-def _measure(model, ids, exact, hidden, prompt) -> Iterator[pd.DataFrame]:
+def measure(model, ids, exact, hidden, prompt: int = 0) -> Iterator[pd.DataFrame]:
+    """position, exact_nll, nll, kl, agree of the positions from `prompt` on, a frame a chunk; the last has no target.
+
+    Args:
+        ids: int64 [1, n]; exact, hidden: `last_hidden` of both runs, [n, hidden size].
+    """
     head = model.get_output_embeddings()
     for first in range(prompt, ids.shape[1] - 1, CHUNK):
         rows = slice(first, min(first + CHUNK, ids.shape[1] - 1))

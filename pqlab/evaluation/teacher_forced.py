@@ -14,6 +14,7 @@ the real decode, not an exact run with noise added. It agrees with stepping to f
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +68,21 @@ class TeacherForcedCache(Cache):
         quantize: what storage does to K and V; `from_codebooks` for product quantization.
         config: sinks, residual length and page size.
         prompt: tokens that count as the prompt.
+        prefix: the exact cache of a prompt that was prefilled before, which is left as it is; the forward is then over
+            the tokens behind it, and `prompt` is the prefix's length.
     """
 
-    def __init__(self, model, quantize: Quantize, config: CacheConfig, prompt: int = 1) -> None:
-        layers = DynamicCache(config=model.config).layers
+    def __init__(
+        self, model, quantize: Quantize, config: CacheConfig, prompt: int = 1, *, prefix: DynamicCache | None = None
+    ) -> None:
+        layers = DynamicCache(config=model.config).layers if prefix is None else list(prefix.layers)
         for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
+            if type(layer) is not DynamicLayer:
+                layers[i] = deepcopy(layer)
+            elif prefix is None:
                 layers[i] = _Layer(i, quantize, config, prompt)
+            else:
+                layers[i] = _Layer(i, quantize, config, prefix.get_seq_length(), (layer.keys, layer.values))
         super().__init__(layers=layers)
 
 
@@ -98,21 +107,26 @@ def attend_decoded(
     """Every position's attention over what it would see at its own decode step.
 
     Args:
-        query: [1, Hq, n, d]; exact, stored: K and V [1, H, n, d] as the model made them and as they come back.
-        segments: `schedule(n, ...)`.
+        query: [1, Hq, S, d], of the last S positions; exact, stored: K and V [1, H, n, d] as the model made them and as
+            they come back.
+        segments: `schedule(n, ...)`; those before the queries' positions are passed over.
     """
     groups = query.shape[1] // exact[0].shape[1]
+    first = exact[0].shape[2] - query.shape[2]
     out = torch.empty_like(query)
     for segment in segments:
+        if segment.stop <= first:
+            continue
         edge = num_sinks + segment.coded if segment.coded else 0
         keys, values = (
             torch.cat([s[:, :, :edge], e[:, :, edge : segment.stop]], 2).repeat_interleave(groups, 1)
             for s, e in zip(stored, exact, strict=True)
         )
-        rows = torch.arange(segment.start, segment.stop, device=query.device)
-        causal = torch.arange(segment.stop, device=query.device) <= rows[:, None]
-        out[:, :, segment.start : segment.stop] = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, segment.start : segment.stop], keys, values, attn_mask=causal, scale=scaling
+        positions = torch.arange(max(segment.start, first), segment.stop, device=query.device)
+        causal = torch.arange(segment.stop, device=query.device) <= positions[:, None]
+        rows = slice(int(positions[0]) - first, segment.stop - first)
+        out[:, :, rows] = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, rows], keys, values, attn_mask=causal, scale=scaling
         )
     return out
 
@@ -120,26 +134,37 @@ def attend_decoded(
 class _Layer(CacheLayerMixin):
     is_sliding = False
 
-    def __init__(self, index: int, quantize: Quantize, config: CacheConfig, prompt: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        quantize: Quantize,
+        config: CacheConfig,
+        prompt: int,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.index, self.quantize, self.config, self.prompt = index, quantize, config, prompt
+        self.index, self.quantize, self.config, self.prompt, self.prefix = index, quantize, config, prompt, prefix
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.length = 0
+        self.length = 0 if prefix is None else prefix[0].shape[2]
+        self.used = False
 
     def lazy_initialization(self, key_states, value_states) -> None: ...
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if self.length:
+        if self.used:
             raise ValueError("a TeacherForcedCache serves one forward over a whole text; make a new one")
-        self.length = key_states.shape[2]
+        self.used = True
+        self.length += key_states.shape[2]
         self.pending = key_states, value_states
+        if self.prefix is not None:
+            self.pending = tuple(torch.cat(both, 2) for both in zip(self.prefix, self.pending, strict=True))
         marked = key_states.view_as(key_states)
         marked.pqlab_layer = self
         return marked, value_states
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        """[1, Hq, n, d]: every position's attention over what it would see at its own decode step."""
-        if query.shape[0] != 1 or mask is not None:
+        """[1, Hq, S, d]: every position's attention over what it would see at its own decode step."""
+        if query.shape[0] != 1 or (mask is not None and not self._is_causal(mask)):
             raise ValueError("a TeacherForcedCache takes one text without padding")
         (k, v), self.pending = self.pending, None
         sinks = self.config.num_sinks
@@ -150,6 +175,12 @@ class _Layer(CacheLayerMixin):
             body = slice(sinks, end)
             seen_k[0, :, body], seen_v[0, :, body] = self.quantize(self.index, k[0, :, body], v[0, :, body])
         return attend_decoded(query, (k, v), (seen_k, seen_v), segments, sinks, scaling)
+
+    def _is_causal(self, mask: torch.Tensor) -> bool:
+        """Whether this mask [1, 1, S, n], which transformers makes for text behind a prefix, hides nothing else."""
+        steps, n = mask.shape[-2:]
+        causal = torch.ones(steps, n, dtype=torch.bool, device=mask.device).tril(n - steps)
+        return self.prefix is not None and bool((mask == causal).all())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0

@@ -1,0 +1,172 @@
+"""`python -m pqlab tune`: search, print the front, write the picture and the preset."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import ConfigError, PQCacheError, UnsupportedModelError
+from ..memory import readable_bytes
+from ..models.defaults import CALIBRATION_TEXT
+from .space import Setting, Space
+from .storage import need_optuna
+from .study import Search, setting_of
+from .workload import CONTEXT, POSITIONS, Workload, preset_of
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+HELP = """\
+First the report's grid (page 16 to 256, residual 2x and 4x the page), then settings that Optuna proposes, until the
+study holds --trials measured ones or --timeout is over. A setting is measured behind a prompt of --context tokens, run
+once: KL over the tokens behind it, on the decode path; time per token by decoding on with the real cache, flushes
+counted in; bytes from the layout. Settings above --memory are told to the sampler and not measured, repeated ones are
+passed over; neither counts as a trial. Codebooks for a new M and nbits are calibrated once (minutes) and kept.
+The same command goes on where it was stopped. Several processes, or machines of one kind, may share a --storage; on one
+machine they take each other's cores, so the best settings are timed again at the end, in turns, when one runs alone."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = f"{parser.description or ''}.\n\n{HELP}"
+    add = parser.add_argument
+    add("--model", default="default", help="as pqlab.load_model takes it")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--text", default="pride", help="name of a shipped text or path of a file")
+    add("--calibration", default=CALIBRATION_TEXT, help="text that codebooks are made on")
+    add("--context", type=int, default=CONTEXT, help="tokens of the prompt")
+    add("--positions", type=int, default=POSITIONS, help="tokens behind it that the KL is a mean of")
+    add("--memory", type=bytes_of, metavar="SIZE", help="most that a cache may take, e.g. 64MiB (default: no limit)")
+    add("--trials", type=int, default=40, help="measured settings in the study, all runs and processes together")
+    add("--timeout", type=float, metavar="SECONDS", help="begin no trial after this time")
+    add("--page-size", type=int, nargs="+", help="values to try instead of the report's grid")
+    add("--residual", type=int, nargs="+", help="exact newest tokens to try")
+    add("-M", type=int, nargs="+", help="subspaces to try (default: a quarter and half of the head size)")
+    add("--nbits", type=int, nargs="+", help="bits a code to try (default: 4 6 8)")
+    add("--policy", nargs="+", help="page policies to try (default: all)")
+    add("--storage", default="tune.journal", help="a file (*.db, *.sqlite: SQLite; else a journal, the better one for "
+        "several processes) or any Optuna storage URL")  # fmt: skip
+    add("--study", default="pqlab", help="name in the storage")
+    add("--seed", type=int, help="of the sampler; several processes want none or different ones")
+    add("--max-kl", type=float, help="take the fastest setting with at most this KL (default: the best balance)")
+    add("--no-confirm", action="store_true", help="do not time the best settings again in turns")
+    add("--out", type=Path, default=Path("."), help="folder for tune-STUDY.html and tune-STUDY.json")
+    add("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def bytes_of(text: str) -> int:
+    """ "64MiB", "1.5 GiB", "2G" or plain bytes as a number of bytes."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    try:
+        assert found is not None
+        return int(float(found[1]) * _UNITS[found[2].upper()])
+    except (AssertionError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; type e.g. 64MiB or 1.5GiB") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search and write; 2 for what cannot be searched, 1 when nothing within the limits was found."""
+    try:
+        need_optuna()
+        if not args.out.is_dir():
+            raise ConfigError(f"there is no folder {args.out}; make it first")
+        workload, search = _prepared(args)
+        search.run(trials=args.trials, timeout=args.timeout)
+    except (ConfigError, UnsupportedModelError, PQCacheError, ImportError, ValueError, OSError) as error:
+        print(f"tune: {error}")
+        return 2
+    except KeyboardInterrupt:
+        print("tune: stopped; the same command goes on from here")
+        return 130
+    try:
+        chosen = search.chosen(args.max_kl)
+    except ConfigError as error:
+        print(f"tune: {error}")
+        return 1
+    return _finish(args, workload, search, chosen)
+
+
+def _prepared(args: argparse.Namespace) -> tuple[Workload, Search]:
+    from ..models import load_model, load_text
+
+    model, tokenizer = load_model(args.model, device=args.device)
+    space = Space.of(
+        model, page_size=args.page_size, residual_length=args.residual, M=args.M, nbits=args.nbits, policy=args.policy
+    )
+    print(f"{space.size} settings; the prompt of {args.context} tokens is run once", flush=True)
+    workload = Workload(
+        model, tokenizer, load_text(args.text), context=args.context, positions=args.positions,
+        calibration=args.calibration, progress=True,
+    )  # fmt: skip
+    search = Search(
+        workload.measure, space, workload.about(), storage=args.storage, name=args.study, memory=args.memory,
+        needed=workload.bytes, seed=args.seed, say=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    return workload, search
+
+
+def _finish(args: argparse.Namespace, workload: Workload, search: Search, chosen: Setting) -> int:
+    frame, front = search.frame(), search.front()
+    print(f"\n{len(frame)} settings measured, {len(search.pruned())} proposals passed over; the front:")
+    print(render(front))
+    measured = _row_of(frame, chosen)
+    if not args.no_confirm:
+        best = [setting_of(row) for _, row in front.head(6).iterrows()]
+        again = workload.in_turns(best if chosen in best else [*best, chosen])
+        print("\ntimed again, in turns:")
+        print(again.round(3).to_string(index=False))
+        times = again.set_index("setting").milliseconds
+        measured |= {"milliseconds": times[str(chosen)], "exact_milliseconds": times.get("exact")}
+    preset = preset_of(workload, chosen, {name: _plain(value) for name, value in measured.items()})
+    path = args.out / f"tune-{args.study}.json"
+    preset.save(path)
+    print(f"\nchosen: {chosen}\n{path}: pqlab.presets.Preset.load reads it")
+    _draw(args, search, frame, int(_row_of(frame, chosen)["number"]))
+    if args.json:
+        rows = json.loads(frame.to_json(orient="records"))
+        print(json.dumps({"command": "tune", "about": workload.about(), "chosen": str(chosen), "settings": rows}))
+    return 0
+
+
+def _row_of(frame: pd.DataFrame, setting: Setting) -> dict:
+    return next(dict(row) for _, row in frame[frame.best].iterrows() if setting_of(row) == setting)
+
+
+def _plain(value):
+    value = value.item() if hasattr(value, "item") else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _draw(args: argparse.Namespace, search: Search, frame: pd.DataFrame, number: int) -> None:
+    try:
+        from ..figures.page import write_figure
+        from ..figures.tuning import tuning_figure
+    except ImportError:
+        print("no picture: plotly is not installed (pip install 'pqlab[notebook]')")
+        return
+    about = {key: value for key, value in search.study.user_attrs["about"].items() if key != "space"}
+    shown = frame.drop(columns=["seconds", "worker"]).sort_values("milliseconds")
+    path = args.out / f"tune-{args.study}.html"
+    write_figure(tuning_figure(frame, number), path, f"Settings of {args.model}", shown, settings=about)
+    print(f"{path}: the picture")
+
+
+def render(rows: pd.DataFrame) -> str:
+    """Rows of `Search.frame` as text."""
+    return pd.DataFrame(
+        {
+            "page": rows.page_size,
+            "R": rows.residual_length,
+            "M": rows.M,
+            "nbits": rows.nbits,
+            "policy": rows.policy,
+            "ms a token": rows.milliseconds.map("{:.2f}".format),
+            "+-": rows.milliseconds_error.map("{:.2f}".format),
+            "KL": rows.kl.map("{:.5f}".format),
+            "cache": rows.bytes.map(readable_bytes),
+            "grid": rows.grid.map(lambda grid: "report" if grid else ""),
+        }
+    ).to_string(index=False)

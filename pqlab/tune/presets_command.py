@@ -1,0 +1,84 @@
+"""`python -m pqlab presets`: the report's tables of settings, derived again on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from textwrap import indent, wrap
+
+import pandas as pd
+
+from ..errors import ConfigError, PQCacheError, UnsupportedModelError
+from ..evaluation.provenance import commit, device_name, today, versions
+from ..memory import readable_bytes
+from ..shapes import SHAPES
+from .derive import by_context, by_memory, evidence
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--shape", default="Llama-2-7B", help="whose bytes are counted (the report's: Llama-2-7B)")
+    add("--parameters", type=float, help="of a shape whose number is not known")
+    add("--no-measure", action="store_true", help="bytes alone; nothing is run")
+    add("--model", default="default", help="on which KL and time are measured, as pqlab.load_model takes it")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--text", default="pride", help="name of a shipped text or path of a file")
+    add("--context", type=int, default=1024, help="tokens of the prompt behind which is measured")
+    add("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Derive and print both tables; 2 for what cannot be derived."""
+    try:
+        if args.shape not in SHAPES:
+            raise ConfigError(f"--shape {args.shape} is unknown; there are {', '.join(SHAPES)}")
+        shape = SHAPES[args.shape]
+        memory = by_memory(shape, int(args.parameters) if args.parameters else None)
+        measured = None if args.no_measure else _evidence(args)
+        context = by_context(shape, measured)
+    except (ConfigError, UnsupportedModelError, PQCacheError, ValueError, OSError) as error:
+        print(f"presets: {error}")
+        return 2
+    if measured is not None:
+        print(f"measured on {args.model}, {device_name(args.device)}, behind {args.context} tokens of {args.text}:")
+        print(_evidence_table(measured), end="\n\n")
+    print(f"by context, bytes of {args.shape} (page / residual / pages):")
+    print(_text(context, "tokens"), end="\n\n")
+    print(f"by GPU memory, {args.shape} with fp16 weights (page / pages):")
+    print(_text(memory, "gib"))
+    if args.json:
+        about = {"command": "presets", "date": today(), "commit": commit(), "versions": versions()}
+        about |= {"device": device_name(args.device), "shape": args.shape, "context": args.context}
+        tables = {"by_context": context, "by_memory": memory, "evidence": measured}
+        rows = {name: None if t is None else json.loads(t.to_json(orient="records")) for name, t in tables.items()}
+        print(json.dumps({**about, **rows}))
+    return 0
+
+
+def _evidence(args: argparse.Namespace) -> pd.DataFrame:
+    from ..models import load_model, load_text
+    from .workload import Workload
+
+    model, tokenizer = load_model(args.model, device=args.device)
+    return evidence(Workload(model, tokenizer, load_text(args.text), context=args.context, progress=True))
+
+
+def _evidence_table(measured: pd.DataFrame) -> str:
+    """KL by page size and residual, and the time of every page size."""
+    wide = measured.pivot(index="page_size", columns="residual_length", values="kl").map("{:.5f}".format)
+    wide.columns = [f"KL at R {residual}" for residual in wide.columns]
+    firsts = measured.drop_duplicates("page_size").set_index("page_size")
+    wide["ms a token"] = firsts.milliseconds.map("{:.2f}".format) + firsts.milliseconds_error.map(" +- {:.2f}".format)
+    return wide.rename_axis("page").reset_index().to_string(index=False)
+
+
+def _text(table: pd.DataFrame, size: str) -> str:
+    """A line a case, and under it why it differs."""
+    lines = []
+    for row in table.itertuples():
+        taken = [f"{name} {readable_bytes(getattr(row, f'{name}_bytes'))}" for name in ("report", "ours")
+                 if hasattr(row, f"{name}_bytes")]  # fmt: skip
+        head = f"{row.case} ({getattr(row, size):,} {size.replace('gib', 'GiB')})"
+        lines.append(f"{head:<44} report {row.report:<18} ours {row.ours:<18} {', '.join(taken)}")
+        lines.append(indent("\n".join(wrap(row.why, 110)), "    "))
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""Where a study lies: a journal, an SQLite file, or a database server."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def need_optuna() -> None:
+    """Raises ImportError with what to install."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ImportError("pqlab tune needs Optuna: pip install 'pqlab[tune]'") from error
+
+
+def open_storage(place: str | Path) -> optuna.storages.BaseStorage:
+    """An Optuna storage.
+
+    Args:
+        place: a URL as Optuna takes it (postgresql://..., sqlite:///...); a path that ends in .db or .sqlite, which is
+            an SQLite file; or any other path, which is a journal: processes and machines append to it under a lock,
+            on a network file system too, where SQLite's locks fail.
+    """
+    import optuna
+
+    text, name = str(place), Path(place)
+    if "://" in text:
+        return _database(text)
+    if not name.resolve().parent.is_dir():
+        raise ConfigError(f"there is no folder for {text}; make it first")
+    if name.suffix in (".db", ".sqlite"):
+        return _database(f"sqlite:///{text}", connect_args={"timeout": 60})  # another process may be writing
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(text))
+
+
+def _database(url: str, **engine: Any) -> optuna.storages.RDBStorage:
+    """With a heartbeat, so that a trial of a machine that went away is given up after a while."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.storages.RDBStorage(url, engine_kwargs=engine, heartbeat_interval=60)
