@@ -89,7 +89,7 @@ def memory_timeline(
         for name in CACHES:
             attention, make = makers[name]
             model.set_attn_implementation(attention)
-            _warm_up(model, make(), ids[:, :2])
+            _warm_up(model, make(), ids[:, : min(prompt, 1024) + 1])
             with ProcessMemory(model.device) as memory:
                 rows += [(name, *row) for row in _feed(model, make, ids, prompt, chunk, every, memory, bar)]
     finally:
@@ -124,8 +124,11 @@ def _feed(model, make, ids: Tensor, prompt: int, chunk: int, every: int, memory:
 @torch.inference_mode()
 def _warm_up(model, cache: Cache, ids: Tensor) -> None:
     """Whatever a first call makes for good (threads, workspaces, kernels) belongs to no cache."""
-    for token in ids.split(1, 1):
-        model(token, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+    from .. import kernels
+
+    for part in (ids[:, :-1], ids[:, -1:]):
+        model(part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+    kernels.wait()  # for what these have asked for
 
 
 def held_bytes(cache: Cache) -> tuple[int, int]:
@@ -200,8 +203,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
-    from .. import kernels
-
     if not 1 <= args.steps < args.context:
         raise ConfigError(f"--steps {args.steps} is out of range; of --context {args.context} it can be 1 to "
                           f"{args.context - 1}")  # fmt: skip
@@ -219,7 +220,6 @@ def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
         model, tokenizer = load_model(args.model, device=args.device)
         codebooks = default_codebooks(model, tokenizer)
         ids = text_windows(tokenizer, load_text(args.text), args.context, 1)[0].to(args.device)
-    kernels.wait()
     options = {"prompt": args.context - args.steps, "config": config, "chunk": args.chunk, "every": args.every}
     frame = memory_timeline(model, codebooks, ids, **options, progress=True)
     return frame, f"{str(model.dtype).removeprefix('torch.')}, process: {ProcessMemory(args.device).what}"
