@@ -89,7 +89,7 @@ def memory_timeline(
         for name in CACHES:
             attention, make = makers[name]
             model.set_attn_implementation(attention)
-            _warm_up(model, make(), ids[:, : min(prompt, 1024) + 1])
+            _warm_up(model, make(), ids[:, : min(ids.shape[1], 1024)])
             with ProcessMemory(model.device) as memory:
                 rows += [(name, *row) for row in _feed(model, make, ids, prompt, chunk, every, memory, bar)]
     finally:
@@ -126,9 +126,9 @@ def _warm_up(model, cache: Cache, ids: Tensor) -> None:
     """Whatever a first call makes for good (threads, workspaces, kernels) belongs to no cache."""
     from .. import kernels
 
-    for part in (ids[:, :-1], ids[:, -1:]):
+    for part in (ids[:, :-4], *ids[:, -4:].split(1, 1)):
         model(part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
-    kernels.wait()  # for what these have asked for
+        kernels.wait()  # for what this has asked for; a step asks for one kernel after the other
 
 
 def held_bytes(cache: Cache) -> tuple[int, int]:
