@@ -13,7 +13,7 @@ every moment belongs to the innermost part that is open, so the parts add up to 
     exact tokens   sinks and window, combining, and what a call costs by itself: the share of the attention's time that
                    calls without any codes take (they are one kernel, so this is a second measurement)
     attention      exact attention
-    bookkeeping    of the paged cache: the plan of a step, page table, masks
+    bookkeeping    of the paged cache: the plan of a step, page table, masks, checks and dispatch of the operations
     rest           residual sums, reshaping, Python and transformers between the modules
 """
 
@@ -41,7 +41,7 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig
 from ..errors import ConfigError
 from ..kernels import ops
-from ..quantization import Codebooks
+from ..quantization import Codebooks, codec
 from .decode_steps import SDPA, Step, captured, decode_step
 from .filled_caches import filled_buffers, filled_dynamic, filled_paged
 
@@ -258,8 +258,7 @@ def _cuts(
             _replace(stack, cache, "update", watch, "store")
             yield
             return
-        for layer in cache.quantized_layers:
-            _replace(stack, layer, "_step", watch, "maps")
+        _replace(stack, codec, "_apply", watch, "maps")
         for backend in ops.backends().values():
             _replace(stack, backend, "append_", watch, "store")
             _replace(stack, backend, "encode_pages_", watch, "flush")
