@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from ...selftest.contiguous import ContiguousPQLayer
 from ...selftest.model_runs import attention, counted
 from ...transformers_api import cache_argument
 from ..longbench.answers import MakeCache
+from ..process_memory import release
 from .memory_peak import memory_peak
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ def time_generation(model: PreTrainedModel, ids: torch.Tensor, make_cache: MakeC
     total = ids.shape[1] + new_tokens
     _generate(model, ids, *make_cache(total), _WARM, None)
     kernels.wait()  # kernels are built for what they are asked
-    gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(model.device)  # or what the warm-up left free would hide what the timed run takes
     clock = _Clock()
     with memory_peak(model.device) as peak, counted() as runs:
         cache, name = make_cache(total)
