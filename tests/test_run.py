@@ -194,6 +194,7 @@ def test_where_a_step_goes(run, paged):
         (["-p", "baseline", "--length", "40"], "quantizes nothing"),
         (["-p", "sampling", "training", "evaluation", "--paged", "--batch", "30"], "need --max_pages 150"),
         (["-p", "baseline", "--dataset", "wikitext"], "no data set or text file .*longbench"),
+        (["-p", "baseline", "--dataset", "pride", "--calibration", "pride"], "choose another text$"),
         (["-p", "baseline", "--dataset", "lcc", "--data", "nowhere"], "LongBench"),
         (["-p", "baseline", "--device", "tpu"], "--device tpu cannot be used"),
         (["-p", "baseline", "-f", "debug-modle"], 'did you mean "debug-model"'),
