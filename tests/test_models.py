@@ -389,6 +389,7 @@ def test_a_named_configuration_has_the_known_shape(name, shape):
     from pqlab.shapes import SHAPES, ModelShape
 
     found = named.find_model(name, random=True)
+    assert named.is_on_hub(name) and not named.is_on_hub(name, random=True)
     assert found.random and ModelShape.from_config(found.config, shape) == SHAPES[shape]
 
 
@@ -406,6 +407,8 @@ def test_the_debug_model_speaks_bytes():
 
 def test_random_weights_of_a_folder(make_model, tmp_path):
     make_model("qwen3").save_pretrained(tmp_path)
+    assert not named.is_on_hub(str(tmp_path)) and named.is_on_hub("someone/a-model")
+    assert not any(map(named.is_on_hub, ("default", "gemma", "debug-model")))
     found = named.find_model(str(tmp_path), random=True)
     model, tokenizer = found.load(torch.float16, "cpu")
     assert model.config.model_type == "qwen3" and model.dtype == torch.float16 and len(tokenizer) == 258

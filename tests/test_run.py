@@ -234,9 +234,11 @@ def test_weights_that_cannot_be_fetched(run, monkeypatch):
     def no_hub(*args, **kwargs):
         raise OSError("no route")
 
+    monkeypatch.setattr("pqlab.models.hub.hub_answers", lambda: False)
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", no_hub)
     code, said = run("-p", "baseline", "-f", "llama-2-7b")
     assert code == 2 and "meta-llama/Llama-2-7b-hf" in said and "--random-weights" in said and "no route" in said
+    assert "the Hugging Face hub does not answer" in said
 
 
 def test_a_text_that_is_too_short_is_said(run, tmp_path):

@@ -106,6 +106,13 @@ def names() -> list[str]:
     return [*PACKAGED, *SHORT, *CONFIGS]
 
 
+def is_on_hub(name: str, random: bool = False) -> bool:
+    """Whether looking a model up asks the hub."""
+    if name in CONFIGS:
+        return bool(CONFIGS[name].hub_id) and not random
+    return SHORT.get(name, name) not in PACKAGED and not Path(name).expanduser().is_dir()
+
+
 def find_model(name: str, *, random: bool = False) -> FoundModel:
     """Look a model up.
 

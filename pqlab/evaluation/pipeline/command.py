@@ -9,6 +9,7 @@ import torch
 
 from ...errors import ConfigError, PQCacheError, UnsupportedModelError
 from ...models import named
+from ...models.hub import offline_unless_hub_answers
 from .. import corpora
 from ..longbench.tasks import TASKS
 from .job import Job
@@ -55,6 +56,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages and print what they found; 2 for settings that cannot be run, 1 when a stage broke off."""
+    far_data = args.data is None and (args.dataset in corpora.HUB or args.dataset in (LONGBENCH, *TASKS))
+    if not far_data and not named.is_on_hub(args.model, args.random_weights):
+        return _run(args)
+    with offline_unless_hub_answers() as answers:
+        if not answers:
+            print("[run] the Hugging Face hub does not answer: only what was fetched before is at hand", flush=True)
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         job = _job(args)
     except (ConfigError, UnsupportedModelError, OSError) as error:  # OSError: no such model, text or data set
