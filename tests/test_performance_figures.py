@@ -74,6 +74,7 @@ def test_breakdown_and_orders_draw_their_records():
     frame = pd.DataFrame(rows, columns=["kind", "context", "part", "milliseconds", "share"])
     traces = drawn(performance.breakdown_figure(frame))
     assert list(traces) == ["mlp", "codes"] and list(traces["mlp"].y) == [3.0, 3.0]
+    assert list(traces["codes"].y) == [1.0, 0.0]  # a missing number would start the stack anew
     orders = pd.DataFrame(
         [
             {"what": "sum over codes", "order": order, "page_size": size, "microseconds": 1.0, "gb_per_s": 1.0, "share": 0.5}  # noqa: E501

@@ -198,9 +198,9 @@ def breakdown_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.F
     sheet = Sheet()
     plot = sheet.plot(0, 0, x={"type": "category"}, y={"title": {"text": "ms a token"}})
     for part, colour in PART_COLOURS.items():
-        rows = bars.merge(frame[frame.part == part], how="left")
-        if rows.milliseconds.isna().all():
+        if not (frame.part == part).any():
             continue
+        rows = bars.merge(frame[frame.part == part], how="left").fillna({"milliseconds": 0.0, "share": 0.0})
         sheet.add(
             plot,
             "bar",
