@@ -75,10 +75,12 @@ def test_accuracy_is_the_worse_of_all_results(write):
 def test_memory_is_measured_where_a_result_has_it(write):
     name = "LLaMA-2-7B at 8K, memory saved"
     assert write.row(name).verdict == "holds" and write.row(name).device == "computed from the layout"
-    record = {"shape": "7b", "context": 8192, "paged_bytes": 40, "exact_bytes": 100}
+    sizes = {"paged_bytes": 40, "exact_bytes": 100, "paged_peak_bytes": 60, "exact_peak_bytes": 120}
+    record = {"shape": "7b", "context": 8192, **sizes}
     write("memory.json", "memory", [record], device="NVIDIA A100")
     row = write.row(name)
-    assert (row.verdict, row.value, row.file) == ("does not hold", 60, "memory.json")
+    assert (row.verdict, row.value) == ("does not hold (random weights of this shape)", 60)
+    assert row.file == "memory.json" and "50.0 % less at a step's peak" in row.measured
 
 
 def test_the_reports_gpu_comes_first_then_the_newest(write):
