@@ -36,7 +36,7 @@ def memory_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
             sheet.add(
                 held,
                 "scatter",
-                x=[0],
+                x=[part.tokens.iloc[0]],
                 y=[at_start],
                 mode="markers",
                 marker={"color": colour, "symbol": "diamond", "size": 11},

@@ -28,7 +28,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
         0,
         "left and low is better",
         x={"title": {"text": "ms a token"}},
-        y={"title": {"text": "KL to exact, nats"}, "type": "log", "dtick": 1, "exponentformat": "power"},
+        y={"title": {"text": "KL to exact, nats"}, "type": "log", "exponentformat": "power"},
     )
     front = frame[frame.best].sort_values("milliseconds")
     sheet.add(
@@ -49,7 +49,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
             "scatter",
             x=part.milliseconds,
             y=part.kl.clip(lower=_LOWEST),
-            error_x={"type": "data", "array": part.milliseconds_error, "thickness": 1, "width": 2},
+            error_x={"type": "data", "array": part.milliseconds_error, "thickness": 1, "width": 2, "color": GREY},
             mode="markers",
             marker={
                 "symbol": symbol,
