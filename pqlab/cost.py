@@ -220,10 +220,11 @@ class CacheCost:
 
     @property
     def constant_bytes(self) -> int:
-        """Model constants: float32 centroids (and maps), shared by all sequences and independent of their length."""
+        """Model constants, shared by all sequences and independent of their length: centroids in two bytes, and of maps
+        one direction in a byte an entry, the other in two. (On a GPU the kernels hold them in float32.)"""
         d = self.shape.head_dim
-        per_head = d * 2**self.pq.nbits + (2 * d * d if self.maps else 0)
-        return self.shape.num_layers * self.shape.num_kv_heads * 2 * per_head * 4
+        per_head = 2 * d * 2**self.pq.nbits + (3 * d * d if self.maps else 0)
+        return self.shape.num_layers * self.shape.num_kv_heads * 2 * per_head
 
     @property
     def stored_bytes(self) -> int:

@@ -10,7 +10,7 @@ from pqlab.config import PQConfig
 from pqlab.errors import ConfigError, UnsupportedModelError
 from pqlab.models import fingerprint
 from pqlab.quantization import Codebooks, Samples, calibrate, collect_kv, record_kv
-from pqlab.quantization.calibrate import STAGES
+from pqlab.quantization.calibrate import SCOPES, STAGES
 from pqlab.quantization.samples import split_text
 from pqlab.transformers_api import cache_argument
 
@@ -112,10 +112,12 @@ def test_windows_are_spread_over_the_text(tiny_tokenizer, num_tokens, window, le
             assert windows[-1] == whole[-window:][: lengths[-1]]
 
 
-def test_several_texts_are_taken_in_turn(tiny_tokenizer):
-    windows = split_text(tiny_tokenizer, ["a" * 30, "b" * 30, "c" * 30], 50, 20)
-    a, b = (tiny_tokenizer(letter)["input_ids"] for letter in "ab")
-    assert windows == [a * 20, a * 10, b * 20]
+def test_several_texts_share_the_tokens_and_take_turns(tiny_tokenizer):
+    a, b, c = (tiny_tokenizer(letter)["input_ids"] for letter in "abc")
+    windows = split_text(tiny_tokenizer, ["a" * 300, "b" * 300, "c" * 300], 75, 20)
+    assert windows == [a * 20, b * 20, c * 20, a * 5, b * 5, c * 5]
+    windows = split_text(tiny_tokenizer, ["a" * 8, "b" * 300], 50, 20)
+    assert windows == [a * 8, b * 20, b * 20, b * 2], "what one text does not have the next may use"
 
 
 def test_windows_begin_with_the_special_token_the_tokenizer_puts(tiny_tokenizer):
@@ -187,6 +189,24 @@ def test_calibration_is_reproducible(make_model, tiny_tokenizer):
     assert any(not torch.equal(t, other.tensors()[name]) for name, t in first.tensors().items())
 
 
+@pytest.mark.parametrize("maps", [True, False])
+def test_what_shares_a_codebook(make_model, tiny_tokenizer, maps):
+    """Fewer codebooks for the same codes, and maps that stay per head."""
+    model = make_model("llama")
+    options = {"num_tokens": 1500, "window": 500, "progress": False, "maps": maps}
+    books = {scope: calibrate(model, tiny_tokenizer, TEXT, PQConfig(8, 4), scope=scope, **options) for scope in SCOPES}
+    per_map = {"head": 3, "layer": 4, "model": 4}  # bytes of an entry, both directions
+    sizes = {s: book.nbytes - 2 * 2 * 3 * 16 * 16 * per_map[s] * maps for s, book in books.items()}
+    one = 8 * 16 * 2 * 2
+    assert sizes == {"head": 12 * one, "layer": 4 * one, "model": 2 * one}
+    held_out = collect_kv(model, tiny_tokenizer, TEXT[::-1], num_tokens=500)
+    errors = [quantized_error(books[scope], held_out) for scope in SCOPES]
+    assert errors[0] < errors[1] < errors[2] < 0.6, "codebooks of one's own are the better ones"
+    assert books["layer"].origin.scope == "layer"
+    with pytest.raises(ConfigError, match="scope = 'heads' is not one of head, layer, model"):
+        calibrate(model, tiny_tokenizer, TEXT, PQConfig(8, 4), scope="heads", **options)
+
+
 def test_progress_names_the_stages(make_model, tiny_tokenizer, capfd):
     model, seen = make_model("llama"), []
     options = {"num_tokens": 300, "window": 100}
@@ -228,5 +248,5 @@ def test_the_default_model_keeps_its_keys_and_values(default_model, all_threads)
     model, tokenizer = default_model
     books = calibrate(model, tokenizer, load_text("emma"), num_tokens=1024, iterations=2, progress=False)
     held_out = collect_kv(model, tokenizer, load_text("pride")[50_000:60_000], num_tokens=256)
-    assert books.nbytes == 30 * 3 * 2 * (64 * 256 + 2 * 64 * 64) * 4
+    assert books.nbytes == 30 * 3 * 2 * (64 * 256 * 2 + 3 * 64 * 64) < 8 * 2**20
     assert quantized_error(books, held_out) < 0.03

@@ -77,9 +77,9 @@ def test_k_and_v_and_layers_may_differ():
 
 def test_nbytes_counts_centroids_and_maps_once():
     books = Codebooks.random(1, 2, 8, config=PQConfig(4, 8))
-    assert books.nbytes == 2 * (2 * 4 * 256 * 2 * 4)
+    assert books.nbytes == 2 * (2 * 4 * 256 * 2 * 2)
     mapped = Codebooks.random(1, 2, 8, config=PQConfig(4, 8), maps=True)
-    assert mapped.nbytes - books.nbytes == 2 * 2 * (2 * 8 * 8 * 4)
+    assert mapped.nbytes - books.nbytes == 2 * 2 * (3 * 8 * 8)
     one = PQCodec(torch.randn(1, 4, 16, 2).expand(2, -1, -1, -1))  # one codebook for both heads and both sides
     assert Codebooks({0: LayerCodec(one, one)}).nbytes == 4 * 16 * 2 * 4
     assert Codebooks.identity(3, 2, 8).nbytes == 0
@@ -92,7 +92,7 @@ def test_random_and_identity_are_reproducible_and_exact():
     exact = Codebooks.identity(llama()).layer(1).v
     assert torch.equal(exact.decode(exact.encode(x)), x)
     mapped = Codebooks.random(llama(), maps=True).layer(0).k
-    torch.testing.assert_close(mapped.from_code_space(mapped.to_code_space(x)), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mapped.from_code_space(mapped.to_code_space(x)), x, atol=3e-3, rtol=1e-3)
 
 
 def test_a_saved_file_loads_bit_exactly(tmp_path):
@@ -109,6 +109,33 @@ def test_a_saved_file_loads_bit_exactly(tmp_path):
     books.save(path)
     assert path.read_bytes() == first
     Codebooks.load(path, llama())  # a config has a shape, no weights
+
+
+def test_what_heads_and_layers_share_is_kept_once(tmp_path):
+    book, other = (torch.randn(1, 2, 16, 4).half().expand(2, -1, -1, -1) for _ in range(2))
+    rotation = torch.linalg.qr(torch.randn(2, 8, 8)).Q
+    mapped = PQCodec(other, rotation, rotation.mT.clone())
+    books = Codebooks({0: LayerCodec(PQCodec(book), mapped), 1: LayerCodec(PQCodec(book), mapped)})
+    expected = 2 * 2 * 16 * 4 * 2 + 2 * rotation.nbytes
+    assert books.nbytes == expected
+    assert Codebooks({i: LayerCodec(c.k.half(), c.v.half()) for i, c in books.layers.items()}).nbytes < expected + 300
+    books.save(tmp_path / "books")
+    assert (tmp_path / "books").stat().st_size < expected + 4000
+    loaded = Codebooks.load(tmp_path / "books")
+    assert loaded.nbytes == expected
+    assert all(torch.equal(t, loaded.tensors()[name]) for name, t in books.tensors().items())
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "books").read_bytes()
+
+
+def test_files_of_the_first_schema_are_read(tmp_path, monkeypatch):
+    from pqlab.quantization import codebook_file
+
+    books = made()
+    monkeypatch.setattr(codebook_file, "SCHEMA_VERSION", 1)
+    codebook_file.write(tmp_path / "books", books.header(), books.tensors())
+    loaded = Codebooks.load(tmp_path / "books")
+    assert all(torch.equal(t, loaded.tensors()[name]) for name, t in books.tensors().items())
 
 
 @pytest.mark.parametrize(
@@ -159,7 +186,7 @@ def damage(path, kind: str) -> None:
         ("foreign", "no pqlab codebook file"),
         ("no json", "no readable pqlab header"),
         ("no version", "schema_version"),
-        ("newer", "schema version 9, this pqlab reads version 1"),
+        ("newer", "schema version 9, this pqlab reads versions 1 to 2"),
     ],
 )
 def test_damaged_and_foreign_files_are_refused(tmp_path, kind, names):

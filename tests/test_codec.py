@@ -5,6 +5,7 @@ import torch
 
 from pqlab.paging.layout import PageLayout
 from pqlab.quantization.codec import Codec, IdentityCodec, PQCodec
+from pqlab.quantization.maps import in_eight_bits
 
 
 def random_codec(heads=3, m=4, nbits=5, dm=2, seed=0, mapped=False) -> PQCodec:
@@ -54,6 +55,28 @@ def test_attention_in_code_space_equals_attention_in_head_space(query_heads):
         codec.from_code_space(inside), weights @ k.repeat_interleave(group, 1), rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(codec.from_code_space(y), k, rtol=1e-4, atol=1e-4)
+
+
+def test_a_map_in_eight_bits_is_undone_by_its_own_inverse():
+    """Rounding moves the map, not the vectors: what counts is that backward belongs to the rounded forward."""
+    codec = random_codec(mapped=True)
+    forward, backward = in_eight_bits(codec.forward, 4)
+    small = PQCodec(codec.centroids, forward, backward)
+    x = torch.randn(3, 9, 8)
+    torch.testing.assert_close(small.from_code_space(small.to_code_space(x)), x, rtol=1e-4, atol=1e-4)
+    assert forward.dtype == torch.int8 and forward.unflatten(-1, (4, 2)).abs().amax((1, 3)).eq(127).all()
+    wanted = codec.forward / codec.forward.unflatten(-1, (4, 2)).abs().amax((1, 3)).repeat_interleave(2, 1)[:, None]
+    assert (forward / 127 - wanted).abs().max() < 0.51 / 127
+    half = small.half()
+    assert (half.forward.dtype, half.backward.dtype, half.centroids.dtype) == (torch.int8, torch.float16, torch.float16)
+    torch.testing.assert_close(half.from_code_space(half.to_code_space(x)), x, rtol=0.01, atol=0.01)
+    q = torch.randn(3, 5, 8)
+    torch.testing.assert_close(half.map_query(q) @ half.to_code_space(x).mT, q @ x.mT, rtol=0.01, atol=0.02)
+
+
+def test_what_float16_cannot_hold_stays_float32():
+    large = PQCodec(torch.tensor([1.0, 1e5]).view(1, 1, 2, 1)).half()
+    assert large.centroids.dtype == torch.float32 and large.decode(torch.ones(1, 1, 1, dtype=torch.uint8)) == 1e5
 
 
 def test_a_mapped_codec_quantizes_in_code_space():

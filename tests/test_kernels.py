@@ -268,6 +268,22 @@ def test_encode_of_half_precision(backend, dtype):
     assert torch.equal(ops.encode(x, books), ops.encode(x.float(), books))
 
 
+@pytest.mark.parametrize(
+    "name", ["group of 3", "d_m 3 and 6", "nbits 4", "many queries", "d 256", "long", "only empty"]
+)
+def test_centroids_of_half_precision_are_taken_as_they_are(cpu, name):
+    """The same bits as with those centroids in float32, of one side or of both."""
+    case = decode_case(**CASES[name])
+    books = [book.half() for book in case[5:7]]
+    for mixed in (books, [books[0], books[1].float()], [books[0].float(), books[1]]):
+        for found in (ops.decode(*case[:5], *mixed, *case[7:]), reference.decode(*case[:5], *mixed, *case[7:])):
+            for got, want in zip(found, ops.decode(*case[:5], *(b.float() for b in books), *case[7:]), strict=True):
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, equal_nan=True)
+    x = torch.randn(books[0].shape[0], 70, case[0].shape[-1], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ops.encode(x, books[0]), ops.encode(x, books[0].float()))
+    assert torch.equal(ops.encode(x, books[0]), reference.encode(x, books[0]))
+
+
 @pytest.mark.parametrize("nbits", range(1, 9))
 @pytest.mark.parametrize(("first_slot", "n"), [(0, 64), (0, 16), (5, 3), (13, 41), (16, 1), (31, 33)])
 def test_encode_pages_writes_its_slots_only(backend, nbits, first_slot, n):

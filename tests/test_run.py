@@ -139,7 +139,7 @@ def test_merged_codebooks_are_one_for_all(run):
     code, said = run("-p", "training", "evaluation", "--paged", "-m")
     assert code == 0, said
     apart, merged = (r["result"] for r in run.records() if r["stage"] == "training")
-    assert merged["merged"] and merged["constant_bytes"] == 2 * 16 * 16 * 2 * 4  # K and V, M, centroids, fp32 pairs
+    assert merged["merged"] and merged["constant_bytes"] == 2 * 16 * 16 * 2 * 2  # K and V, M, centroids, fp16 pairs
     assert merged["constant_bytes"] < apart["constant_bytes"] / 20
     books = Codebooks.load(run.out / merged["file"])
     assert not books.origin.maps and not books.origin.weighted

@@ -55,7 +55,7 @@ def test_merged_codebooks_are_stored_once(make_model, tiny_tokenizer, tmp_path):
     model = make_model("llama")
     samples = collect_kv(model, tiny_tokenizer, TEXT, num_tokens=300)
     books = Codebooks(train_merged(samples, PQ))
-    assert books.nbytes == 2 * 8 * 16 * 2 * 4
+    assert books.nbytes == 2 * 8 * 16 * 2 * 2
     books.save(tmp_path / "merged")
     loaded = Codebooks.load(tmp_path / "merged")
     assert loaded.nbytes == books.nbytes and (tmp_path / "merged").stat().st_size < 6000

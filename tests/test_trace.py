@@ -58,7 +58,8 @@ def test_weights_and_values_make_the_recorded_outputs(trace):
             assert frame.paged.sum() == pytest.approx(1, abs=1e-5)
             values, _ = trace._as_stored(step, "v", layer, head // 2)
             paged = torch.tensor(frame.paged.to_numpy()) @ values
-            torch.testing.assert_close(paged, trace.tensors["output"][step, layer, head], rtol=1e-3, atol=1e-4)
+            # the map and its inverse are rounded: exact tokens have passed through both
+            torch.testing.assert_close(paged, trace.tensors["output"][step, layer, head], rtol=1e-2, atol=1e-3)
             exact = torch.tensor(frame.exact.to_numpy()) @ trace.tensors["v"][layer, head // 2, : len(frame)]
             torch.testing.assert_close(exact, trace.tensors["isolated_output"][step, layer, head], rtol=1e-3, atol=1e-4)
     late = trace.attention(STEPS, 0, 0)

@@ -254,7 +254,8 @@ def test_a_setting_is_measured(kind, make_model, tiny_tokenizer):
 
 def _constants(found: Workload, m: int, nbits: int) -> int:
     shape = found._shape
-    return shape.num_layers * shape.num_kv_heads * 2 * (shape.head_dim * 2**nbits + 2 * shape.head_dim**2) * 4
+    per_head = 2 * shape.head_dim * 2**nbits + 3 * shape.head_dim**2  # fp16 centroids, a map in one and in two bytes
+    return shape.num_layers * shape.num_kv_heads * 2 * per_head
 
 
 def test_a_context_that_the_model_has_not(make_model, tiny_tokenizer):

@@ -164,7 +164,7 @@ def token_elements(geometry: Geometry) -> int:
     return sum(2 * heads * head_dim for heads, head_dim in geometry.values())
 
 
-def _default_codebooks(setting: Setting, bits: int) -> Method:
+def _default_codebooks(setting: Setting, bits: int, scope: str = "head") -> Method:
     """The codebooks of `pqlab.default_codebooks`: M = d/2 with 8 or 6 bits a code, M = d/4 with 8 bits a code."""
     from ..models import default_codebooks
 
@@ -172,9 +172,14 @@ def _default_codebooks(setting: Setting, bits: int) -> Method:
     if bits == 2 and len(sizes) > 1:
         raise ConfigError(f"pq-2 has one M for all layers; heads of {sizes} elements need codebooks of their own")
     pq = {4: PQConfig(), 3: PQConfig(nbits=6), 2: PQConfig(M=max(1, sizes[0] // 4))}[bits]
-    books = default_codebooks(setting.model, setting.tokenizer, pq, text=setting.calibration, progress=setting.progress)
-    return from_codebooks(f"pq-{bits}", books.to(setting.model.device), setting)
+    options = {"text": setting.calibration, "scope": scope, "progress": setting.progress}
+    books = default_codebooks(setting.model, setting.tokenizer, pq, **options).to(setting.model.device)
+    if scope == "head":
+        return from_codebooks(f"pq-{bits}", books, setting)
+    return from_codebooks(f"pq-{bits}-per-{scope}", books, setting, note=f"the kv heads of a {scope} share a codebook")
 
 
 for _bits in (4, 3, 2):
     register(f"pq-{_bits}")(partial(_default_codebooks, bits=_bits))
+for _bits in (4, 2):
+    register(f"pq-{_bits}-per-layer")(partial(_default_codebooks, bits=_bits, scope="layer"))

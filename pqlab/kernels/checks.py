@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..paging.layout import TILE
 
+BOOK_DTYPES = (torch.float32, torch.float16)
+"""Of centroids; what is computed with them is float32 either way."""
+
 
 def decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
@@ -111,7 +114,7 @@ def _pages_fit(pages: Tensor, books: Tensor, nbits: int, heads: int, head_dim: i
     if nbits == 32:
         return m == head_dim
     fits = 1 <= nbits <= 8 and books.shape == (heads, m, 1 << nbits, head_dim // m)
-    return fits and books.dtype == torch.float32
+    return fits and books.dtype in BOOK_DTYPES
 
 
 def _exact_fit(k: Tensor, v: Tensor, batch_heads_dim: tuple[int, int, int], dtype: torch.dtype) -> bool:
@@ -129,7 +132,11 @@ def _explain_pages(op: str, side: str, pages: Tensor, books: Tensor, nbits: int,
     if nbits == 32 and m != head_dim:
         _fail(op, f"the identity codec has one code per dimension, {head_dim}; {side} pages hold {m}")
     if not _pages_fit(pages, books, nbits, heads, head_dim):
-        want = f"float32 {[heads, m, 1 << nbits, head_dim // m]}" if 1 <= nbits <= 8 and m else "for nbits 1..8 or 32"
+        want = (
+            f"float32 or float16 {[heads, m, 1 << nbits, head_dim // m]}"
+            if 1 <= nbits <= 8 and m
+            else "for nbits 1..8 or 32"
+        )
         got = f"{books.dtype} {[*books.shape]} and nbits {nbits}"
         _fail(op, f"{side} books must be {want} for pages {[*pages.shape]} and d {head_dim}, got {got}")
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from . import reference
 from .backend import Backend, BuildStatus
 from .build import Extension
+from .checks import BOOK_DTYPES
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 
 _FLOAT = torch.empty(0, dtype=torch.float32)  # new_empty is quicker than torch.empty
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DECODE_ARGS = struct.Struct("=13Q15qd")  # struct pq_decode_args of csrc/cpu/api.h: 8 bytes a field
-_ENCODE_ARGS = struct.Struct("=4Q10q")  # struct pq_encode_args
+_DECODE_ARGS = struct.Struct("=13Q17qd")  # struct pq_decode_args of csrc/cpu/api.h: 8 bytes a field
+_ENCODE_ARGS = struct.Struct("=4Q11q")  # struct pq_encode_args
 _FLUSH = 4  # pq_result: stored, and some row flushes now
 _APPEND_ARGS = struct.Struct("=8Q5q")  # struct pq_append_args
 _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append_": (6, 13)}
@@ -83,7 +84,8 @@ class CpuBackend(Backend):
             _DECODE_ARGS.pack(
                 *[t.data_ptr() for t in tensors], out.data_ptr(), lse.data_ptr(),
                 batch, query_heads, heads, steps, head_dim, tiles, page_table.shape[1], max_pages,
-                k_m, k_nbits, v_pages.shape[3], v_nbits, sink_k.shape[2], window_k.shape[2], _DTYPES[q.dtype], scale,
+                k_m, k_nbits, v_pages.shape[3], v_nbits, sink_k.shape[2], window_k.shape[2], _DTYPES[q.dtype],
+                _DTYPES[k_books.dtype], _DTYPES[v_books.dtype], scale,
             )
         )  # fmt: skip
         if code:
@@ -94,11 +96,11 @@ class CpuBackend(Backend):
         groups, n, head_dim = x.shape
         _, m, num_centroids, _ = books.shape
         codes = torch.empty((groups, n, m), dtype=torch.uint8)
-        x, books = _plain(x), _plain(books.to(torch.float32))
+        x, books = _plain(x), _plain(books if books.dtype in BOOK_DTYPES else books.float())
         code = self._library.pq_encode(
             _ENCODE_ARGS.pack(
                 x.data_ptr(), books.data_ptr(), codes.data_ptr(), 0,
-                groups, n, head_dim, m, num_centroids, _DTYPES[x.dtype], 0, 0, 8, 0,
+                groups, n, head_dim, m, num_centroids, _DTYPES[x.dtype], _DTYPES[books.dtype], 0, 0, 8, 0,
             )
         )  # fmt: skip
         if code:
@@ -115,7 +117,8 @@ class CpuBackend(Backend):
         code = self._library.pq_encode(
             _ENCODE_ARGS.pack(
                 x.data_ptr(), books.data_ptr(), pages.data_ptr(), page_ids.data_ptr(),
-                groups, n, head_dim, m, 1 << nbits, _DTYPES[x.dtype], first_slot, tiles, nbits, max_pages,
+                groups, n, head_dim, m, 1 << nbits, _DTYPES[x.dtype], _DTYPES[books.dtype], first_slot, tiles, nbits,
+                max_pages,
             )
         )  # fmt: skip
         if code:

@@ -29,6 +29,7 @@ _DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQ5iIif")  # struct DecodePara
 _ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
 _APPEND_SIDE = struct.Struct("<QQQ2qQQ")  # struct AppendSide of csrc/cuda/pq_append.cuh
 _APPEND = struct.Struct("<QQQ10iQ")  # struct AppendParams, after its two sides
+_BOOKS_AT = {"decode": (5, 6), "encode": (1,), "encode_pages_": (2,), "append_": (11, 12)}  # of the arguments
 _MAX_STEPS = 16  # query vectors a kv head: above, reading the codes once for four of them does not pay
 _MAX_TOKENS = 65000 * 32  # of a row: the kernel shares a row's chunks in 32-bit arithmetic
 
@@ -135,6 +136,8 @@ class CudaBackend(Backend):
         return self.kernel(EncodeConfig(x.shape[-1] // m, nbits, x.dtype, self._device(x)[0]))
 
     def unable(self, op: str, args: tuple[Any, ...]) -> str | None:
+        if any(args[i].dtype != torch.float32 for i in _BOOKS_AT[op]):
+            return "codebooks that are not float32 (PQCodec.to makes them so)"
         if op == "decode":
             q, k_pages, table, scale = args[0], args[1], args[3], args[13]
             if q.shape[1] // k_pages.shape[1] * q.shape[2] > _MAX_STEPS:
@@ -146,8 +149,8 @@ class CudaBackend(Backend):
             return self._decode_kernel(args).unable()
         if op == "encode":
             x, books = args
-            if books.shape[2] not in (16, 256) or books.dtype != torch.float32:
-                return "codebooks that are not float32 of 16 or 256 centroids"
+            if books.shape[2] not in (16, 256):
+                return "codebooks that are not of 16 or 256 centroids"
             return self._encode_kernel(x, books.shape[1], books.shape[2].bit_length() - 1).unable()
         if op == "encode_pages_":
             pages, x, _, _, _, nbits = args

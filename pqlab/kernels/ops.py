@@ -64,7 +64,7 @@ def decode(
         k_pages, v_pages: uint8 [max_pages, H, tiles, M, 2 * nbits], `PoolLayout.view`.
         page_table: int32 [B, n]; the u-th coded token lies in page `page_table[row, u // page_size]`.
         lengths: int32 [B, 3]: sinks, coded, window of each row, in tokens.
-        k_books, v_books: float32 [H, M, C, dm].
+        k_books, v_books: float32 or float16 [H, M, C, dm].
         sink_k, sink_v: [B, H, num_sinks, d] in q's dtype.
         window_k, window_v: [B, H, W, d] in q's dtype, a ring: the token with code index u lies in slot u % W.
         k_nbits, v_nbits: 1 to 8, or 32 for the identity codec (books are not read).
@@ -88,7 +88,7 @@ def encode(x: Tensor, books: Tensor) -> Tensor:
     """Index of the nearest centroid of every subvector (squared distance, ties to the lowest index).
 
     Args:
-        x: [G, n, d]; books: float32 [G, M, C, dm] with M * dm = d and C <= 256. G is any grouping, e.g. kv heads.
+        x: [G, n, d]; books: float32 or float16 [G, M, C, dm] with M * dm = d and C <= 256; G is any grouping.
 
     Returns:
         uint8 [G, n, M].
@@ -101,7 +101,7 @@ def encode_pages_(pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, fir
 
     Args:
         pages: uint8 [max_pages, H, tiles, M, 2 * nbits], a view of the pool; mutated.
-        x: [H, n, d]; books: float32 [H, M, C, dm].
+        x: [H, n, d]; books: float32 or float16 [H, M, C, dm].
         page_ids: integer [num_pages]: the tokens fill these pages in order, from `first_slot` of the first.
         nbits: 1 to 8, or 32 for the identity codec.
     """

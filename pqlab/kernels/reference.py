@@ -71,7 +71,8 @@ def dequantize(codes: Tensor, books: Tensor) -> Tensor:
     heads, m, _, _ = books.shape
     head = torch.arange(heads, device=codes.device)[:, None, None]
     subspace = torch.arange(m, device=codes.device)
-    return books[head, subspace, codes.long()].flatten(-2)  # [..., H, n, M, dm] -> [..., H, n, d]
+    found = books[head, subspace, codes.long()].flatten(-2)  # [..., H, n, M, dm] -> [..., H, n, d]
+    return found.float() if books.dtype == torch.float16 else found
 
 
 def attend_dense(

@@ -27,6 +27,7 @@ def default_codebooks(
     pq: PQConfig = PQConfig(),
     *,
     text: str = CALIBRATION_TEXT,
+    scope: str = "head",
     progress: bool = True,
 ) -> Codebooks:
     """Codebooks of `model` at the setting `pq`, calibrated once and kept in the cache directory.
@@ -36,14 +37,15 @@ def default_codebooks(
 
     Args:
         text: what to calibrate on: the name of a shipped text, or the path of a text file.
+        scope: what shares a codebook; see `calibrate`.
     """
     from ..quantization import CodebookError, Codebooks, calibrate
 
-    path = default_codebooks_path(model, pq, text=text)
+    path = default_codebooks_path(model, pq, text=text, scope=scope)
 
     def build(target: Path) -> None:
-        books = calibrate(model, tokenizer, load_text(text), pq, text_name=Path(text).name, progress=progress)
-        books.save(target)
+        settings = {"scope": scope, "text_name": Path(text).name, "progress": progress}
+        calibrate(model, tokenizer, load_text(text), pq, **settings).save(target)
 
     what = f"the codebooks {path.name}"
     build_once(path, build, what)
@@ -54,13 +56,15 @@ def default_codebooks(
         return Codebooks.load(build_once(path, build, what), model)
 
 
-def default_codebooks_path(model: PreTrainedModel, pq: PQConfig = PQConfig(), *, text: str = CALIBRATION_TEXT) -> Path:
+def default_codebooks_path(
+    model: PreTrainedModel, pq: PQConfig = PQConfig(), *, text: str = CALIBRATION_TEXT, scope: str = "head"
+) -> Path:
     """The file that `default_codebooks` keeps; it need not exist yet."""
     from ..quantization import attention_geometry
 
     subspaces = sorted({pq.num_subspaces(head_dim) for _, head_dim in attention_geometry(model).values()})
     key = hashlib.sha256(_quantizer_version().encode() + load_text(text).encode()).hexdigest()[:8]
-    size = f"M{'-'.join(map(str, subspaces))}-{pq.nbits}bit"
+    size = f"M{'-'.join(map(str, subspaces))}-{pq.nbits}bit" + ("" if scope == "head" else f"-per-{scope}")
     return cache_dir() / "codebooks" / f"{fingerprint(model)}-{size}-{Path(text).stem}-{key}.safetensors"
 
 

@@ -11,19 +11,20 @@ from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..config import PQConfig
+from ..errors import ConfigError
 from ..paging.layout import SIDES
 from .codebook import Codebooks, LayerCodec, Origin
-from .codec import PQCodec
+from .codec import PQCodec, to_float, to_half
 from .geometry import PQSpec, attention_geometry, num_layers, setting
 from .kmeans import ITERATIONS, product_kmeans
-from .maps import balanced_map
+from .maps import alike, balanced_map, in_eight_bits
 from .samples import NUM_SINKS, NUM_TOKENS, WINDOW, Samples, collect_kv
 from .sensitivity import value_metrics
 
@@ -36,6 +37,12 @@ Report = Callable[[str, int, int], None]
 """Called with (stage, done, total); the stages are those of `STAGES`, in this order."""
 
 STAGES = ("read the text", "compile kernels", "train codebooks")
+
+SCOPES = ("head", "layer", "model")
+"""What shares a codebook."""
+
+MERGED_VECTORS = 2**17
+"""Vectors that a shared codebook is trained on, at most, spread evenly over those that share it: 512 a centroid."""
 
 _DEFAULT = PQConfig()
 _KERNEL_SECONDS = 300  # to wait for a build; without compiled kernels training takes many times longer
@@ -52,6 +59,7 @@ def calibrate(
     num_sinks: int = NUM_SINKS,
     maps: bool = True,
     weighted: bool = True,
+    scope: str = "head",
     iterations: int = ITERATIONS,
     seed: int = 0,
     text_name: str = "",
@@ -67,6 +75,8 @@ def calibrate(
         maps: put the map of `maps.balanced_map` in front of every quantizer.
         weighted: count a token's error by the attention it got (`Sensitivity.weights`). Keys are mapped and both sides
             weighted by queries; a model whose attention shows none is calibrated without, which is logged.
+        scope: what shares a codebook, one of `SCOPES`: "head" (every kv head has its own), "layer" (the kv heads of a
+            layer share one) or "model" (one for K and one for V of all layers). Maps are per head either way.
         iterations: of k-means.
         text_name: for people; it is kept in `Codebooks.origin` with the text's hash.
         progress: True draws bars, False is silent, a function is called with (stage, done, total).
@@ -95,6 +105,7 @@ def calibrate(
             value_metrics=value_metrics(model),
             maps=maps,
             weighted=weighted,
+            scope=scope,
             iterations=iterations,
             seed=seed,
             report=report,
@@ -105,6 +116,7 @@ def calibrate(
         window=window,
         maps=maps,
         weighted=weighted and bool(samples.sensitivity),
+        scope=scope,
         iterations=iterations,
         seed=seed,
     )
@@ -139,6 +151,7 @@ def train(
     value_metrics: Mapping[int, Tensor] | None = None,
     maps: bool = True,
     weighted: bool = True,
+    scope: str = "head",
     iterations: int = ITERATIONS,
     seed: int = 0,
     report: Report | None = None,
@@ -147,18 +160,21 @@ def train(
 
     Args:
         value_metrics: [H, d, d] by layer index, `sensitivity.value_metrics(model)`; a missing one is the identity.
-        maps, weighted: see `calibrate`.
+        maps, weighted, scope: see `calibrate`.
     """
+    if scope not in SCOPES:
+        raise ConfigError(f"scope = {scope!r} is not one of {', '.join(SCOPES)}")
     report = report or _silent
     value_metrics = value_metrics or {}
     if (maps or weighted) and not samples.sensitivity:
         log.warning("the model's attention shows no queries: keys are mapped by their variance alone, without weights")
-    batches: dict[tuple[int, int, int], list[tuple[int, str]]] = defaultdict(list)  # (d, M, C) -> (layer, side)s
+    batches: dict[tuple[Any, ...], list[tuple[int, str]]] = defaultdict(list)
     for i, keys in samples.keys.items():
-        d = keys.shape[-1]
+        heads, _, d = keys.shape
         for side, pq in zip(SIDES, setting(config, i), strict=True):
-            batches[d, pq.num_subspaces(d), 2**pq.nbits].append((i, side))
-    most = max(count for _, _, count in batches)
+            alone = {"head": "", "layer": heads, "model": side}[scope]  # groups of a batch are equally large
+            batches[pq.num_subspaces(d), 2**pq.nbits, alone, d].append((i, side))
+    most = max(count for _, count, *_ in batches)
     if samples.num_samples < most:
         warnings.warn(
             f"{samples.num_samples} samples cannot fill {most} centroids; give a longer text or a smaller nbits",
@@ -170,10 +186,13 @@ def train(
 
     parts = {"k": samples.keys, "v": samples.values}
     device = next(iter(samples.keys.values())).device
-    total = sum(parts[side][i].shape[0] for members in batches.values() for i, side in members) * iterations
-    done = 0
+    sharers = {
+        key: _sharers([parts[side][i].shape[0] for i, side in members], scope) for key, members in batches.items()
+    }
+    total, done = sum(map(len, sharers.values())) * iterations, 0
     codecs: dict[tuple[int, str], PQCodec] = {}
-    for (_, m, num_centroids), members in batches.items():
+    for key, members in batches.items():
+        m, num_centroids, *_ = key
         vectors, weights, directions = [], [], []
         for i, side in members:
             x, seen = parts[side][i].to(device).float(), samples.sensitivity.get(i)  # [H, n, d]
@@ -182,25 +201,53 @@ def train(
             if maps:
                 metric = value_metrics.get(i) if side == "v" else seen and seen.key_metric
                 forward, backward = balanced_map(x, metric, m)
+                if scope == "head":
+                    forward, backward = in_eight_bits(forward, m)
+                else:
+                    forward, backward = alike(x, forward, backward, m)
                 directions.append((forward, backward))
-                x = x @ forward
+                x = x @ to_float(forward)
             both = seen.weights() if weighted and seen else None
             vectors.append(x)
             weights.append(torch.ones_like(x[..., 0]) if both is None else both[SIDES.index(side)].to(device))
         books = product_kmeans(
-            torch.cat(vectors),
+            _gather(vectors, sharers[key]),
             m,
             num_centroids,
-            weights=torch.cat(weights),
+            weights=_gather([w[..., None] for w in weights], sharers[key])[..., 0],
             iterations=iterations,
             seed=seed,
             progress=lambda part, _, before=done: report(STAGES[2], before + part, total),
         )
-        heads = [v.shape[0] for v in vectors]
-        done += sum(heads) * iterations
-        for j, (member, centroids) in enumerate(zip(members, books.split(heads), strict=True)):
-            codecs[member] = PQCodec(centroids.clone(), *(directions[j] if maps else ()))
+        done += len(sharers[key]) * iterations
+        books = to_half(books)
+        number = {head: g for g, group in enumerate(sharers[key]) for head in group}
+        for j, member in enumerate(members):
+            heads, first = len(vectors[j]), number[j, 0]
+            own = scope == "head"
+            centroids = books[first : first + heads].clone() if own else books[first].expand(heads, -1, -1, -1)
+            codecs[member] = PQCodec(centroids, *(directions[j] if maps else ())).half()
     return {i: LayerCodec(codecs[i, "k"], codecs[i, "v"]) for i in samples.keys}
+
+
+def _sharers(heads: Sequence[int], scope: str) -> list[list[tuple[int, int]]]:
+    """Who shares a codebook: lists, equally long, of (number of the member, head); heads: of every member."""
+    every = [[(j, head) for head in range(count)] for j, count in enumerate(heads)]
+    if scope == "layer":
+        return every
+    together = [head for member in every for head in member]
+    return [together] if scope == "model" else [[head] for head in together]
+
+
+def _gather(parts: Sequence[Tensor], groups: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """[G, n', d]: the samples of every group from parts [H, n, d]; many sharers give evenly spread ones of each."""
+    n = parts[0].shape[1]
+    count = min(n, max(1, MERGED_VECTORS // len(groups[0])))
+    chosen = torch.arange(count, device=parts[0].device) * n // count
+    every = count == n
+    return torch.stack(
+        [torch.cat([parts[j][h] if every else parts[j][h, chosen] for j, h in group]) for group in groups]
+    )
 
 
 @contextmanager

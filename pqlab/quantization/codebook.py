@@ -19,6 +19,7 @@ from ..paging.layout import SIDES, PageLayout
 from .codebook_file import CodebookError, read, write
 from .codec import Codec, IdentityCodec, PQCodec
 from .geometry import Geometry, PQSpec, attention_geometry, describe, num_layers, setting
+from .maps import in_eight_bits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +57,7 @@ class Origin:
     window: int = 0
     maps: bool = False
     weighted: bool = False
+    scope: str = "head"
     iterations: int = 0
     seed: int = 0
     pqlab_version: str = ""
@@ -101,10 +103,10 @@ class Codebooks:
             m = pq.num_subspaces(d)
             centroids = torch.randn(heads, m, 2**pq.nbits, d // m, generator=generator)
             if not maps:
-                return PQCodec(centroids)
+                return PQCodec(centroids).half()
             rotation = torch.linalg.qr(torch.randn(heads, d, d, generator=generator)).Q
             stretch = torch.rand(heads, 1, d, generator=generator) + 0.5
-            return PQCodec(centroids, rotation * stretch, (rotation / stretch).mT.contiguous())
+            return PQCodec(centroids, *in_eight_bits(rotation * stretch, m)).half()
 
         layers = {}
         for i, (heads, d) in geometry.items():

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: tensors may be float16 or int8
+_READ = (1, 2)
 _KEY = "pqlab"  # of the header in safetensors' metadata
 _DRAFT = ".unfinished-"  # followed by the process
 
@@ -100,9 +101,9 @@ def _parse(path: Path, text: str, remedy: str) -> dict[str, Any]:
         version = header["schema_version"]
     except (ValueError, TypeError, KeyError) as error:
         raise CodebookError(f"{path.name} has no readable pqlab header ({error!r}); {remedy}") from error
-    if version != SCHEMA_VERSION:
+    if version not in _READ:
         raise CodebookError(
-            f"{path.name} has schema version {version}, this pqlab reads version {SCHEMA_VERSION}; "
+            f"{path.name} has schema version {version}, this pqlab reads versions {_READ[0]} to {_READ[-1]}; "
             f"{remedy}, or use the pqlab that wrote it"
         )
     return header

@@ -13,6 +13,7 @@ with `map_query(q)` and brings the output home with `from_code_space`. Without a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from ..kernels import ops, reference
 from ..paging.layout import PageLayout
+
+DTYPES = (torch.float16, torch.float32)
+"""Of centroids and maps."""
 
 
 @runtime_checkable
@@ -40,7 +44,7 @@ class Codec(Protocol):
     def nbits(self) -> int: ...
     @property
     def centroids(self) -> Tensor:
-        """float32 [H, M, C, d/M], what the kernels read; C is 0 for the identity codec."""
+        """float16 or float32 [H, M, C, d/M], what the kernels read; C is 0 for the identity codec."""
         ...
 
     def encode(self, x: Tensor) -> Tensor:
@@ -102,9 +106,13 @@ class PQCodec(_Spaces):
     The code of subspace m of y is the index of the nearest of C = 2**nbits centroids (squared Euclidean distance, ties
     to the lowest index); `dequantize(codes)[..., m*dm:(m+1)*dm] = centroids[h, m, code]`.
 
+    Tensors are float16 (an error far below that of the codes) or float32, `forward` also int8, in units of 1/127: any
+    matrix near the wanted one will do, if `backward` is its inverse (`maps.in_eight_bits`). What is computed with them
+    is float32.
+
     Args:
-        centroids: float32 [H, M, C, dm], C a power of two from 2 to 256.
-        forward, backward: float32 [H, d, d] with d = M * dm and backward[h] the inverse of forward[h]; both or neither.
+        centroids: [H, M, C, dm], C a power of two from 2 to 256. Heads may share one codebook: a tensor expanded to H.
+        forward, backward: [H, d, d] with d = M * dm and backward[h] the inverse of forward[h]; both or neither.
     """
 
     centroids: Tensor
@@ -112,9 +120,9 @@ class PQCodec(_Spaces):
     backward: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.centroids.dim() != 4 or self.centroids.dtype != torch.float32:
+        if self.centroids.dim() != 4 or self.centroids.dtype not in DTYPES:
             shape, dtype = list(self.centroids.shape), self.centroids.dtype
-            raise ValueError(f"centroids must be float32 [heads, M, C, d/M], got {dtype} {shape}")
+            raise ValueError(f"centroids must be float16 or float32 [heads, M, C, d/M], got {dtype} {shape}")
         count = self.centroids.shape[2]
         if count not in [2**nbits for nbits in range(1, 9)]:
             raise ValueError(f"a codebook holds 2**nbits centroids, nbits 1 to 8; got {count}")
@@ -122,8 +130,10 @@ class PQCodec(_Spaces):
             raise ValueError("a map needs both directions: give forward and backward, or neither")
         for name, matrix in (("forward", self.forward), ("backward", self.backward)):
             want = (self.num_heads, self.head_dim, self.head_dim)
-            if matrix is not None and (tuple(matrix.shape) != want or matrix.dtype != torch.float32):
-                raise ValueError(f"{name} must be float32 {list(want)}, got {matrix.dtype} {list(matrix.shape)}")
+            allowed = (*DTYPES, torch.int8) if name == "forward" else DTYPES
+            if matrix is not None and (tuple(matrix.shape) != want or matrix.dtype not in allowed):
+                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+                raise ValueError(f"{name} must be {list(want)} of {kinds}, got {matrix.dtype} {list(matrix.shape)}")
 
     @property
     def num_heads(self) -> int:
@@ -166,8 +176,22 @@ class PQCodec(_Spaces):
         return q if self.backward is None else _apply(q, self.backward.mT)
 
     def to(self, device: torch.device | str) -> PQCodec:
-        tensors = {"centroids": self.centroids, "forward": self.forward, "backward": self.backward}
-        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+        """The codec on a device. On CUDA its tensors are float32: the kernels there read them so."""
+        on_cuda = torch.device(device).type == "cuda"
+        return self._each(lambda tensor: to_float(tensor.to(device)) if on_cuda else tensor.to(device))
+
+    def half(self) -> PQCodec:
+        """The codec with float16 tensors; int8 ones, and those that float16 cannot hold (65504), stay as they are."""
+        return self._each(to_half)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PQCodec:
+        tensors = {"forward": self.forward, "backward": self.backward}
+        centroids = self.centroids
+        if centroids.stride(0) == 0:  # what heads share they go on sharing
+            centroids = change(centroids[:1]).expand_as(centroids)
+        else:
+            centroids = change(centroids)
+        return replace(self, centroids=centroids, **{name: change(t) for name, t in tensors.items() if t is not None})
 
     def _checked(self, x: Tensor, last: int) -> Tensor:
         if x.dim() < 3 or x.shape[-3] != self.num_heads or x.shape[-1] != last:
@@ -209,13 +233,28 @@ class IdentityCodec(_Spaces):
         return replace(self, device=device)
 
 
+def to_half(tensor: Tensor) -> Tensor:
+    """In float16; as it is where it has eight bits, or float16 would overflow."""
+    half = tensor.half()
+    return half if tensor.dtype != torch.int8 and half.isfinite().all() else tensor
+
+
+def to_float(matrix: Tensor) -> Tensor:
+    """In float32; int8 counts in units of 1/127."""
+    return matrix.float() / 127 if matrix.dtype == torch.int8 else matrix.float()
+
+
 def _apply(x: Tensor, matrix: Tensor) -> Tensor:
     """x [..., g*H, n, d] times matrix [H, d, d]; the g query heads of a group follow each other, as in transformers."""
     heads, d, _ = matrix.shape
     if x.dim() < 3 or x.shape[-3] % heads or x.shape[-1] != d:
         raise ValueError(f"expected [..., a multiple of {heads} heads, n, {d}], got {list(x.shape)}")
+    y = x.float()
+    if matrix.dtype == torch.int8:
+        y = y / 127  # at decode x has fewer elements to divide than the matrix
+    matrix = matrix.float()
     if math.prod(x.shape[:-3]) == 1:  # one sequence: no dimension has to be moved
-        return torch.bmm(x.reshape(heads, -1, d).to(matrix.dtype), matrix).view(x.shape).to(x.dtype)
-    rows = x.unflatten(-3, (heads, -1)).movedim(-4, 0)  # [H, ..., g, n, d]: a broadcast would copy the matrices instead
-    out = torch.bmm(rows.reshape(heads, -1, d).to(matrix.dtype), matrix).view(rows.shape)
+        return torch.bmm(y.reshape(heads, -1, d), matrix).view(x.shape).to(x.dtype)
+    rows = y.unflatten(-3, (heads, -1)).movedim(-4, 0)  # [H, ..., g, n, d]: a broadcast would copy the matrices instead
+    out = torch.bmm(rows.reshape(heads, -1, d), matrix).view(rows.shape)
     return out.movedim(0, -4).flatten(-4, -3).to(x.dtype)

@@ -48,6 +48,38 @@ def balanced_map(x: Tensor, metric: Tensor | None, num_subspaces: int) -> tuple[
     return (root @ axes).float().contiguous(), (axes.mT @ inverse_root).float().contiguous()
 
 
+def in_eight_bits(forward: Tensor, num_subspaces: int) -> tuple[Tensor, Tensor]:
+    """A map near `forward` that takes a byte an entry, and its inverse.
+
+    Subspaces are scaled, each as a whole, so that their largest entry is 127/127: no centroid is nearer for it.
+
+    Args:
+        forward: [H, d, d].
+
+    Returns:
+        int8 [H, d, d] in units of 1/127, and float32 [H, d, d], the inverse of just that matrix.
+    """
+    columns = forward.double().unflatten(-1, (num_subspaces, -1))
+    largest = columns.abs().amax((1, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (columns / largest * 127).round().flatten(-2)
+    return rounded.to(torch.int8), torch.linalg.inv(rounded / 127).float()
+
+
+def alike(x: Tensor, forward: Tensor, backward: Tensor, num_subspaces: int) -> tuple[Tensor, Tensor]:
+    """The map with every subspace scaled to a mean square of 1 and its axes turned to a positive third moment.
+
+    Neither changes which centroid is nearest, so heads whose subspaces look alike afterwards can share a codebook.
+
+    Args:
+        x: [H, n, d] samples of the head space; forward, backward: [H, d, d] of `balanced_map`.
+    """
+    y = x.float() @ forward
+    sizes = y.unflatten(-1, (num_subspaces, -1)).square().mean((1, 3)).sqrt()  # [H, M]
+    sizes = sizes.clamp_min(torch.finfo(torch.float32).tiny).repeat_interleave(x.shape[-1] // num_subspaces, 1)
+    sizes = sizes * torch.where((y**3).mean(1) < 0, -1.0, 1.0)  # [H, d]
+    return forward / sizes[:, None], backward * sizes[:, :, None]
+
+
 def balanced_order(variances: Tensor, num_subspaces: int) -> Tensor:
     """int64 [H, d]: principal axes in the order of the subspaces that they are dealt to.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,11 @@ class Samples:
     values: dict[int, Tensor]
     sensitivity: dict[int, Sensitivity] = field(default_factory=dict)  # empty where the model's attention is its own
 
+    def of(self, layers: Iterable[int]) -> Samples:
+        """Those of some layers."""
+        parts = ({i: part[i] for i in layers if i in part} for part in (self.keys, self.values, self.sensitivity))
+        return Samples(*parts)
+
     @property
     def num_samples(self) -> int:
         """n: vectors per layer, kv head and side."""
@@ -68,7 +74,8 @@ def collect_kv(
     bits, calibrated on positions below 2048: KL .0007 there, .028 at 4000.)
 
     Args:
-        text: one text, of which windows are taken evenly from beginning to end, or several, taken in turn.
+        text: one text, of which windows are taken evenly from beginning to end, or several, which share the tokens
+            evenly and whose windows take turns, so that each of them is seen at early and at late positions.
         num_tokens: tokens to run through the model, sinks included; fewer if the text is shorter.
         window: tokens of a sequence, at most (the model's own limit holds too).
         progress: called with (tokens done, tokens to do).
@@ -219,11 +226,12 @@ def split_text(
     Every window starts with the tokenizer's first special token, if it puts one.
     """
     if not isinstance(text, str):
-        windows: list[list[int]] = []
-        for one in text:
-            left = num_tokens - sum(map(len, windows))
-            windows += split_text(tokenizer, one, left, window) if left > 0 else []
-        return windows
+        parts: list[list[list[int]]] = []
+        left = num_tokens
+        for i, one in enumerate(text):
+            parts.append(split_text(tokenizer, one, left // (len(text) - i), window))
+            left -= sum(map(len, parts[-1]))
+        return [windows for turn in zip_longest(*parts) for windows in turn if windows]
     ids = tokenizer(text[:_MAX_CHARS], add_special_tokens=False, verbose=False)["input_ids"]
     first = tokenizer("a")["input_ids"][:1]
     prefix = first if first == [tokenizer.bos_token_id] else []

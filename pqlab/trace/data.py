@@ -180,7 +180,7 @@ class DecodeTrace:
 
     def _unmap(self, y: torch.Tensor, side: str, i: int, kv_head: int) -> torch.Tensor:
         backward = self.tensors.get(f"map_{side}.{i}")
-        return y if backward is None else y @ backward[kv_head]
+        return y if backward is None else y @ backward[kv_head].float()
 
     def _weights(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return torch.softmax(keys @ query * self.meta["scaling"], dim=0)

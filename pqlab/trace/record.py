@@ -234,7 +234,7 @@ def _tensors(
         codec = layers[i].codec
         for side, codes, codec_of_side in zip("kv", layers[i].codes(0), (codec.k, codec.v), strict=True):
             tensors[f"codes_{side}.{position}"] = codes.cpu().contiguous()
-            tensors[f"books_{side}.{position}"] = codec_of_side.centroids.cpu()
+            tensors[f"books_{side}.{position}"] = codec_of_side.centroids.cpu().contiguous()
             if getattr(codec_of_side, "backward", None) is not None:
                 tensors[f"map_{side}.{position}"] = codec_of_side.backward.cpu()
     return tensors

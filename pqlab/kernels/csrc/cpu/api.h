@@ -19,8 +19,8 @@ struct pq_decode_args {
     const uint8_t* v_pages;     // [max_pages, H, tiles, v_m, 2 * v_nbits]
     const int32_t* page_table;  // [B, table_width]
     const int32_t* lengths;     // [B, 3]: sinks, coded, window
-    const float* k_books;       // [H, k_m, 2^k_nbits, d / k_m]
-    const float* v_books;       // [H, v_m, 2^v_nbits, d / v_m]
+    const void* k_books;        // [H, k_m, 2^k_nbits, d / k_m]
+    const void* v_books;        // [H, v_m, 2^v_nbits, d / v_m]
     const void* sink_k;         // [B, H, num_sinks, d]
     const void* sink_v;
     const void* window_k;  // [B, H, window_slots, d], a ring
@@ -29,15 +29,16 @@ struct pq_decode_args {
     float* lse;  // [B, Hq, S]
     int64_t batch, query_heads, heads, steps, head_dim, tiles, table_width, max_pages;
     int64_t k_m, k_nbits, v_m, v_nbits, num_sinks, window_slots, dtype;
+    int64_t k_book_dtype, v_book_dtype;  // float32 or float16
     double scale;
 };
 
 struct pq_encode_args {
     const void* x;          // [G, n, d]
-    const float* books;     // [G, m, num_centroids, d / m]
+    const void* books;      // [G, m, num_centroids, d / m]
     uint8_t* codes;         // [G, n, m], or the pages [max_pages, G, tiles, m, 2 * nbits] when page_ids is given
     const int64_t* page_ids;  // [num_pages] or null
-    int64_t groups, n, head_dim, m, num_centroids, dtype;
+    int64_t groups, n, head_dim, m, num_centroids, dtype, book_dtype;
     int64_t first_slot, tiles, nbits, max_pages;  // of the paged form
 };
 

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "api.h"
+#include "buffer.h"
 #include "vec.h"
 
 namespace pq {
@@ -71,6 +72,14 @@ inline void to_float(float* out, const void* tensor, int64_t first, int64_t n, i
     }
 #endif
     for (; i < n; i++) out[i] = half_to_float(x[i]) * scale;
+}
+
+// n centroids from `first` as float32: where they lie, or, of fp16 ones, in `room`.
+inline const float* wide_book(const void* books, int64_t first, int64_t n, int64_t dtype, Buffer<float>& room) {
+    if (dtype == PQ_FLOAT32) return (const float*)books + first;
+    room.resize(size_t(n));
+    to_float(room.data(), books, first, n, dtype);
+    return room.data();
 }
 
 inline void from_float(void* tensor, int64_t first, const float* x, int64_t n, int64_t dtype) {

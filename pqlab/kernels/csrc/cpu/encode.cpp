@@ -135,9 +135,12 @@ int encode(const pq_encode_args& a) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        static thread_local Buffer<float> memory;
+        static thread_local Buffer<float> memory, wide;
+        int64_t wide_group = -1;
+        const float* books = nullptr;
         try {
             memory.resize(size_t(a.head_dim * (STRIP + 1)));
+            if (a.book_dtype != PQ_FLOAT32) wide.reserve(size_t(a.num_centroids * a.head_dim));  // may throw here
         } catch (const std::bad_alloc&) {
             failed = 1;
         }
@@ -149,10 +152,14 @@ int encode(const pq_encode_args& a) {
             const int64_t first = std::max<int64_t>(0, strip * STRIP - shift);
             const int n = int(std::min(a.n, (strip + 1) * STRIP - shift) - first);
             load_strip(a, group, first, n, row, xt);
+            if (group != wide_group) {
+                const int64_t size = a.num_centroids * a.head_dim;
+                books = wide_book(a.books, group * size, size, a.book_dtype, wide);
+                wide_group = group;
+            }
             for (int64_t s = 0; s < a.m; s++) {
                 uint8_t codes[STRIP];
-                const float* book = a.books + (group * a.m + s) * a.num_centroids * dims;
-                nearest(xt + s * dims * STRIP, book, a.num_centroids, dims, codes);
+                nearest(xt + s * dims * STRIP, books + s * a.num_centroids * dims, a.num_centroids, dims, codes);
                 if (a.page_ids) store_pages(a, group, first, n, s, codes);
                 else store_rows(a, group, first, n, s, codes);
             }

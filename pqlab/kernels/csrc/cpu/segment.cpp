@@ -127,9 +127,11 @@ void Decode::run(const Segment& segment, Scratch& s, const Rows& rows) const {
     s.q.resize(size_t(group_rows * d));
     to_float(s.q.data(), a.q, segment.pair * group_rows * d, group_rows * d, a.dtype, float(a.scale));
     if (segment.first_tile < segment.last_tile) {
-        const int64_t k_dm = d / a.k_m, v_dm = d / a.v_m;
-        const Book k = make_book(a.k_books + head * d * (int64_t(1) << a.k_nbits), a.k_m, a.k_nbits, k_dm, s.k_book);
-        const Book v = make_book(a.v_books + head * d * (int64_t(1) << a.v_nbits), a.v_m, a.v_nbits, v_dm, s.v_book);
+        const int64_t k_size = d << a.k_nbits, v_size = d << a.v_nbits;
+        const float* k_wide = wide_book(a.k_books, head * k_size, k_size, a.k_book_dtype, s.k_wide);
+        const float* v_wide = wide_book(a.v_books, head * v_size, v_size, a.v_book_dtype, s.v_wide);
+        const Book k = make_book(k_wide, a.k_m, a.k_nbits, d / a.k_m, s.k_book);
+        const Book v = make_book(v_wide, a.v_m, a.v_nbits, d / a.v_m, s.v_book);
         if (group_rows > LOOKUP_ROWS) run_dense(segment, k, v, s, rows);
         else run_lookup(segment, k, v, s, rows);
     }

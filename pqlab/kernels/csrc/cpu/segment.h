@@ -20,7 +20,7 @@ struct Segment {
 
 // Memory of one thread; grows, is kept for the next call.
 struct Scratch {
-    Buffer<float> q, scores, weights, sums, k, kt, v;
+    Buffer<float> q, scores, weights, sums, k, kt, v, k_wide, v_wide;
     BookMemory k_book, v_book;
     Buffer<uint8_t> codes;
     std::vector<const uint8_t*> k_tiles, v_tiles;
