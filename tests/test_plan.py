@@ -57,7 +57,8 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def planner(tiny, tiny_tokenizer):
-    return Planner(tiny, tiny_tokenizer, TEXT, config=SMALL, length=200, progress=False, text_name="whales")
+    settings = {"config": SMALL, "length": 200, "progress": False, "text_name": "whales"}
+    return Planner(tiny, tiny_tokenizer, TEXT, choices=(1, 2, 4), **settings)
 
 
 def test_sensitivity_is_the_measured_divergence(tiny, planner):
@@ -89,6 +90,20 @@ def test_budgets_are_kept_and_more_bits_are_better(planner):
     assert mixed.choices.bits.mean() == 2.25 and set(mixed.choices.bits) <= {1, 2, 4}
     for r in mixed.choices.itertuples():
         assert getattr(mixed.codebooks.layer(r.layer), r.side).num_subspaces == r.M
+
+
+def test_eight_bits_are_for_the_layers_that_need_them(tiny, tiny_tokenizer, planner):
+    settings = {"config": SMALL, "length": 200, "num_tokens": 1500, "windows": 1, "progress": False}
+    wide = Planner(tiny, tiny_tokenizer, TEXT, choices=(4, 8), **settings)
+    assert len(wide.candidates[4]) == 2 and len(wide.candidates[8]) == 1, "a quarter of the layers, at least one"
+    (chosen,) = wide.candidates[8]
+    four = wide.costs[wide.costs.bits == 4].groupby("layer").kl.sum()
+    assert four[chosen] == four.max()
+    made = wide.plan(bits=6)
+    assert set(made.choices[made.choices.bits == 8].layer) == {chosen} and made.bits <= 6
+    assert made.certificate["kl"] < wide.plan(bits=4).certificate["kl"]
+    only = Planner(tiny, tiny_tokenizer, TEXT, choices=(8,), **settings)
+    assert only.plan(bits=8).bits == 8
 
 
 def test_a_divergence_as_budget_is_measured(planner):

@@ -49,10 +49,11 @@ if TYPE_CHECKING:
 
 BITS = (1, 2, 4, 8)
 """Bits per element that a side can get: codes of 8 bits, d/M = 8 / bits."""
-DEFAULT_BITS = (1, 2, 4)
+DEFAULT_BITS = (1, 2, 4, 8)
 
 _COLUMNS = ["layer", "side", "M", "nbits", "bits", "elements", "kl"]
 _DRAWS = 2  # labels drawn a position
+_WIDE, _WIDE_SHARE = 8, 0.25  # bits that only this share of the layers may get: training them takes twice the time
 _HELD_OUT = 0.2  # of the text, from its end: sensitivities and certificate are not measured on what was trained on
 
 
@@ -125,7 +126,8 @@ class Planner:
     Args:
         text: its first four fifths are calibrated on, the rest is measured on.
         config: sinks, residual length and page size that the measurements are to hold for.
-        choices: bits per element that a side can get, of `BITS`.
+        choices: bits per element that a side can get, of `BITS`; 8 only in the quarter of the layers that lose most by
+            the next smaller choice.
         num_tokens: to calibrate on.
         windows, length: of text, in tokens, for the sensitivities, and as many again for certificates.
 
@@ -160,14 +162,21 @@ class Planner:
         self._windows = held_out[windows:]
         samples = collect_kv(model, tokenizer, text[:cut], num_tokens=num_tokens)
         metrics = value_metrics(model)
-        self.candidates: dict[int, dict[int, LayerCodec]] = {}
-        for choice in tqdm(choices, desc="train codebooks", unit="choice", disable=not progress):
-            settings = {
-                i: (PQConfig(M=d * choice // 8, nbits=8),) * 2 for i, (_, d) in attention_geometry(model).items()
-            }
-            self.candidates[choice] = train(samples, settings, value_metrics=metrics)
+        geometry = attention_geometry(model)
         self.origin = origin_of(model, text[:cut], samples, text_name)
-        self.costs = sensitivities(model, held_out[:windows], self.candidates, self.config)
+        self.candidates: dict[int, dict[int, LayerCodec]] = {}
+        narrow = [choice for choice in choices if choice != _WIDE]
+        costs = []
+        for group in filter(None, (narrow, choices[len(narrow) :])):
+            if costs:
+                samples = samples.of(_worst_layers(costs[0], max(1, round(_WIDE_SHARE * len(geometry)))))
+            made = {}
+            for choice in tqdm(group, desc="train codebooks", unit="choice", disable=not progress):
+                settings = {i: (PQConfig(M=d * choice // 8, nbits=8),) * 2 for i, (_, d) in geometry.items()}
+                made[choice] = train(samples, settings, value_metrics=metrics)
+            self.candidates |= made
+            costs.append(sensitivities(model, held_out[:windows], made, self.config))
+        self.costs = pd.concat(costs, ignore_index=True)
 
     def plan(self, *, bits: float | None = None, kl: float | None = None) -> Plan:
         """The plan for one budget, measured on windows that nothing was chosen by.
@@ -207,7 +216,7 @@ class Planner:
         chosen = allocate(self.costs, bits)
         layers = {
             i: LayerCodec(self.candidates[chosen[i, "k"]][i].k, self.candidates[chosen[i, "v"]][i].v)
-            for i in next(iter(self.candidates.values()))
+            for i in attention_geometry(self.model)
         }
         books = Codebooks(layers, self.origin)
         frame = compare(self.model, self._windows, {"plan": from_codebooks(books)}, self.config)
@@ -222,6 +231,12 @@ class Planner:
             "num_sinks": self.config.num_sinks,
         }
         return Plan(books, self.config, table, certificate)
+
+
+def _worst_layers(costs: pd.DataFrame, count: int) -> list[int]:
+    """Layers, in their order, that lose most by the largest choice of each side."""
+    largest = costs[costs.bits == costs.bits.max()]
+    return sorted(largest.groupby("layer").kl.sum().nlargest(count).index)
 
 
 def _check_budget(bits: float | None, kl: float | None) -> None:
@@ -279,7 +294,7 @@ def sensitivities(
 
     Args:
         windows: int64 [1, n] token ids.
-        candidates: {bits per element: {layer: codecs}}.
+        candidates: {bits per element: {layer: codecs}}; not every layer needs every choice.
         config: sinks, residual length and page size: what is exact when.
 
     Returns:
@@ -378,7 +393,7 @@ def _local_errors(
 
         exact = attend(w.key, w.value)
         for bits, codecs in candidates.items():
-            for side in SIDES:
+            for side in SIDES if i in codecs else ():
                 codec, tensors = getattr(codecs[i], side), {"k": w.key.clone(), "v": w.value.clone()}
                 stored = tensors[side]
                 stored[0, :, coded] = codec.decode(codec.encode(stored[0, :, coded])).to(stored.dtype)
