@@ -1,31 +1,52 @@
-"""Passkey retrieval: where the sentence lies, what counts as found, and what codes cost."""
+"""Retrieval from long texts: where sentences lie, what counts as found, and what codes cost."""
 
 from __future__ import annotations
 
-import argparse
+import json
 
 import pytest
 import torch
 
 from pqlab import CacheConfig, Codebooks, PQConfig
-from pqlab.evaluation import passkey as module
-from pqlab.evaluation.passkey import _sequence, passkey
+from pqlab.cli import main
+from pqlab.evaluation import retrieval
+from pqlab.evaluation.key_values import key_values, pair
+from pqlab.evaluation.passkey import needle, passkey
+from pqlab.evaluation.retrieval import Haystack, token_ids
 from pqlab.evaluation.teacher_forced import from_codebooks
-from pqlab.models import load_text
+from pqlab.models import fingerprint, load_text
+from pqlab.quantization import Origin
 from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
 
 
+def sequence(tokenizer, ids, length: int, depth: float, key: str) -> tuple[list[int], list[int], list[int]]:
+    prompt, [(question, answer)] = token_ids(tokenizer, ids, Haystack(length, 0, (needle(depth, key),)))
+    return prompt, question, answer
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
 def test_the_sentence_lies_where_it_is_asked_for(tiny_tokenizer, depth):
     ids = tiny_tokenizer("x" * 500).input_ids
-    whole, prompt, answer = _sequence(tiny_tokenizer, ids, 300, depth, "12345")
-    text = tiny_tokenizer.decode(whole)
-    assert len(whole) == 300 and text.endswith("The pass key is 12345") and answer == len(" 12345")
-    assert tiny_tokenizer.decode(whole[:prompt]).count("12345") == 2, "the question is not prefilled"
-    before = text.index("\n\nThe pass key")
-    assert before == round(depth * text[: text.index("What is")].count("x"))
+    prompt, question, answer = sequence(tiny_tokenizer, ids, 300, depth, "12345")
+    text, asked = tiny_tokenizer.decode(prompt), tiny_tokenizer.decode(question + answer)
+    assert len(prompt + question + answer) == 300 and asked.endswith("The pass key is 12345")
+    assert text.count("12345") == 2, "the question is not prefilled"
+    assert text.index("\n\nThe pass key") == round(depth * text.count("x"))
+
+
+def test_pairs_lie_at_their_depths_and_each_is_asked_for(tiny_tokenizer):
+    ids = tiny_tokenizer("x" * 500).input_ids
+    pairs = (pair(0.8, "river", "1234"), pair(0.2, "apple", "5678"))
+    prompt, asked = token_ids(tiny_tokenizer, ids, Haystack(400, 0, pairs))
+    text = tiny_tokenizer.decode(prompt)
+    assert len(prompt) + max(len(q) + len(a) for q, a in asked) == 400
+    room = text.count("x")
+    assert text.index("\n\nThe code of the apple is 5678.") == round(0.2 * room)
+    before = text[: text.index("\n\nThe code of the river is 1234.")]
+    assert before.count("x") == round(0.8 * room)
+    assert tiny_tokenizer.decode(asked[0][0] + asked[0][1]).endswith("The code of the river is 1234")
 
 
 def test_a_length_that_cannot_be_is_refused(tiny_tokenizer, make_model):
@@ -47,6 +68,38 @@ def test_exact_storage_is_exact_and_codes_are_not(tiny_tokenizer, make_model):
     assert frame.key.nunique() == 4
 
 
+def test_every_pair_is_asked_for_under_every_method(tiny_tokenizer, make_model):
+    """Continuations share the prefill: a question must not see another one's tokens, whatever was flushed meanwhile."""
+    model = make_model("gemma3")
+    books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
+    methods = {"same": from_codebooks(Codebooks.identity(model)), "codes": from_codebooks(books)}
+    options = {"lengths": [400], "depths": [0.1, 0.5, 0.9]}
+    frame = key_values(model, tiny_tokenizer, "abc " * 200, methods, SMALL, **options)
+    assert list(frame.method) == ["exact"] * 3 + ["same"] * 3 + ["codes"] * 3 and frame.key.nunique() == 3
+    exact, same, codes = (frame[frame.method == name].logp.to_numpy() for name in ("exact", "same", "codes"))
+    assert abs(exact - same).max() < 1e-3 and abs(exact - codes).min() > 1e-3
+    with pytest.raises(ValueError, match="13 depths are more than the 12 names"):
+        key_values(model, tiny_tokenizer, "abc " * 200, {}, SMALL, depths=[0.5] * 13)
+
+
+def test_the_prompt_is_quantized_once(make_model):
+    books = Codebooks.random(make_model("llama"), config=PQConfig(M=4, nbits=2))
+    asked = []
+
+    def quantize(layer, k, v):
+        asked.append(k.shape[1])
+        return from_codebooks(books)(layer, k, v)
+
+    once = retrieval._once(quantize, 32)
+    k, v = torch.randn(2, 3, 64, 16)
+    for tokens in (32, 64, 32):
+        for got, want in zip(
+            once(1, k[:, :tokens], v[:, :tokens]), from_codebooks(books)(1, k[:, :tokens], v[:, :tokens]), strict=True
+        ):
+            assert torch.equal(got, want)
+    assert asked == [32, 32]
+
+
 @pytest.mark.slow
 def test_what_counts_is_what_generate_says(default_model):
     """SmolLM2 finds the number in 400 tokens; greedy generation from the same text says it."""
@@ -54,19 +107,29 @@ def test_what_counts_is_what_generate_says(default_model):
     frame = passkey(model, tokenizer, load_text("pride"), {}, lengths=[400], depths=[0.5])
     row = frame.iloc[0]
     ids = tokenizer(load_text("pride")[:4800], add_special_tokens=False).input_ids
-    whole, _, answer = _sequence(tokenizer, ids, 400, 0.5, row.key)
-    asked = torch.tensor([whole[:-answer]])
+    prompt, question, answer = sequence(tokenizer, ids, 400, 0.5, row.key)
+    asked = torch.tensor([prompt + question])
     from transformers import DynamicCache
 
     said = model.generate(
-        asked, **cache_argument(model, DynamicCache(config=model.config)), max_new_tokens=answer, do_sample=False
+        asked, **cache_argument(model, DynamicCache(config=model.config)), max_new_tokens=len(answer), do_sample=False
     )
-    assert row.found == (said[0].tolist() == whole)
+    assert row.found == (said[0].tolist() == prompt + question + answer)
     assert row.found, "this model is known to find it"
 
 
-def test_the_command_says_what_is_wrong(capsys):
-    parser = argparse.ArgumentParser()
-    module.configure(parser)
-    assert module.run(parser.parse_args(["--lengths", "10", "--codebooks"])) in (0, 2)
-    assert "length 10 is out of range" in capsys.readouterr().out
+def test_commands(make_model, tiny_tokenizer, monkeypatch, tmp_path, capsys):
+    model = make_model("llama")
+    monkeypatch.setattr(retrieval, "load_model", lambda *name: (model, tiny_tokenizer))
+    books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
+    Codebooks(books.layers, Origin(fingerprint=fingerprint(model))).save(tmp_path / "two.safetensors")
+    options = ["--codebooks", str(tmp_path / "two.safetensors"), "--depths", "0.2", "0.7", "--residual", "32"]
+    for name in ("passkey", "kv"):
+        assert main(["bench", name, "--lengths", "10", *options]) == 2
+        assert "length 10 is out of range" in capsys.readouterr().out
+        assert main(["bench", name, "--lengths", "450", "--json", *options]) == 0
+        printed = capsys.readouterr().out
+        record = json.loads(printed.strip().splitlines()[-1])
+        cells = {(row["method"], row["depth"]) for row in record["records"]}
+        assert cells == {(method, depth) for method in ("exact", "two") for depth in (0.2, 0.7)}
+        assert list(record["codebooks"]) == ["two"] and "two: found, by depth and length" in printed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from pqlab import CacheConfig, PagedPQCache, PQConfig
 from pqlab.evaluation.teacher_forced import TeacherForcedCache, from_codebooks, schedule
@@ -14,11 +15,12 @@ SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("prompt", [1, 50, 119])
-def test_it_agrees_with_step_by_step_decode(make_model, kind, prompt):
+@pytest.mark.parametrize(("prompt", "maps"), [(1, False), (50, False), (119, False), (50, True)])
+def test_it_agrees_with_step_by_step_decode(make_model, kind, prompt, maps):
+    """Behind a map in few bits the real cache's exact tokens are off by its rounding, far less than its codes are."""
     model = make_model(kind)
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=maps)
     ids = torch.randint(0, 200, (1, 160), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         forced = TeacherForcedCache(model, from_codebooks(books), SMALL, prompt)
@@ -28,8 +30,27 @@ def test_it_agrees_with_step_by_step_decode(make_model, kind, prompt):
         for t in range(prompt, 160):
             steps.append(model(ids[:, t : t + 1], **cache_argument(model, cache)).logits[0])
         exact = model(ids).logits[0]
-    torch.testing.assert_close(at_once, torch.cat(steps), rtol=0, atol=1e-3)
-    assert (at_once - exact).abs().max() > 0.1, "the codec is lossy, the logits should differ"
+    lossy = float((at_once - exact).abs().max())
+    assert lossy > 0.1, "the codec is lossy, the logits should differ"
+    torch.testing.assert_close(at_once, torch.cat(steps), rtol=0, atol=0.02 * lossy if maps else 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_continuations_of_one_prefill_agree_with_a_run_of_their_own(make_model, kind):
+    """Flushes fall into the continuation, and the second one starts from the prompt again."""
+    model = make_model(kind)
+    model.set_attn_implementation("pqlab")
+    quantize = from_codebooks(Codebooks.random(model, config=PQConfig(M=8, nbits=6)))
+    ids = torch.randint(0, 200, (1, 160), generator=torch.Generator().manual_seed(0))
+    others = torch.randint(0, 200, (1, 45), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        prefix = DynamicCache(config=model.config)
+        model(ids[:, :90], **cache_argument(model, prefix))
+        for behind in (others, ids[:, 90:]):
+            cache = TeacherForcedCache(model, quantize, SMALL, prefix=prefix)
+            continued = model(behind, **cache_argument(model, cache)).logits[0]
+        whole = model(ids, **cache_argument(model, TeacherForcedCache(model, quantize, SMALL, 90))).logits[0]
+    torch.testing.assert_close(continued, whole[90:], rtol=0, atol=1e-3)
 
 
 def test_schedule_is_what_the_cache_does():

@@ -1,0 +1,200 @@
+"""Does a compressed cache still find what a long text hides? The machinery behind `passkey` and `key_values`.
+
+Sentences are hidden at some depths of a long text, which is prefilled; then a question is fed token by token, as a
+user's next turn would be, so that it sees the hidden sentences as codes. An answer counts when every one of its tokens
+is the model's likeliest: what greedy generation would say.
+
+The text is prefilled once: its own hidden states are exact under every method. Questions run behind it, all their
+positions side by side (`teacher_forced`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import DynamicCache
+
+from ..config import CacheConfig
+from ..models import load_model, load_text
+from ..quantization import Codebooks
+from .fidelity import last_hidden
+from .provenance import commit, file_sha256, text_record, today, versions
+from .teacher_forced import Quantize, TeacherForcedCache, from_codebooks, schedule
+
+LENGTHS = (512, 1024, 2048, 4096)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+COLUMNS = ["method", "length", "depth", "trial", "key", "found", "logp"]
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A hidden sentence, where it lies (0 the beginning, 1 the end of the text), and what is asked about it."""
+
+    depth: float
+    hidden: str
+    question: str
+    answer: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """One text to prefill: `length` tokens at most, a question and its answer included."""
+
+    length: int
+    trial: int
+    needles: tuple[Needle, ...]
+
+
+@torch.inference_mode()
+def retrieve(
+    model,
+    tokenizer,
+    text: str,
+    methods: Mapping[str, Quantize],
+    config: CacheConfig | None,
+    haystacks: Sequence[Haystack],
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Every question about every haystack, under the exact cache and every method.
+
+    Args:
+        text: as many tokens of it as a length needs, from its beginning.
+        methods: name -> what its storage does to K and V.
+        config: sinks, residual length and page size of all methods.
+
+    Returns:
+        DataFrame: method ("exact" first), length, depth, trial, key, found (bool), logp (of the answer, nats).
+
+    Raises:
+        ValueError: a length that the text, the model or the question does not allow.
+    """
+    config = config or CacheConfig()
+    longest = max(haystack.length for haystack in haystacks)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise ValueError(f"lengths reach {longest} tokens, the model {limit}; give shorter ones")
+    ids = tokenizer(text[: 12 * longest], add_special_tokens=False).input_ids
+    before = model.config._attn_implementation
+    model.set_attn_implementation("pqlab")
+    if progress:
+        from tqdm.auto import tqdm
+
+        haystacks = tqdm(haystacks, desc="texts", unit="text")
+    rows = []
+    try:
+        for haystack in haystacks:
+            prompt, questions = token_ids(tokenizer, ids, haystack)
+            prefix = DynamicCache(config=model.config)
+            last_hidden(model, torch.tensor([prompt], device=model.device), prefix)
+            coded = schedule(len(prompt) + 1, len(prompt), config)[-1].coded
+            for name, quantize in {"exact": _unchanged, **methods}.items():
+                quantize = _once(quantize, coded)
+                for needle, (question, answer) in zip(haystack.needles, questions, strict=True):
+                    behind = torch.tensor([question + answer], device=model.device)
+                    cache = TeacherForcedCache(model, quantize, config, prefix=prefix)
+                    hidden = last_hidden(model, behind, cache)[-len(answer) - 1 : -1]
+                    log_p = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+                    target = behind[0, -len(answer) :]
+                    found = bool((log_p.argmax(-1) == target).all())
+                    told = float(log_p.gather(1, target[:, None]).sum())
+                    rows.append((name, haystack.length, needle.depth, haystack.trial, needle.key, found, told))
+    finally:
+        model.set_attn_implementation(before)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _once(quantize: Quantize, coded: int) -> Quantize:
+    """The same, but the first `coded` tokens, which are the prompt's under every question, are quantized once."""
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def quantize_rest(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer not in kept:
+            kept[layer] = quantize(layer, k[:, :coded], v[:, :coded])
+        if k.shape[1] == coded:
+            return kept[layer]
+        rest = quantize(layer, k[:, coded:], v[:, coded:])
+        return tuple(torch.cat(parts, 1) for parts in zip(kept[layer], rest, strict=True))
+
+    return quantize_rest if coded else quantize
+
+
+def _unchanged(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return k, v
+
+
+def token_ids(tokenizer, ids: Sequence[int], haystack: Haystack) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """Token ids of a haystack's prompt, and of the question and the answer of every needle."""
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    hidden = [tokens(needle.hidden) for needle in haystack.needles]
+    asked = [(tokens(needle.question), tokens(needle.answer)) for needle in haystack.needles]
+    room = haystack.length - sum(map(len, hidden)) - max(len(q) + len(a) for q, a in asked)
+    if room < 1 or room > len(ids):
+        allowed = (haystack.length - room + 1, haystack.length - room + len(ids))
+        raise ValueError(
+            f"length {haystack.length} is out of range: this text and question allow {allowed[0]} to {allowed[1]}"
+        )
+    prompt, done = [], 0
+    for needle, sentence in sorted(zip(haystack.needles, hidden, strict=True), key=lambda pair: pair[0].depth):
+        at = round(needle.depth * room)
+        prompt += [*ids[done:at], *sentence]
+        done = at
+    return prompt + list(ids[done:room]), asked
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments that every retrieval benchmark takes."""
+    parser.add_argument("--model", help="name, hub id or folder (default: the embedded model)")
+    parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="files, each a method")
+    parser.add_argument("--text", default="pride", help="name of a shipped text, or a file")
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens")
+    parser.add_argument("--depths", nargs="+", type=float, default=list(DEPTHS), help="0 to 1")
+    parser.add_argument("--trials", type=int, default=1, help="numbers a cell")
+    parser.add_argument("--residual", type=int, default=CacheConfig().residual_length, help="exact newest tokens")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def run(args: argparse.Namespace, name: str, task: Callable[..., pd.DataFrame]) -> int:
+    """Try every cell of a task (`passkey`, `key_values`), print a grid a method (and JSON); the exit status."""
+    from ..models import default_codebooks
+
+    model, tokenizer = load_model(args.model) if args.model else load_model()
+    books = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
+    books = books or {"pq-4": default_codebooks(model, tokenizer)}
+    methods = {title: from_codebooks(book) for title, book in books.items()}
+    config = CacheConfig(residual_length=args.residual)
+    options = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials}
+    try:
+        frame = task(model, tokenizer, load_text(args.text), methods, config, progress=True, **options)
+    except ValueError as error:
+        print(f"pqlab bench {name}: {error}")
+        return 2
+    for title, part in frame.groupby("method", sort=False):
+        print(f"{title}: found, by depth and length")
+        print(part.pivot_table(index="depth", columns="length", values="found", aggfunc="mean").to_string())
+    if args.json:
+        print(json.dumps(record(frame, name, args)))
+    return 0
+
+
+def record(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> dict:
+    """What was found, with what it depends on, as JSON types."""
+    return {
+        "benchmark": name,
+        "date": today(),
+        "commit": commit(),
+        "versions": versions(),
+        "text": text_record(args.text),
+        "residual": args.residual,
+        "codebooks": {Path(path).stem: file_sha256(path) for path in args.codebooks},
+        "records": frame.round(4).to_dict("records"),
+    }
