@@ -100,6 +100,21 @@ def test_errors_are_over_windows():
     assert pd.isna(fidelity.summarize(frame[frame.window == 0]).kl_error[0])
 
 
+def test_differences_are_taken_window_by_window():
+    """A window that is hard for both methods is no noise in their difference."""
+    kl = {"a": [1.0, 9.0, 2.0], "b": [1.1, 9.1, 2.4], "c": [0.5, 9.5, 2.0]}
+    frame = pd.DataFrame(
+        [(m, w, x) for m, xs in kl.items() for w, x in enumerate(xs)], columns=["method", "window", "kl"]
+    )
+    table = fidelity.versus(frame, "b").set_index("method")
+    assert list(table.index) == ["a", "c"] and table.windows.tolist() == [3, 3]
+    assert table.difference["a"] == pytest.approx(-0.2) and table.difference_error["a"] == pytest.approx(0.1)
+    assert table.better.tolist() == [3, 2] and table.ratio["a"] == pytest.approx(12 / 12.6)
+    assert pd.isna(fidelity.versus(frame[frame.window == 0], "b").difference_error).all()
+    with pytest.raises(ValueError, match='no numbers of "d"; there are some of a, b, c'):
+        fidelity.versus(frame, "d")
+
+
 def test_a_method_with_its_own_sinks_is_run_with_them(tiny):
     model, tokenizer = tiny
     config = CacheConfig(page_size=32, residual_length=20, num_sinks=0)
@@ -166,18 +181,30 @@ def test_command(tiny, monkeypatch, tmp_path, capsys):
     common = ["--windows", "1", "--length", "120", "--page-size", "32", "--residual", "20", "--sinks", "3"]
     out = tmp_path / "out.json"
     arguments = ["--methods", "kivi-4", "--codebooks", str(tmp_path / "small.safetensors"), "--json", "--out", str(out)]
-    assert main(["eval", *common, *arguments]) == 0
+    assert main(["eval", *common, *arguments, "--versus", "kivi-4"]) == 0
     printed = capsys.readouterr().out
     record = json.loads(printed.strip().splitlines()[-1])
     assert record == json.loads(out.read_text())
     assert [row["method"] for row in record["methods"]] == ["exact", "kivi-4", "small"]
     assert record["cache"] == {"page_size": 32, "residual_length": 20, "num_sinks": 3}
     assert list(record["codebooks"]) == ["small"] and str(tmp_path) not in json.dumps(record)
+    assert main(["eval", *common, "--methods", "kivi-2", "--out", str(out), "--append"]) == 0
+    together = json.loads(out.read_text())["methods"]
+    assert [row["method"] for row in together] == ["exact", "kivi-4", "small", "kivi-2"]
+    assert together[1:3] == record["methods"][1:]
+    assert main(["eval", *common, "--skip", "5", "--methods", "kivi-2", "--out", str(out), "--append"]) == 2
+    assert "left as it is: the records differ in skip: 0 and 5" in capsys.readouterr().out
+    assert json.loads(out.read_text())["methods"] == together
+    assert "KL beside kivi-4" in printed
+    small = record["methods"][2]
+    assert small["kl_by_window"] == [pytest.approx(small["kl"])] and record["methods"][0]["kl_by_window"] == []
     assert "KL at positions" in printed and " nan" not in printed
     for bad, said in (
         (["--methods", "kivi-7"], "The methods are pq-4, "),
         (["--page-size", "20"], "page_size = 20 is out of range"),
         (["--codebooks", "nowhere.safetensors"], "no codebooks file"),
+        (["--append"], "give one with --out"),
+        (["--versus", "kivi-4", "--methods", "kivi-2"], "measured: kivi-2"),
         (["--text", "nowhere.txt"], "no text file"),
         (["--length", "30"], "quantizes nothing"),
         (["--out", str(tmp_path / "no" / "out.json")], "no folder"),

@@ -70,7 +70,7 @@ class Continuation:
         finally:
             self.model.set_attn_implementation(before)
         tail = self.ids[:, self.context :]
-        frame = pd.concat(measure(self.model, tail, self.exact, hidden), ignore_index=True)
+        frame = measure(self.model, tail, self.exact, {"": hidden})[""]
         return frame.assign(position=frame.position + self.context)
 
     def cache(self, codebooks: Codebooks, config: CacheConfig, tokens: int, room: int) -> PagedPQCache:

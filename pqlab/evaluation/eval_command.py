@@ -14,6 +14,7 @@ from ..memory import MIB
 from ..models.defaults import CALIBRATION_TEXT
 from .evaluate import CONTEXTS, Evaluation, evaluate
 from .methods import check_names, default_names, names
+from .records import merged
 
 NOTES = """\
 Token bits: codes, scales and zero points of a quantized token over its elements. Totals: one sequence, exact window and
@@ -37,8 +38,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--sinks", type=int, default=default.num_sinks, help="first tokens that stay exact")
     add("--page-size", type=int, default=default.page_size, help="tokens of a page")
     add("--prompt", type=int, default=1, help="tokens that are prefilled and not counted")
+    add("--versus", metavar="METHOD", help="also the difference of every other method to this one, window by window")
     add("--json", action="store_true", help="print one JSON object, on the last line")
     add("--out", type=Path, help="write the JSON to this file, too")
+    add("--append", action="store_true", help="keep the rows of other methods that the file has already")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,12 +51,24 @@ def run(args: argparse.Namespace) -> int:
     except (ConfigError, UnsupportedModelError, ValueError, OSError) as error:  # OSError: no such text, model or folder
         print(f"eval: {error}")
         return 2
-    for part in (_heading(result), render_table(result.table()), render_positions(result.by_position()), NOTES):
+    parts = [_heading(result), render_table(result.table()), render_positions(result.by_position())]
+    if args.versus:
+        why = result.failures.get(args.versus)
+        compared = f"nothing to compare with: {why}" if why else render_versus(result.versus(args.versus), args.versus)
+        parts.append(compared)
+    for part in (*parts, NOTES):
         print(part, end="\n\n")
+    record = result.record()
+    try:
+        if args.append and args.out.is_file():
+            record = merged(json.loads(args.out.read_text(encoding="utf-8")), record)
+    except ConfigError as error:
+        print(f"eval: {args.out.name} was left as it is: {error}")
+        return 2
     if args.out:
-        args.out.write_text(json.dumps(result.record(), indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if args.json:
-        print(json.dumps(result.record()))
+        print(json.dumps(record))
     return 0
 
 
@@ -61,6 +76,11 @@ def _measure(args: argparse.Namespace) -> Evaluation:
     from ..models import load_model
 
     check_names(args.methods or ())  # before the model is loaded
+    if args.append and not args.out:
+        raise ConfigError("--append adds to a file: give one with --out")
+    asked = [*(args.methods or default_names()), *(path.stem for path in args.codebooks)]
+    if args.versus and args.versus not in asked:
+        raise ConfigError(f"--versus {args.versus} is not among the methods that are measured: {', '.join(asked)}")
     config = CacheConfig(page_size=args.page_size, residual_length=args.residual, num_sinks=args.sinks)
     books: dict[str, Path] = {}
     for path in args.codebooks:
@@ -128,3 +148,15 @@ def render_positions(ranges: pd.DataFrame) -> str:
     wide = ranges.assign(span=spans).pivot(index="method", columns="span", values="kl")
     wide = wide.loc[list(dict.fromkeys(ranges.method)), list(dict.fromkeys(spans))].map("{:.5f}".format)
     return wide.rename_axis(columns=None).rename_axis("KL at positions").reset_index().to_string(index=False)
+
+
+def render_versus(table: pd.DataFrame, name: str) -> str:
+    """`fidelity.versus` as text."""
+    columns = {
+        f"KL beside {name}": table.method,
+        "ratio": table.ratio.map("{:.3f}".format),
+        "difference": table.difference.map("{:+.6f}".format),
+        "+-": table.difference_error.map("{:.6f}".format).replace("nan", "-"),
+        "smaller in": table.better.astype(str) + " of " + table.windows.astype(str),
+    }
+    return pd.DataFrame(columns).to_string(index=False)

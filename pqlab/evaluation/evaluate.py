@@ -3,6 +3,7 @@
     result = evaluate(model, tokenizer, ["pq-4", "kivi-4"], windows=2)
     result.table()  # a row a method: token bits, bytes, perplexity, KL with its error, agreement, worst 1 %
     result.by_position()  # KL along the text
+    result.versus("kivi-4")  # the difference of every other method to it, window by window
     result.frame  # every position of every window
 
 Windows of `length` tokens follow each other without overlap (the stride is the length) and are independent sequences.
@@ -100,12 +101,19 @@ class Evaluation:
         """KL in ranges of `width` positions; see `fidelity.by_position`."""
         return fidelity.by_position(self.frame, width)
 
+    def versus(self, name: str) -> pd.DataFrame:
+        """Every method beside one of them, window by window; see `fidelity.versus`."""
+        return fidelity.versus(self.frame, name)
+
     def record(self) -> dict[str, Any]:
-        """Settings, versions and both tables as JSON types; numbers that do not exist (one window's error) are null."""
+        """Settings, versions and tables as JSON types; numbers that do not exist (one window's error) are null."""
         ranges = plain_records(self.by_position()) if len(self.frame) else []
+        by_window = self.frame.groupby(["method", "window"], sort=False).kl.mean() if len(self.frame) else {}
         rows = plain_records(self.table())
         for row in rows:
             row["error"] = self.failures.get(row["method"])
+            measured = row["method"] in self.methods and row["kl"] is not None
+            row["kl_by_window"] = [plain(kl) for kl in by_window[row["method"]]] if measured else []
             row["by_position"] = [
                 {key: value for key, value in part.items() if key != "method"}
                 for part in ranges

@@ -8,7 +8,7 @@ Every window of the text is run once exactly and once per method, teacher-forced
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import exp
 
 import pandas as pd
@@ -94,16 +94,25 @@ def compare(
             if not exact.isfinite().all():
                 raise ValueError(f"window {i}: the exact model itself is not finite; load it in another dtype")
             bar.update()
+            hidden: dict[str, torch.Tensor] = {}
             for name, quantize in methods.items():
                 if failures is None or name not in failures:
+                    own = own_configs.get(name, config)
                     try:
-                        frame = _run(model, ids, exact, quantize, own_configs.get(name, config), prompt)
-                        frames.append(frame.assign(method=name, window=i))
+                        hidden[name] = last_hidden(model, ids, TeacherForcedCache(model, quantize, own, prompt))
                     except Exception as error:
                         if failures is None:
                             raise
                         failures[name] = error
                 bar.update()
+            for name, frame in measure(model, ids, exact, hidden, prompt).items():
+                if missing := int(frame.kl.isna().sum()):  # a mean would pass over them
+                    error = ValueError(f"{name}: next-token distributions are not finite at {missing} positions")
+                    if failures is None:
+                        raise error
+                    failures[name] = error
+                seen = _coded(ids.shape[1], prompt, own_configs.get(name, config))
+                frames.append(frame.assign(method=name, window=i, coded=frame.position.map(seen)))
     finally:
         bar.close()
         model.set_attn_implementation(before)
@@ -170,6 +179,42 @@ def by_position(frame: pd.DataFrame, width: int = 512) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def versus(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Every method beside one of them, window by window: what a text makes hard for all cancels.
+
+    Args:
+        frame: what `compare` found, every method on the same windows.
+        name: the method that the others are compared with.
+
+    Returns:
+        DataFrame: method; kl; ratio, its KL over that of `name` on all positions; difference, mean over windows of its
+        KL minus that of `name`, nats; difference_error, the standard error of that mean (NaN for one window); better,
+        the windows in which its KL is the smaller one; windows.
+
+    Raises:
+        ValueError: `name` is not in the frame.
+    """
+    by_window = frame.pivot_table(index="window", columns="method", values="kl", sort=False)
+    if name not in by_window:
+        raise ValueError(f'there are no numbers of "{name}"; there are some of {", ".join(by_window)}')
+    differences = by_window.drop(columns=name).sub(by_window[name], axis=0)
+    return (
+        pd.DataFrame(
+            {
+                "kl": by_window.mean(),
+                "ratio": by_window.mean() / by_window[name].mean(),
+                "difference": differences.mean(),
+                "difference_error": differences.sem(),
+                "better": (differences < 0).sum(),
+                "windows": len(by_window),
+            }
+        )
+        .loc[list(differences)]
+        .rename_axis("method")
+        .reset_index()
+    )
+
+
 def _error_over_windows(group: pd.DataFrame, values: pd.Series) -> float:
     means = values.groupby(group.window).mean()
     return means.std() / len(means) ** 0.5 if len(means) > 1 else float("nan")
@@ -181,36 +226,33 @@ def last_hidden(model, ids: torch.Tensor, cache) -> torch.Tensor:
     return base(ids, **cache_argument(base, cache), use_cache=cache is not None).last_hidden_state[0]
 
 
-def _run(model, ids, exact, quantize: Quantize, config: CacheConfig, prompt: int) -> pd.DataFrame:
-    hidden = last_hidden(model, ids, TeacherForcedCache(model, quantize, config, prompt))
-    frame = pd.concat(measure(model, ids, exact, hidden, prompt), ignore_index=True)
-    if frame.kl.isna().any():  # a mean would pass over them
-        raise ValueError(f"next-token distributions are not finite at {int(frame.kl.isna().sum())} positions")
-    seen = _coded(ids.shape[1], prompt, config)
-    return frame.assign(coded=[seen[p] for p in frame.position])
-
-
 def _coded(length: int, prompt: int, config: CacheConfig) -> dict[int, int]:
     return {p: s.coded for s in schedule(length, prompt, config) for p in range(s.start, s.stop)}
 
 
-def measure(model, ids, exact, hidden, prompt: int = 0) -> Iterator[pd.DataFrame]:
-    """position, exact_nll, nll, kl, agree of the positions from `prompt` on, a frame a chunk; the last has no target.
+def measure(model, ids, exact, hidden: Mapping[str, torch.Tensor], prompt: int = 0) -> dict[str, pd.DataFrame]:
+    """position, exact_nll, nll, kl, agree of the positions from `prompt` on, by method; the last has no target.
+
+    Vocabularies are large, so the exact distributions of a chunk serve all methods.
 
     Args:
-        ids: int64 [1, n]; exact, hidden: `last_hidden` of both runs, [n, hidden size].
+        ids: int64 [1, n]; exact, and hidden by method: `last_hidden` of the runs, [n, hidden size].
     """
     head = model.get_output_embeddings()
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in hidden}
     for first in range(prompt, ids.shape[1] - 1, CHUNK):
         rows = slice(first, min(first + CHUNK, ids.shape[1] - 1))
-        p, q = (head(x[rows]).float().log_softmax(-1) for x in (exact, hidden))
         target = ids[0, rows.start + 1 : rows.stop + 1, None]
-        yield pd.DataFrame(
-            {
+        log_p = head(exact[rows]).float().log_softmax(-1)
+        p, likeliest, exact_nll = log_p.exp(), log_p.argmax(-1), -log_p.gather(1, target)[:, 0]
+        for name, states in hidden.items():
+            log_q = head(states[rows]).float().log_softmax(-1)
+            part = {
                 "position": range(rows.start, rows.stop),
-                "exact_nll": -p.gather(1, target)[:, 0].cpu().numpy(),
-                "nll": -q.gather(1, target)[:, 0].cpu().numpy(),
-                "kl": (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().numpy(),
-                "agree": (p.argmax(-1) == q.argmax(-1)).cpu().numpy(),
+                "exact_nll": exact_nll.cpu().numpy(),
+                "nll": -log_q.gather(1, target)[:, 0].cpu().numpy(),
+                "agree": (likeliest == log_q.argmax(-1)).cpu().numpy(),
+                "kl": (p * (log_p - log_q)).sum(-1).clamp_min(0).cpu().numpy(),
             }
-        )
+            parts[name].append(pd.DataFrame(part))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
