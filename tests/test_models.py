@@ -32,10 +32,11 @@ def test_shipped_text_is_whole(name):
     assert "\r" not in text and "\n\n\n" not in text and text.endswith("\n")
 
 
-def test_texts_are_the_novels_and_small_enough_to_ship():
+def test_texts_are_the_works_they_say_and_small_enough_to_ship():
     assert "It is a truth universally acknowledged, that a single man" in load_text("pride")
     assert "Emma Woodhouse, handsome, clever, and rich" in load_text("emma")
     assert "Call me Ishmael. Some years ago" in load_text("moby-dick")
+    assert "EN el principio crió Dios los cielos y la tierra." in load_text("genesis-es")
     folder = Path(models.__file__).parents[1] / "data"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 1.5e6
 
@@ -46,6 +47,16 @@ def test_a_text_of_ones_own(tmp_path):
     assert load_text(path) == load_text(str(path)) == "Où est la page ?"
     with pytest.raises(FileNotFoundError, match="emma, moby-dick"):
         load_text("ulysses")
+
+
+def test_source_code_is_that_of_this_python(tmp_path, monkeypatch):
+    import heapq
+
+    text = load_text("stdlib")
+    assert Path(heapq.__file__).read_text(encoding="utf-8") in text and len(text) > 300_000
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="give a file instead"):
+        load_text("stdlib")
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------

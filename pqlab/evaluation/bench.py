@@ -8,13 +8,16 @@ from importlib import import_module
 BENCHMARKS = {
     "baseline": ("pqlab.evaluation.baseline_vs_paged", "time to the first token, per token, and memory, by context"),
     "breakdown": ("pqlab.evaluation.breakdown_bench", "where a decode step's time goes, part by part"),
+    "calibration": ("pqlab.evaluation.calibration_bench", "what samples, maps, weights and shared codebooks buy"),
     "cpu": ("pqlab.evaluation.cpu_bench", "the C++ kernels beside the best exact attention, on this CPU"),
     "decode": ("pqlab.evaluation.decode_bench", "the decode kernel beside the best exact attention, on a GPU"),
+    "kv": ("pqlab.evaluation.key_values", "several numbers in a long text, each asked for by its name"),
     "layout": ("pqlab.evaluation.order_bench", "byte orders and page sizes: time, and share of the rate of memory"),
     "memory": ("pqlab.evaluation.memory_timeline", "memory over a long generation, paged beside exact, sampled"),
     "model": ("pqlab.evaluation.model_bench", "time per token of a whole model, paged beside exact, in CUDA graphs"),
     "passkey": ("pqlab.evaluation.passkey", "one number in a long text, found by depth and length"),
     "pool": ("pqlab.evaluation.pool_bench", "what a page costs to allocate and free in pools of any size"),
+    "texts": ("pqlab.evaluation.texts_bench", "codebooks of one kind of text measured on another"),
 }
 
 

@@ -1,8 +1,9 @@
-"""Public-domain novels that travel with the package, and texts of one's own."""
+"""Texts to measure on: public-domain ones that travel with the package, Python's own source code, and one's own."""
 
 from __future__ import annotations
 
 import lzma
+import sysconfig
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ class Text:
     title: str
     author: str
     num_chars: int
+    language: str = "English"
 
 
 _SHIPPED = {
@@ -24,8 +26,16 @@ _SHIPPED = {
         Text("pride", "Pride and Prejudice", "Jane Austen", 684_584),
         Text("emma", "Emma", "Jane Austen", 882_851),
         Text("moby-dick", "Moby Dick; or, The Whale", "Herman Melville", 1_213_025),
+        Text("genesis-es", "Génesis", "Reina-Valera", 181_172, "Spanish"),
     )
 }
+
+STDLIB = "stdlib"
+"""Source code: modules of the Python that runs, so the text is another one in every version of Python."""
+
+_STDLIB_MODULES = (
+    "argparse", "dataclasses", "tarfile", "typing", "inspect", "zipfile", "subprocess", "ipaddress", "pathlib", "heapq",
+)  # fmt: skip
 
 
 def texts() -> dict[str, Text]:
@@ -34,7 +44,7 @@ def texts() -> dict[str, Text]:
 
 
 def load_text(name: str | Path = "pride") -> str:
-    """A shipped text by its name (see `texts`), or a UTF-8 text file by its path (.xz files are unpacked).
+    """A shipped text by its name (see `texts`), "stdlib", or a UTF-8 text file by its path (.xz files are unpacked).
 
     Raises:
         FileNotFoundError: neither a shipped text nor a file.
@@ -42,9 +52,21 @@ def load_text(name: str | Path = "pride") -> str:
     if name in _SHIPPED:
         packed = files("pqlab").joinpath("data", f"{name}.txt.xz").read_bytes()
         return lzma.decompress(packed).decode("utf-8")
+    if name == STDLIB:
+        return _stdlib()
     path = Path(name).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"there is no text file {path}; the shipped texts are {', '.join(_SHIPPED)}")
+        named = ", ".join((*_SHIPPED, STDLIB))
+        raise FileNotFoundError(f"there is no text file {path}; the texts with a name are {named}")
     if path.suffix == ".xz":
         return lzma.decompress(path.read_bytes()).decode("utf-8")
     return path.read_text(encoding="utf-8")
+
+
+def _stdlib() -> str:
+    """Modules of Python's standard library, one behind the other; those that are packages by now are left out."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    found = [path for module in _STDLIB_MODULES if (path := folder / f"{module}.py").is_file()]
+    if not found:
+        raise FileNotFoundError(f"this Python has no source of its standard library in {folder}; give a file instead")
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in found)

@@ -1,0 +1,117 @@
+"""What each part of the calibration buys: samples, maps, weights, and how many heads share a codebook.
+
+calibrations(model, tokenizer, load_text("emma"), load_text("pride"))  # a row a variant
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from ..config import CacheConfig, PQConfig
+from ..errors import ConfigError
+from ..memory import MIB
+from ..models import fingerprint, load_model, load_text
+from ..models.defaults import CALIBRATION_TEXT
+from ..quantization import attention_geometry, calibrate
+from . import fidelity
+from .provenance import commit, text_record, today, versions
+from .teacher_forced import from_codebooks
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "1024 tokens": {"num_tokens": 1024, "window": 256},
+    "2048 tokens": {"num_tokens": 2048, "window": 512},
+    "4096 tokens": {"num_tokens": 4096, "window": 1024},
+    "16384 tokens": {"num_tokens": 16384},
+    "no weights": {"weighted": False},
+    "no map": {"maps": False},
+    "no map, no weights": {"maps": False, "weighted": False},
+    "per layer": {"scope": "layer"},
+    "one for all": {"scope": "model"},
+    "one for all, no map, no weights": {"scope": "model", "maps": False, "weighted": False},
+}
+"""Arguments of `calibrate` by what they are called in the table; the first is what the others are compared with."""
+
+
+def calibrations(
+    model,
+    tokenizer,
+    text: str,
+    measured: str,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    pq: PQConfig = PQConfig(),
+    *,
+    windows: int = 2,
+    length: int = 1024,
+    skip: int = 0,
+    config: CacheConfig | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """KL of codebooks that differ in how they were calibrated.
+
+    Args:
+        text: what is calibrated on; measured: what the divergence is measured on, in `windows` of `length` tokens.
+        variants: name -> arguments of `calibrate`; None takes `VARIANTS`.
+        pq: M and nbits of all.
+
+    Returns:
+        DataFrame: variant, samples (vectors a head and side), constants_mib, seconds (of calibration), kl (nats),
+        kl_error (over windows), ratio (its KL over that of the first variant), change (of perplexity), agreement.
+    """
+    variants = VARIANTS if variants is None else variants
+    ids = fidelity.text_windows(tokenizer, measured, length, windows, skip)  # says so when the text is too short
+    rows, methods = [], {}
+    for name, settings in variants.items():
+        begin = time.perf_counter()
+        books = calibrate(model, tokenizer, text, pq, progress=progress, **settings)
+        seconds = time.perf_counter() - begin
+        rows.append((name, books.origin.num_samples, books.nbytes / MIB, seconds))
+        methods[name] = from_codebooks(books.to(model.device))
+    made = pd.DataFrame(rows, columns=["variant", "samples", "constants_mib", "seconds"])
+    table = fidelity.summarize(fidelity.compare(model, ids, methods, config, progress=progress))
+    table = table.rename(columns={"method": "variant"}).assign(ratio=table.kl / table.kl.iloc[0])
+    return made.merge(table[["variant", "kl", "kl_error", "ratio", "change", "agreement"]], on="variant")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"of: {'; '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4), help="per element, codes of 8 bits")
+    parser.add_argument("--calibration", default=CALIBRATION_TEXT, help="text that is calibrated on")
+    parser.add_argument("--text", default="pride", help="text that is measured on")
+    parser.add_argument("--windows", type=int, default=2, help="windows of the text, one behind the other")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate every variant, measure it, print the table (and JSON); the exit status."""
+    chosen = args.variants or list(VARIANTS)
+    if unknown := [name for name in chosen if name not in VARIANTS]:
+        print(f"pqlab bench calibration: there is no variant {unknown[0]!r}; there are {'; '.join(VARIANTS)}")
+        return 2
+    model, tokenizer = load_model(args.model)
+    try:
+        heads = {head_dim for _, head_dim in attention_geometry(model).values()}
+        if len(heads) > 1:
+            raise ConfigError(f"heads of {sorted(heads)} elements have no common M; measure one layer's kind at a time")
+        pq = PQConfig(M=heads.pop() * args.bits // 8)
+        texts = load_text(args.calibration), load_text(args.text)
+        options = {"windows": args.windows, "length": args.length, "progress": True}
+        frame = calibrations(model, tokenizer, *texts, {name: VARIANTS[name] for name in chosen}, pq, **options)
+    except (ValueError, OSError) as error:
+        print(f"pqlab bench calibration: {error}")
+        return 2
+    print(frame.round(5).to_string(index=False))
+    if args.json:
+        about = {"benchmark": "calibration", "date": today(), "commit": commit(), "versions": versions()}
+        about |= {"model": fingerprint(model), "bits": args.bits, "windows": args.windows, "length": args.length}
+        about |= {"calibration": text_record(args.calibration), "text": text_record(args.text)}
+        print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))
+    return 0

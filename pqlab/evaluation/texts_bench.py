@@ -1,0 +1,123 @@
+"""Calibrated on one kind of text, measured on another: how far codebooks carry.
+
+texts()                                # what is calibrated on and what is measured on, never the same characters
+transfer(model, tokenizer, *texts())   # KL of every pair: a row a calibration, a column a text
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import pandas as pd
+
+from ..config import CacheConfig, PQConfig
+from ..models import fingerprint, load_model, load_text
+from ..models.texts import STDLIB
+from ..quantization import Codebooks, calibrate
+from ..quantization.samples import NUM_TOKENS
+from . import fidelity
+from .provenance import commit, text_record, today, versions
+from .teacher_forced import from_codebooks
+
+NOVEL, OTHER_NOVEL, SPANISH = "emma", "pride", "genesis-es"
+_MIX_WINDOW = 1024  # tokens: short enough for several windows of every text of a mix
+
+
+def texts() -> tuple[dict[str, str | list[str]], dict[str, str]]:
+    """Texts to calibrate on and texts to measure on, by what they are.
+
+    Code and Spanish are one text each: its second half is calibrated on, its first half is measured on.
+    """
+    code, spanish = load_text(STDLIB), load_text(SPANISH)
+    calibration: dict[str, str | list[str]] = {
+        "novel": load_text(NOVEL),
+        "source code": code[len(code) // 2 :],
+        "Spanish": spanish[len(spanish) // 2 :],
+    }
+    calibration["all three"] = list(calibration.values())
+    measured = {
+        "novel": load_text(OTHER_NOVEL),
+        "source code": code[: len(code) // 2],
+        "Spanish": spanish[: len(spanish) // 2],
+    }
+    return calibration, measured
+
+
+def transfer(
+    model,
+    tokenizer,
+    calibration: Mapping[str, str | Sequence[str]],
+    measured: Mapping[str, str],
+    pq: PQConfig = PQConfig(),
+    *,
+    num_tokens: int = NUM_TOKENS,
+    windows: int = 2,
+    length: int = 2048,
+    config: CacheConfig | None = None,
+    codebooks: Mapping[str, Codebooks] | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """KL to the exact cache of codebooks from every text on every text.
+
+    Args:
+        calibration: name -> a text, or several (see `collect_kv`), of which `num_tokens` are read.
+        measured: name -> a text, whose first windows are measured.
+        codebooks: more columns of codebooks that are there already (such as plans), by name.
+
+    Returns:
+        DataFrame: calibration, text, kl (nats), kl_error (over windows), change (of perplexity), agreement, and ratio:
+        the KL over that of the same codebooks on the first text of `measured`.
+    """
+    books = {}
+    for name, text in calibration.items():
+        window = {} if isinstance(text, str) else {"window": _MIX_WINDOW}
+        books[name] = calibrate(
+            model, tokenizer, text, pq, num_tokens=num_tokens, text_name=name, progress=progress, **window
+        )
+    books |= codebooks or {}
+    methods = {name: from_codebooks(book.to(model.device)) for name, book in books.items()}
+    parts = []
+    for name, text in measured.items():
+        ids = fidelity.text_windows(tokenizer, text, length, windows)
+        table = fidelity.summarize(fidelity.compare(model, ids, methods, config, progress=progress))
+        parts.append(table.assign(text=name).rename(columns={"method": "calibration"}))
+    found = pd.concat(parts, ignore_index=True)
+    first = found[found.text == next(iter(measured))].set_index("calibration").kl
+    found["ratio"] = found.kl / found.calibration.map(first)
+    return found[["calibration", "text", "kl", "kl_error", "ratio", "change", "agreement"]]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
+    parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="files, each one more row")
+    parser.add_argument("--windows", type=int, default=2, help="windows of every text")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="tokens to calibrate on")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate on every text, measure on every text, print the table (and JSON); the exit status."""
+    from pathlib import Path
+
+    model, tokenizer = load_model(args.model)
+    given = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
+    options = {"num_tokens": args.tokens, "windows": args.windows, "length": args.length, "codebooks": given}
+    try:
+        frame = transfer(model, tokenizer, *texts(), progress=True, **options)
+    except ValueError as error:
+        print(f"pqlab bench texts: {error}")
+        return 2
+    wide = frame.pivot(index="calibration", columns="text", values="kl")
+    print("KL, nats: a row what was calibrated on, a column what was measured on")
+    print(wide.loc[frame.calibration.unique(), frame.text.unique()].round(5).to_string())
+    if args.json:
+        about = {"benchmark": "texts", "date": today(), "commit": commit(), "versions": versions()}
+        about |= {"model": fingerprint(model), "cache": asdict(CacheConfig())}
+        about |= {"texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH)]}
+        about |= {"windows": args.windows, "length": args.length, "tokens": args.tokens}
+        print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))
+    return 0
