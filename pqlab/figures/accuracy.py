@@ -1,4 +1,4 @@
-"""How faithful: bits against divergence of many methods, a plan's choices, and divergence along a text."""
+"""How faithful: bits against divergence, a plan's choices, divergence along a text, and what is found in long ones."""
 
 from __future__ import annotations
 
@@ -149,6 +149,79 @@ def plan_figure(choices: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
             hovertemplate=f"layer %{{x}}, {side.upper()}: %{{y:.2g}} nats<extra></extra>",
         )
     return sheet.figure(theme, min_width=620, height=420, margin={"t": 40, "b": 80, "l": 60, "r": 20})
+
+
+def positions_figure(ranges: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """KL by position in the context, a line a method: does an error grow with what is stored?
+
+    Args:
+        ranges: method, start, stop, kl, as `Evaluation.by_position` gives them; kl_error is drawn where it is there.
+    """
+    sheet = Sheet()
+    plot = sheet.plot(
+        0,
+        0,
+        x={"title": {"text": "position"}},
+        y={"title": {"text": "KL to exact, nats"}, "type": "log", "dtick": 1, "exponentformat": "power"},
+    )
+    for index, (method, part) in enumerate(ranges.groupby("method", sort=False)):
+        sheet.add(
+            plot,
+            "scatter",
+            x=(part.start + part.stop) / 2,
+            y=part.kl.clip(lower=_LOWEST),
+            error_y={"type": "data", "array": part["kl_error"].fillna(0)} if "kl_error" in part else {},
+            mode="lines+markers",
+            line={"color": sequence_colour(index)},
+            marker={"symbol": ("circle", "square", "diamond", "x", "triangle-up")[index % 5]},
+            name=method,
+            hovertemplate=f"{method} near %{{x}}: %{{y:.3g}} nats<extra></extra>",
+        )
+    return sheet.figure(theme, min_width=620, height=420, margin={"t": 30, "b": 100, "l": 70, "r": 20})
+
+
+def retrieval_figure(cells: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """How often hidden numbers are found, a heat map a method, by depth and length.
+
+    Args:
+        cells: method, length, depth, found, as `passkey` and `key_values` give them.
+    """
+    methods = list(dict.fromkeys(cells.method))
+    sheet = Sheet(widths=[1] * len(methods), gap_x=0.05)
+    for column, method in enumerate(methods):
+        grid = cells[cells.method == method].pivot_table(
+            index="depth", columns="length", values="found", aggfunc="mean"
+        )
+        plot = sheet.plot(
+            0,
+            column,
+            method,
+            x={"title": {"text": "tokens"}, "type": "category", "showgrid": False},
+            y={
+                "title": {"text": "depth" if column == 0 else ""},
+                "type": "category",
+                "autorange": "reversed",
+                "showgrid": False,
+            },
+        )
+        sheet.add(
+            plot,
+            "heatmap",
+            z=grid.to_numpy(dtype=float),
+            x=[str(length) for length in grid.columns],
+            y=[f"{depth:g}" for depth in grid.index],
+            text=[[f"{share:.0%}" for share in row] for row in grid.to_numpy(dtype=float)],
+            texttemplate="%{text}",
+            zmin=0,
+            zmax=1,
+            colorscale=AMOUNTS,
+            showscale=False,
+            xgap=1,
+            ygap=1,
+            hovertemplate=f"{method}: %{{x}} tokens, depth %{{y}}: found %{{z:.0%}}<extra></extra>",
+            name=method,
+        )
+    return sheet.figure(theme, min_width=240 * len(methods), height=360, margin={"t": 40, "b": 70, "l": 60, "r": 20})
 
 
 def divergence_figure(
