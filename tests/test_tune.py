@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pqlab import CacheConfig, Codebooks, ConfigError, PQConfig, cli
+from pqlab.cost import CacheCost
 from pqlab.evaluation.continuation import Continuation
 from pqlab.evaluation.fidelity import compare
 from pqlab.evaluation.teacher_forced import from_codebooks
@@ -243,19 +244,12 @@ def test_a_setting_is_measured(kind, make_model, tiny_tokenizer):
     parts = cache.nbytes()
     assert near.bytes - found.bytes(Setting(16, 32, 4, 4)) > 0
     if kind == "llama":
+        cost = CacheCost(found._shape, PQConfig(M=8, nbits=4), CacheConfig(16, 32), 300)
         held = parts["pool"] + parts["exact_tokens"] + parts["page_table"]
-        assert abs(near.bytes - held - _constants(found, 8, 4)) < 64, (
-            "and the centroids and maps that calibration makes"
-        )
+        assert abs(near.bytes - held - cost.constant_bytes) < 64, "and the centroids and maps that calibration makes"
     assert found.measure(Setting(256, 1024, 8, 4)).kl == 0, "such a window holds the whole text"
     again = found.in_turns([Setting(16, 32, 8, 4)], rounds=1)
     assert list(again.setting) == ["exact", "page 16, R 32, M 8, 4 bits, lifo"]
-
-
-def _constants(found: Workload, m: int, nbits: int) -> int:
-    shape = found._shape
-    per_head = 2 * shape.head_dim * 2**nbits + 3 * shape.head_dim**2  # fp16 centroids, a map in one and in two bytes
-    return shape.num_layers * shape.num_kv_heads * 2 * per_head
 
 
 def test_a_context_that_the_model_has_not(make_model, tiny_tokenizer):
