@@ -10,6 +10,7 @@ import torch
 
 from pqlab import errors, kernels
 from pqlab.kernels import ops, reference
+from pqlab.kernels.cpu import CpuBackend
 from pqlab.paging.layout import PageLayout, pack_codes, read_pages
 
 kernels.start()
@@ -23,6 +24,24 @@ def cpu() -> str:
     if status.state != "ready":
         pytest.skip(f"no C++ kernels here: {status.detail}")
     return "cpu"
+
+
+@pytest.fixture(scope="module")
+def libraries(cpu) -> dict[str, CpuBackend]:
+    """The library of this machine, and the one of machines with AVX2 and no more."""
+    found = {"native": ops.backends()["cpu"], "AVX2": CpuBackend("x86-64-v3")}
+    if found["native"].isa.startswith("avx512"):
+        found["AVX2"].extension.start("eager")
+    return found
+
+
+@pytest.fixture(params=["native", "AVX2"])
+def library(request, libraries) -> CpuBackend:
+    backend = libraries[request.param]
+    if request.param == "AVX2" and not libraries["native"].isa.startswith("avx512"):
+        pytest.skip(f"the library of this machine is tested: {libraries['native'].isa}")
+    assert backend.status().state == "ready", backend.status().error
+    return backend
 
 
 def random_pages(g: torch.Generator, max_pages: int, heads: int, page_size: int, m: int, nbits: int) -> torch.Tensor:
@@ -136,13 +155,12 @@ def test_reference_decode_is_plain_attention(name):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_cpu_decode_equals_the_reference(cpu, name, threads):
+def test_cpu_decode_equals_the_reference(library, name, threads):
     case = decode_case(**CASES[name])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with kernels.use_backend("cpu"):
-            out, lse = ops.decode(*case)
+        out, lse = library.decode(*case)
     finally:
         torch.set_num_threads(before)
     want, want_lse = reference.decode(*case)
@@ -170,6 +188,60 @@ def test_large_scores_do_not_overflow(cpu):
     want, want_lse = reference.decode(*case)
     torch.testing.assert_close(out, want, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=1e-5)
+
+
+def test_many_tokens_of_small_weight_count(library):
+    """One token outweighs each of 2,000 others by e^14, so that they hold 1.7e-3 of the weight in sum."""
+    case = list(
+        decode_case(batch=1, heads=1, coded=(2000,), sinks=(0,), window=(0,), num_sinks=0, slots=0, page_size=64)
+    )
+    for place, of_others, of_one in ((5, 0.0, 14.0), (6, 1.0, 0.0)):
+        case[place] = torch.full_like(case[place], of_others)
+        case[place][:, :, 7] = of_one
+    case[0] = torch.full_like(case[0], 32**0.5 / 32)  # a key of 14 everywhere scores 14
+    for pages in case[1:3]:
+        pages %= 7
+        pages[case[3][0, 3], 0, 1, :, 5] = 7
+    out, lse = library.decode(*case)
+    want, want_lse = reference.decode(*case)
+    assert 1e-3 < want.mean() < 2e-3
+    torch.testing.assert_close(out, want, atol=3e-5, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_a_centroid_far_out_costs_the_others_no_precision(library, group):
+    case = decode_case(group=group, coded=(3, 1), sinks=(0, 0), window=(0, 0))
+    for books in case[5:7]:
+        books[:, ::2, 9] = 100.0
+    out, _ = library.decode(*case)
+    want, _ = reference.decode(*case)
+    torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+
+
+def test_codebooks_may_change_and_tensors_may_move(library):
+    """What decode keeps of tensors between calls goes by their memory and versions, and goes when they go."""
+    kept = len(library._held)
+    case = list(decode_case(group=3))
+    for change in (lambda: None, lambda: case[5].mul_(2), lambda: case[6].add_(1)):
+        change()
+        torch.testing.assert_close(library.decode(*case)[0], reference.decode(*case)[0], atol=1e-4, rtol=1e-4)
+    assert len(library._held) == kept + 1
+    case[9].data = torch.randn(case[9].shape)  # other memory, the same object
+    case[6].data = torch.randn(case[6].shape)
+    torch.testing.assert_close(library.decode(*case)[0], reference.decode(*case)[0], atol=1e-4, rtol=1e-4)
+    del case[6]
+    assert len(library._held) == kept
+    with torch.inference_mode():
+        case = decode_case()
+        torch.testing.assert_close(library.decode(*case)[0], reference.decode(*case)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+def test_nan_is_not_hidden(library, steps):
+    case = list(decode_case(group=3, steps=steps))
+    case[0] = torch.full_like(case[0], torch.nan)
+    assert library.decode(*case)[0].isnan().all()
 
 
 def test_strided_inputs(cpu):

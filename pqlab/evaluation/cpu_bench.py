@@ -128,12 +128,14 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     kernels.wait()
-    status = ops.backends()["cpu"].status()
+    backend = ops.backends()["cpu"]
+    status = backend.status()
     if status.state != "ready":
         print(f"the C++ kernels are not there ({status.state}: {status.detail}); python -m pqlab doctor says more")
         return 1
     print(
-        f"{torch.get_num_threads()} threads; µs, best exact, and how many times faster (by medians, by fastest turns)"
+        f"{torch.get_num_threads()} threads, kernels with {backend.isa}; µs, best exact, and how many times faster (by "
+        "medians, by fastest turns)"
     )
     records = []
     for case in (c for c in CASES if args.only in c.name):
@@ -150,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{r['speedup']:>6.2f}", flush=True)
     if args.json:
         about = {"benchmark": "cpu", "date": today(), "commit": commit(), "versions": versions()}
-        print(json.dumps({**about, "threads": torch.get_num_threads(), "cpu": _cpu_name(), "records": records}))
+        about |= {"threads": torch.get_num_threads(), "cpu": _cpu_name(), "kernels": backend.isa}
+        print(json.dumps({**about, "records": records}))
     return 0
 
 

@@ -10,8 +10,9 @@ import ctypes
 import platform
 import struct
 import sys
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ from .checks import BOOK_DTYPES
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 
-_FLOAT = torch.empty(0, dtype=torch.float32)  # new_empty is quicker than torch.empty
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DECODE_ARGS = struct.Struct("=13Q17qd")  # struct pq_decode_args of csrc/cpu/api.h: 8 bytes a field
+_DECODE_CALL = struct.Struct("=5Q5qd")  # struct pq_decode_args of csrc/cpu/api.h, 8 bytes a field: what calls differ in
+_DECODE_HELD = struct.Struct("=10Q12q")  # the rest of it
 _ENCODE_ARGS = struct.Struct("=4Q11q")  # struct pq_encode_args
 _FLUSH = 4  # pq_result: stored, and some row flushes now
 _APPEND_ARGS = struct.Struct("=8Q5q")  # struct pq_append_args
@@ -34,25 +35,40 @@ _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append
 _IDENTITY = "the identity codec (nbits 32) runs on the reference only"
 
 
+class _Held(NamedTuple):
+    packed: bytes  # the second part of struct pq_decode_args
+    state: tuple[int, ...]
+    owners: tuple[Any, ...]  # of the memory that it points to, or weak references to them
+
+
 class CpuBackend(Backend):
+    """Args: `machine`, what the compiler may use (`-march`); "native" is this machine's best."""
+
     name = "cpu"
     remedy = "Install a C++ compiler and ninja; pqlab.backend_report() shows what the build said."
 
-    def __init__(self) -> None:
+    def __init__(self, machine: str = "native") -> None:
         self._library: Any = None
+        self._books: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}  # prepared codebooks, with the tensors they are of
+        self._held: dict[tuple[int, ...], _Held] = {}
+        self._like_lse: dict[tuple[int, ...], Tensor] = {}
         sources = sorted(SOURCES.glob("*.cpp"))
-        self.extension = Extension("pqlab_cpu", sources, self._load, cflags=compile_flags(), ldflags=link_flags())
+        flags = compile_flags(machine)
+        self.extension = Extension("pqlab_cpu", sources, self._load, cflags=flags, ldflags=link_flags())
 
     def _load(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         for function in (library.pq_decode, library.pq_encode, library.pq_append):
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         library.pq_isa.restype = ctypes.c_char_p
+        library.pq_book_bytes.argtypes, library.pq_book_bytes.restype = [ctypes.c_int64] * 3, ctypes.c_int64
+        library.pq_prepare_book.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
+        library.pq_prepare_book.restype = None
         self._library = library
 
     @property
     def isa(self) -> str:
-        """Vector instructions the library was compiled for: "avx512", "avx2" or "generic"; "" before it is loaded."""
+        """Vector instructions in the library: "avx512 vbmi", "avx2" or "generic"; "" before it is loaded."""
         return self._library.pq_isa().decode() if self._library is not None else ""
 
     def status(self) -> BuildStatus:
@@ -74,23 +90,69 @@ class CpuBackend(Backend):
         k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
         k_nbits: int, v_nbits: int, scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        batch, query_heads, steps, head_dim = q.shape
-        max_pages, heads, tiles, k_m, _ = k_pages.shape
-        tensors = (q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v)
-        tensors = [t if t.is_contiguous() and t.is_cpu else _plain(t) for t in tensors]
-        out = torch.empty_like(tensors[0])
-        lse = _FLOAT.new_empty((batch, query_heads, steps))
-        code = self._library.pq_decode(
-            _DECODE_ARGS.pack(
-                *[t.data_ptr() for t in tensors], out.data_ptr(), lse.data_ptr(),
-                batch, query_heads, heads, steps, head_dim, tiles, page_table.shape[1], max_pages,
-                k_m, k_nbits, v_pages.shape[3], v_nbits, sink_k.shape[2], window_k.shape[2], _DTYPES[q.dtype],
-                _DTYPES[k_books.dtype], _DTYPES[v_books.dtype], scale,
-            )
+        held = self._hold((k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v), k_nbits, v_nbits)
+        q, page_table, lengths = _plain(q), _plain(page_table), _plain(lengths)
+        batch, query_heads, steps, _ = q.shape
+        shape = (batch, query_heads, steps)
+        if shape not in self._like_lse:
+            self._like_lse[shape] = torch.empty(shape)
+        out, lse = torch.empty_like(q), torch.empty_like(self._like_lse[shape])  # the same call twice is the quickest
+        call = _DECODE_CALL.pack(
+            q.data_ptr(), page_table.data_ptr(), lengths.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            *shape, page_table.shape[1], _DTYPES[q.dtype], scale,
         )  # fmt: skip
+        code = self._library.pq_decode(call + held.packed)
         if code:
-            _fail("decode", code, f"lengths {lengths.tolist()}, {page_table.shape[1]} pages a row of {max_pages}")
+            _fail("decode", code, f"lengths {lengths.tolist()}, {page_table.shape[1]} pages a row of {len(k_pages)}")
         return out, lse
+
+    def _hold(self, tensors: tuple[Tensor, ...], k_nbits: int, v_nbits: int) -> _Held:
+        """What decode takes of the tensors that stay from call to call, noted at the first one.
+
+        Between two calls a model streams all of its weights, and then every question to a tensor costs a microsecond.
+        """
+        key = (k_nbits, v_nbits, *map(id, tensors))
+        held = self._held.get(key)
+        if held is not None and held.state == _state(tensors):
+            return held
+        k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _ = tensors
+        _, heads, tiles, k_m, _ = k_pages.shape
+        images = self._prepared(k_books, k_nbits, False), self._prepared(v_books, v_nbits, True)
+        plain = [_plain(t) for t in tensors]
+        packed = _DECODE_HELD.pack(
+            *[t.data_ptr() for t in (*plain, *images)], heads, k_books.shape[1] * k_books.shape[3], tiles, len(k_pages),
+            k_m, k_nbits, v_pages.shape[3], v_nbits, sink_k.shape[2], window_k.shape[2],
+            _DTYPES[k_books.dtype], _DTYPES[v_books.dtype],
+        )  # fmt: skip
+        held = _Held(packed, _state(tensors), (*plain, *images))
+        if all(x is y for x, y in zip(plain, tensors, strict=True)):
+
+            def forget(_: Any) -> None:
+                self._held.pop(key, None)
+
+            self._held[key] = _Held(packed, held.state, (*images, *(weakref.ref(t, forget) for t in tensors)))
+        return held
+
+    def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:
+        """The books as the kernel reads them, made once for a tensor; empty when it reads them as they are."""
+        key = (books.data_ptr(), values, books.shape, _version(books))
+        kept = self._books.get(key)
+        if kept is not None and kept[0]() is books:
+            return kept[1]
+        heads, m, _, dm = books.shape
+        each = self._library.pq_book_bytes(m * dm, nbits, values)
+        image = torch.empty(heads * each, dtype=torch.uint8)
+        if each:
+            plain = _plain(books.float())
+            self._library.pq_prepare_book(plain.data_ptr(), image.data_ptr(), heads, m, nbits, dm, values)
+
+        def stays(other: tuple[Any, ...]) -> bool:
+            tensor = self._books[other][0]()
+            return tensor is not None and (tensor is not books or other[1] != values)
+
+        self._books = {other: kept for other, kept in self._books.items() if stays(other)}
+        self._books[key] = (weakref.ref(books), image)
+        return image
 
     def encode(self, x: Tensor, books: Tensor) -> Tensor:
         groups, n, head_dim = x.shape
@@ -147,6 +209,16 @@ class CpuBackend(Backend):
             _fail("append_", code, f"before {before.tolist()}, {sink_k.shape[2]} sinks, {slots} window slots")
 
 
+def _version(x: Tensor) -> int:
+    """Counts changes in place; a tensor of inference mode does not, and is taken not to change."""
+    return -1 if x.is_inference() else x._version
+
+
+def _state(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Of the tensors of `_hold`: where they lie, and whether the books (2, 3) are what they were."""
+    return (*[t.data_ptr() for t in tensors], _version(tensors[2]), _version(tensors[3]))
+
+
 def _in_place(op: str, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not (x.is_contiguous() and x.is_cpu):
@@ -167,12 +239,12 @@ def _fail(op: str, code: int, what: str) -> None:
     raise ValueError(f"pqlab.{op}: {cause}: {what}")
 
 
-def compile_flags() -> list[str]:
-    """For C++ that runs on this machine."""
+def compile_flags(machine: str = "native") -> list[str]:
+    """For C++ that runs on this machine, or on a lesser one (`-march`)."""
     if sys.platform == "win32":
         return ["/O2", "/std:c++17"]
-    native = "-march=native" if _machine_is_x86() else "-mcpu=native"
-    flags = ["-O3", native, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    target = f"-march={machine}" if _machine_is_x86() else f"-mcpu={machine}"
+    flags = ["-O3", target, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
     # Only compiled with OpenMP, not linked: the symbols are then found in the libgomp that torch has loaded, and there
     # is one pool of threads, which torch.set_num_threads governs. A second libgomp would fight it for the cores.
     return [*flags, "-fopenmp"] if torch.backends.openmp.is_available() and sys.platform != "darwin" else flags

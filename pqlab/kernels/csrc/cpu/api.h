@@ -15,22 +15,27 @@ enum pq_result : int {
 
 struct pq_decode_args {
     const void* q;              // [B, Hq, S, d]
-    const uint8_t* k_pages;     // [max_pages, H, tiles, k_m, 2 * k_nbits]
-    const uint8_t* v_pages;     // [max_pages, H, tiles, v_m, 2 * v_nbits]
     const int32_t* page_table;  // [B, table_width]
     const int32_t* lengths;     // [B, 3]: sinks, coded, window
-    const void* k_books;        // [H, k_m, 2^k_nbits, d / k_m]
-    const void* v_books;        // [H, v_m, 2^v_nbits, d / v_m]
-    const void* sink_k;         // [B, H, num_sinks, d]
+    void* out;                  // [B, Hq, S, d]
+    float* lse;                 // [B, Hq, S]
+    int64_t batch, query_heads, steps, table_width, dtype;
+    double scale;
+
+    // From here on: the same at every step of a sequence.
+    const uint8_t* k_pages;  // [max_pages, H, tiles, k_m, 2 * k_nbits]
+    const uint8_t* v_pages;  // [max_pages, H, tiles, v_m, 2 * v_nbits]
+    const void* k_books;     // [H, k_m, 2^k_nbits, d / k_m]
+    const void* v_books;     // [H, v_m, 2^v_nbits, d / v_m]
+    const void* sink_k;      // [B, H, num_sinks, d]
     const void* sink_v;
     const void* window_k;  // [B, H, window_slots, d], a ring
     const void* window_v;
-    void* out;   // [B, Hq, S, d]
-    float* lse;  // [B, Hq, S]
-    int64_t batch, query_heads, heads, steps, head_dim, tiles, table_width, max_pages;
-    int64_t k_m, k_nbits, v_m, v_nbits, num_sinks, window_slots, dtype;
+    const void* k_prepared;  // the books by `pq_prepare_book`; null where `pq_book_bytes` is 0
+    const void* v_prepared;
+    int64_t heads, head_dim, tiles, max_pages;
+    int64_t k_m, k_nbits, v_m, v_nbits, num_sinks, window_slots;
     int64_t k_book_dtype, v_book_dtype;  // float32 or float16
-    double scale;
 };
 
 struct pq_encode_args {
@@ -55,4 +60,10 @@ int pq_append(const pq_append_args* args);
 int pq_decode(const pq_decode_args* args);
 int pq_encode(const pq_encode_args* args);
 const char* pq_isa();
+
+// Bytes of one kv head's codebook as this library's decode reads it; 0: as it lies, there is nothing to prepare.
+int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t values);
+// book [heads][m][2^nbits][dm] to prepared [heads][pq_book_bytes], 64-byte aligned; `values`: 0 for keys, 1 for values.
+void pq_prepare_book(const float* book, void* prepared, int64_t heads, int64_t m, int64_t nbits, int64_t dm,
+                     int64_t values);
 }

@@ -19,7 +19,11 @@ namespace pq {
 namespace {
 
 constexpr int64_t MIN_LOOKUPS = 8192;    // per thread; below, waking another thread costs more than it saves
-constexpr int64_t MIN_SHARE = 16;        // tiles
+#ifdef PQ_PERMUTE
+constexpr int64_t MIN_SHARE = 96;        // tiles; a segment begins with tables that cost as much as about 40
+#else
+constexpr int64_t MIN_SHARE = 16;
+#endif
 constexpr int64_t MANY_FLOATS = 65536;   // results above this are merged by all threads
 
 struct Plan {
@@ -37,9 +41,12 @@ Plan make_plan(const Decode& job, int64_t pairs, int64_t threads, const std::vec
         for (int64_t at = start[size_t(p)]; at < pair_end;) {
             if (at >= share_end) {
                 plan.first_of_share.push_back(int64_t(plan.segments.size()));
-                const int64_t part = threads == 1 ? total : (total - at + 2 * threads - 1) / (2 * threads);
-                share_end = at + std::max(part, MIN_SHARE);
-                if (total - share_end < MIN_SHARE) share_end = total;
+                // Half of an equal share of what is left; where that is little, all of it.
+                const int64_t equal = (total - at + threads - 1) / threads;
+                share_end = at + (equal < 3 * MIN_SHARE ? equal : equal / 2);
+                const auto after = std::lower_bound(start.begin() + 1, start.end() - 1, share_end);
+                if (*after - share_end < MIN_SHARE / 2) share_end = *after;  // rather whole pairs
+                else if (after[-1] > at && share_end - after[-1] < MIN_SHARE / 2) share_end = after[-1];
             }
             const int64_t end = std::max(std::min(share_end, pair_end), coded_start);  // exact tokens are not split
             const bool exact = at == start[size_t(p)];
@@ -63,13 +70,14 @@ void merge(const Decode& job, int64_t pair, const Rows* parts, int64_t num_parts
         float m = -INFINITY, l = 0.f;
         for (int64_t i = 0; i < num_parts; i++) m = std::max(m, parts[i].m[r]);
         std::fill(line.begin(), line.end(), 0.f);
-        for (int64_t i = 0; i < num_parts && m > -INFINITY; i++) {
+        for (int64_t i = 0; i < num_parts; i++) {
+            if (parts[i].l[r] == 0.f) continue;  // nothing stored
             const float factor = std::exp(parts[i].m[r] - m);
             const float* acc = parts[i].acc + r * width;
             l += parts[i].l[r] * factor;
             for (int64_t j = 0; j < width; j++) line[size_t(j)] += acc[j] * factor;
         }
-        const float norm = l > 0.f ? 1.f / l : 0.f;
+        const float norm = l == 0.f ? 0.f : 1.f / l;  // NaN stays
         for (float& x : line) x *= norm;
         from_float(a.out, (pair * group_rows + r) * d, line.data(), d, a.dtype);
         a.lse[pair * group_rows + r] = m + std::log(l);  // nothing stored: -inf
@@ -109,8 +117,11 @@ int decode(const pq_decode_args& args) {
     for (int64_t share = 0; share < shares; share++) {
         static thread_local Scratch scratch;
         try {
-            for (int64_t i = plan.first_of_share[size_t(share)]; i < plan.first_of_share[size_t(share) + 1]; i++)
-                job.run(plan.segments[size_t(i)], scratch, parts[size_t(i)]);
+            const int64_t end = plan.first_of_share[size_t(share) + 1];
+            for (int64_t i = plan.first_of_share[size_t(share)]; i < end; i++) {
+                const Segment* segment = &plan.segments[size_t(i)];
+                job.run(*segment, i + 1 < end ? segment + 1 : nullptr, scratch, parts[size_t(i)]);
+            }
         } catch (const std::bad_alloc&) {
             failed = 1;
         }
@@ -137,8 +148,8 @@ extern "C" int pq_decode(const pq_decode_args* args) {
 }
 
 extern "C" const char* pq_isa() {
-#if defined(__AVX512F__)
-    return "avx512";
+#if defined(PQ_PERMUTE)
+    return "avx512 vbmi";
 #elif defined(PQ_AVX2)
     return "avx2";
 #else

@@ -2,6 +2,8 @@
 #include "lookup.h"
 #include "segment.h"
 
+#ifndef PQ_PERMUTE
+
 namespace pq {
 namespace {
 
@@ -99,7 +101,9 @@ void attend_codes(const Decode& job, const Segment& segment, const Book& k, cons
 
 }  // namespace
 
-void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const {
+void Decode::run_lookup(const Segment& segment, const Segment*, Scratch& s, const Rows& rows) const {
+    const Book k = k_book(segment.pair, s);
+    const Book v = v_book(segment.pair, s);
     switch (rows.count) {
         case 1: return attend_codes<1>(*this, segment, k, v, s, rows);
         case 2: return attend_codes<2>(*this, segment, k, v, s, rows);
@@ -109,3 +113,4 @@ void Decode::run_lookup(const Segment& segment, const Book& k, const Book& v, Sc
 }
 
 }  // namespace pq
+#endif

@@ -5,6 +5,7 @@
 // 64-bit load and inserted: on Zen 3 that is twice as fast as the gather instruction. Fetched once, it serves all rows.
 // Subspaces are walked in chunks whose part of the codebook stays in L1 while all tokens of the block pass by.
 #pragma once
+#include "ahead.h"
 #include "codes.h"
 
 namespace pq {
@@ -13,25 +14,6 @@ namespace pq {
 // each; there it costs more to add up the lanes of every vector once per chunk.
 template <int D>
 constexpr int64_t CHUNK_FLOATS = D <= 2 ? 8192 : D == 4 ? 16384 : 65536;
-
-// Memory that will be wanted soon: `count` tiles of `bytes` bytes, fetched bit by bit between other work. Pages lie
-// anywhere, so the hardware sees no pattern; without this the loops wait for memory half of the time.
-struct Ahead {
-    const uint8_t* const* tiles;
-    int64_t count, bytes;
-    int64_t at = 0;
-
-    // How many lines each of `calls` calls has to fetch.
-    int64_t share(int64_t calls) const { return (count * ((bytes + 63) / 64) + calls - 1) / calls; }
-
-    PQ_INLINE void fetch(int64_t lines) {
-        for (; lines > 0 && count > 0; lines--) {
-            __builtin_prefetch(*tiles + at, 0, 2);
-            at += 64;
-            if (at >= bytes) at = 0, tiles++, count--;
-        }
-    }
-};
 
 // Tokens that are scored, weighed and added up in one go. Their codes are put side by side first, [m][CODE_STRIDE]
 // (`unpack_tiles`): in a page the codes of a subspace lie M * 16 bytes apart from tile to tile, mostly a power of two;

@@ -44,8 +44,10 @@ void dequantize_values(const Book& book, const uint8_t* codes, int64_t n, float*
 }  // namespace
 
 // Codes for many query rows: a block is dequantized once, then it is a small matrix product (dense.h).
-void Decode::run_dense(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const {
+void Decode::run_dense(const Segment& segment, Scratch& s, const Rows& rows) const {
     const int64_t d = a.head_dim, width = padded(d);
+    const Book k = k_book(segment.pair, s);
+    const Book v = v_book(segment.pair, s);
     s.kt.resize(size_t(d * BLOCK));
     s.v.assign(size_t(BLOCK * width), 0.f);
     s.codes.resize(size_t(std::max(a.k_m, a.v_m) * CODE_STRIDE));
@@ -121,19 +123,14 @@ Block Decode::exact_block(const void* k, const void* v, int64_t at, int n, Scrat
     return block;
 }
 
-void Decode::run(const Segment& segment, Scratch& s, const Rows& rows) const {
-    const int64_t d = a.head_dim, head = segment.pair % a.heads;
+void Decode::run(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const {
+    const int64_t d = a.head_dim;
     rows.clear();
     s.q.resize(size_t(group_rows * d));
     to_float(s.q.data(), a.q, segment.pair * group_rows * d, group_rows * d, a.dtype, float(a.scale));
     if (segment.first_tile < segment.last_tile) {
-        const int64_t k_size = d << a.k_nbits, v_size = d << a.v_nbits;
-        const float* k_wide = wide_book(a.k_books, head * k_size, k_size, a.k_book_dtype, s.k_wide);
-        const float* v_wide = wide_book(a.v_books, head * v_size, v_size, a.v_book_dtype, s.v_wide);
-        const Book k = make_book(k_wide, a.k_m, a.k_nbits, d / a.k_m, s.k_book);
-        const Book v = make_book(v_wide, a.v_m, a.v_nbits, d / a.v_m, s.v_book);
-        if (group_rows > LOOKUP_ROWS) run_dense(segment, k, v, s, rows);
-        else run_lookup(segment, k, v, s, rows);
+        if (few_rows()) run_lookup(segment, next, s, rows);
+        else run_dense(segment, s, rows);
     }
     if (segment.exact) run_exact(segment.pair, s, rows);
 }

@@ -7,11 +7,18 @@
 #include "book.h"
 #include "buffer.h"
 #include "codes.h"
+#include "convert.h"
 #include "dense.h"
+#include "permuted_keys.h"
 
 namespace pq {
 
-constexpr int64_t LOOKUP_ROWS = 4;  // more query rows than this: dequantize blocks instead
+constexpr int64_t LOOKUP_ROWS = 4;  // that share a look-up
+#ifdef PQ_PERMUTE
+constexpr int64_t FEW_ROWS = 12;  // more query rows than this: dequantize blocks instead
+#else
+constexpr int64_t FEW_ROWS = LOOKUP_ROWS;
+#endif
 
 struct Segment {
     int64_t pair, first_tile, last_tile;  // coded tiles [first, last)
@@ -24,6 +31,11 @@ struct Scratch {
     BookMemory k_book, v_book;
     Buffer<uint8_t> codes;
     std::vector<const uint8_t*> k_tiles, v_tiles;
+#ifdef PQ_PERMUTE
+    KeyTables keys;
+    Buffer<uint8_t> byte_sums;
+    std::vector<const uint8_t*> unpacked, coming;
+#endif
 };
 
 // The arguments of one call, and how a segment of it is computed.
@@ -72,11 +84,33 @@ struct Decode {
         find(a.v_pages, a.v_m * 2 * a.v_nbits, pair, first, n, out);
     }
 
-    void run(const Segment& segment, Scratch& s, const Rows& rows) const;
+    // `next`: what the same thread does after this, or null.
+    void run(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const;
     void run_exact(int64_t pair, Scratch& s, const Rows& rows) const;
     Block exact_block(const void* k, const void* v, int64_t at, int n, Scratch& s) const;
-    void run_dense(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const;
-    void run_lookup(const Segment& segment, const Book& k, const Book& v, Scratch& s, const Rows& rows) const;
+    // The codes of a segment.
+    bool few_rows() const { return group_rows <= FEW_ROWS && a.k_m <= MAX_SUBSPACES; }
+    void run_lookup(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const;  // few rows
+    void run_dense(const Segment& segment, Scratch& s, const Rows& rows) const;
+
+    Book k_book(int64_t pair, Scratch& s) const {
+        const int64_t size = a.head_dim << a.k_nbits;
+        const float* wide = wide_book(a.k_books, pair % a.heads * size, size, a.k_book_dtype, s.k_wide);
+        return make_book(wide, a.k_m, a.k_nbits, a.head_dim / a.k_m, s.k_book);
+    }
+    Book v_book(int64_t pair, Scratch& s) const {
+        const int64_t size = a.head_dim << a.v_nbits;
+        const float* wide = wide_book(a.v_books, pair % a.heads * size, size, a.v_book_dtype, s.v_wide);
+        return make_book(wide, a.v_m, a.v_nbits, a.head_dim / a.v_m, s.v_book);
+    }
+#ifdef PQ_PERMUTE
+    KeyBook key_book(int64_t pair) const {
+        return {(char*)a.k_prepared + pair % a.heads * KeyBook::bytes(a.head_dim, a.k_nbits), a.head_dim};
+    }
+    ValueBook value_book(int64_t pair) const {
+        return {(char*)a.v_prepared + pair % a.heads * ValueBook::bytes(a.head_dim, a.v_nbits), a.head_dim};
+    }
+#endif
 };
 
 }  // namespace pq

@@ -1,0 +1,159 @@
+// Codes for few query rows by planes (planes.h), four rows at most at once: what few_rows.cpp does without AVX-512.
+//
+// A block of tokens is scored (sums of key-table entries, exact in integers), weighed (softmax within the block, three
+// signed bytes a weight) and added up (products of weight bytes and value bytes, again exact). The products leave out
+// the least: of the lowest byte of the weight all but the upper byte of the value, 2^-24 of the whole.
+#include "convert.h"
+#include "permuted_values.h"
+#include "segment.h"
+
+#ifdef PQ_PERMUTE
+
+namespace pq {
+namespace {
+
+constexpr int64_t BLOCK_CODES = GROUPS * GROUP, STRIDE = BLOCK_CODES + 64;
+// What stays in L1 (32 or 48 KiB) while keys are summed: tables of some subspaces, and the sums of half a block.
+constexpr int64_t KEY_BYTES = 16384, KEY_GROUPS = 8;
+
+// A block's codes as the loops read them: 16 of subspace s at tiles[i] + s * pitch, tiles [groups * 4].
+struct Codes {
+    const uint8_t* const* tiles;
+    int64_t pitch;
+};
+
+// Where 8-bit codes lie; other codes unpacked. The last tile stands for those that a whole group lacks.
+Codes codes_for(std::vector<const uint8_t*>& tiles, int64_t m, int64_t nbits, Scratch& s) {
+    while (tiles.size() % GROUP_TILES) tiles.push_back(tiles.back());
+    if (nbits == 8) return {tiles.data(), TILE};
+    unpack_tiles(s.codes.data(), STRIDE, tiles.data(), int64_t(tiles.size()), m, int(nbits));
+    s.unpacked.clear();
+    for (size_t i = 0; i < tiles.size(); i++) s.unpacked.push_back(s.codes.data() + i * TILE);
+    return {s.unpacked.data(), STRIDE};
+}
+
+// What comes after a segment's codes, in pieces to be fetched during its last block: its exact tokens, and the books
+// that the next segment of the thread begins with.
+struct Coming {
+    static constexpr int64_t PIECE = 4096;
+    std::vector<const uint8_t*>& pieces;
+
+    Coming(const Decode& job, const Segment& segment, const Segment* next, std::vector<const uint8_t*>& memory)
+        : pieces(memory) {
+        const pq_decode_args& a = job.a;
+        pieces.clear();
+        if (segment.exact && a.window_slots) {
+            const int64_t vector = a.head_dim * int64_t(size_of(a.dtype)), ring = segment.pair * a.window_slots;
+            const int32_t* length = a.lengths + segment.pair / a.heads * 3;
+            const int64_t begin = length[1] % a.window_slots, end = begin + length[2];
+            const int64_t first = end > a.window_slots ? 0 : begin, last = std::min(end, a.window_slots);
+            for (const void* side : {a.window_k, a.window_v})
+                add((const char*)side + (ring + first) * vector, (last - first) * vector);
+        }
+        if (!next || next->first_tile == next->last_tile) return;
+        const KeyBook k = job.key_book(next->pair);
+        const ValueBook v = job.value_book(next->pair);
+        add(k.middle, KeyBook::bytes(a.head_dim, a.k_nbits));
+        add(v.step, ValueBook::bytes(a.head_dim, a.v_nbits));
+    }
+    void add(const void* from, int64_t bytes) {
+        for (int64_t at = 0; at < bytes; at += PIECE) pieces.push_back((const uint8_t*)from + at);
+    }
+    // Half of the pieces: 0 or 1.
+    Ahead half(int which, bool wanted) const {
+        const int64_t n = int64_t(pieces.size()), middle = n / 2;
+        return {pieces.data() + which * middle, !wanted ? 0 : which ? n - middle : middle, PIECE};
+    }
+};
+
+template <int ROWS>
+void attend(const Decode& job, const Segment& segment, const Coming& coming, const float* q, Scratch& s,
+            const Rows& rows) {
+    const pq_decode_args& a = job.a;
+    const int64_t d = a.head_dim, width = padded(d), k_stored = stored_of(a.k_nbits);
+    const int64_t chunk = std::max<int64_t>(1, KEY_BYTES / (ROWS * PLANES * k_stored));
+    constexpr int64_t BLOCK_TILES = GROUPS * GROUP_TILES;
+    s.codes.resize(size_t(std::max(a.k_m, a.v_m) * STRIDE));
+    s.byte_sums.resize(size_t(KEY_GROUPS * ROWS * PLANES * 2 * 64));
+    s.scores.resize(size_t(ROWS * BLOCK_CODES));
+    s.sums.assign(size_t(d * ROWS * 16), 0.f);
+    s.weights.resize(ROWS * sizeof(Weights) / sizeof(float));
+    __m512i* byte_sums = (__m512i*)s.byte_sums.data();
+    __m512 *scores = (__m512*)s.scores.data(), *sums = (__m512*)s.sums.data();
+    Weights* weights = (Weights*)s.weights.data();
+    const ValueBook book = job.value_book(segment.pair);
+
+    const auto find_keys = [&](int64_t tile) -> Ahead {
+        job.find_k(segment.pair, tile, std::min(BLOCK_TILES, segment.last_tile - tile), s.k_tiles);
+        return {s.k_tiles.data(), int64_t(s.k_tiles.size()), a.k_m * 2 * a.k_nbits};
+    };
+    const Ahead first_keys = find_keys(segment.first_tile);
+    make_key_tables<ROWS>(job.key_book(segment.pair), a.k_m, d / a.k_m, k_stored, q, s.keys, first_keys);
+    float m[ROWS], l[ROWS] = {};
+    for (int r = 0; r < ROWS; r++) m[r] = -INFINITY;
+    for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += BLOCK_TILES) {
+        const int64_t tiles = int64_t(s.k_tiles.size()), groups = (tiles + GROUP_TILES - 1) / GROUP_TILES;
+        const int64_t tokens = std::min(tiles * TILE, job.coded(segment.pair) - tile * TILE);
+        const bool last_block = tile + tiles == segment.last_tile;
+        job.find_v(segment.pair, tile, tiles, s.v_tiles);
+        const Ahead values{s.v_tiles.data(), tiles, a.v_m * 2 * a.v_nbits};
+        const Codes k_codes = codes_for(s.k_tiles, a.k_m, a.k_nbits, s);
+        Aheads after_keys(values, coming.half(0, last_block), a.k_m * groups);
+        for (int64_t g = 0; g < groups; g += KEY_GROUPS) {
+            const int64_t n = std::min(KEY_GROUPS, groups - g);
+            const auto sum = parts_of(a.k_nbits) == 4 ? sum_planes<ROWS, 4> : sum_planes<ROWS, 1>;
+            for (int64_t first = 0; first < a.k_m; first += chunk)
+                sum(k_codes.tiles + g * GROUP_TILES, k_codes.pitch, n, first, std::min(first + chunk, a.k_m),
+                    s.keys.planes.data(), byte_sums, after_keys);
+            for (int r = 0; r < ROWS; r++)
+                for (int64_t i = 0; i < n; i++)
+                    scores_of(byte_sums + (i * ROWS + r) * PLANES * 2, a.k_m, s.keys.step[r], s.keys.offset[r],
+                              scores + (r * GROUPS + g + i) * 4);
+        }
+        float old[ROWS], now[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            __m512* p = scores + r * GROUPS * 4;
+            for (int64_t t = tokens; t < groups * GROUP; t++)
+                ((float*)p)[t / GROUP * GROUP + t % 4 * 16 + t % GROUP / 4] = -INFINITY;
+            float top, sum;
+            weigh(p, groups, weights[r], top, sum);
+            const float next = std::max(m[r], top);
+            old[r] = std::exp(m[r] - next);
+            now[r] = std::exp(top - next);
+            l[r] = l[r] * old[r] + sum * now[r];
+            m[r] = next;
+        }
+        const Aheads after_values(find_keys(tile + tiles), coming.half(1, last_block), a.v_m * groups);
+        const Codes v_codes = codes_for(s.v_tiles, a.v_m, a.v_nbits, s);
+        const auto add = parts_of(a.v_nbits) == 4 ? add_values<ROWS, 4> : add_values<ROWS, 1>;
+        add(v_codes.tiles, v_codes.pitch, groups, a.v_m, d / a.v_m, book, weights, old, now, sums, after_values);
+    }
+    for (int r = 0; r < ROWS; r++) {
+        rows.m[r] = m[r];
+        rows.l[r] = l[r];
+        for (int64_t i = 0; i < d; i++)  // bytes count 2^16 at most for a weight and for a value
+            rows.acc[r * width + i] =
+                _mm512_reduce_add_ps(sums[i * ROWS + r]) * (4294967296.f / WEIGHT_ONE) * book.step[i] +
+                book.middle[i] * l[r];
+    }
+}
+
+}  // namespace
+
+void Decode::run_lookup(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const {
+    for (int64_t r = 0; r < rows.count; r += LOOKUP_ROWS) {
+        const int64_t n = std::min(LOOKUP_ROWS, rows.count - r);
+        const Coming coming(*this, segment, r + n == rows.count ? next : nullptr, s.coming);
+        const Rows some{n, rows.dim, rows.m + r, rows.l + r, rows.acc + r * padded(rows.dim)};
+        const float* q = s.q.data() + r * a.head_dim;
+        switch (n) {
+            case 1: attend<1>(*this, segment, coming, q, s, some); break;
+            case 2: attend<2>(*this, segment, coming, q, s, some); break;
+            case 3: attend<3>(*this, segment, coming, q, s, some); break;
+            default: attend<4>(*this, segment, coming, q, s, some);
+        }
+    }
+}
+
+}  // namespace pq
+#endif

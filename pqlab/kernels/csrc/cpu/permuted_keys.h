@@ -1,0 +1,143 @@
+// Keys by planes: tables of scores for the query rows, and their sums over the subspaces.
+#pragma once
+#include "ahead.h"
+#include "planes.h"
+
+#ifdef PQ_PERMUTE
+
+namespace pq {
+
+constexpr int64_t GROUP_TILES = GROUP / TILE;
+
+// Scores of all centroids for up to four rows, as written by `make_key_tables`; kept for the next call.
+struct KeyTables {
+    Buffer<uint8_t> planes;    // [m][rows][PLANES][stored]
+    float step[4], offset[4];  // of a row; offset: the score of all middles
+};
+
+// q [ROWS][d], scaled. `next`: what will be read after these, fetched meanwhile.
+template <int ROWS>
+PQ_NOINLINE void make_key_tables(const KeyBook& book, int64_t m, int64_t dm, int64_t stored, const float* q,
+                                 KeyTables& tables, Ahead next) {
+    constexpr float STEPS = float((1 << 24) - 64);  // from the least to the most entry, with room for rounding
+    const int64_t d = m * dm, lines = next.share(m);
+    tables.planes.resize(size_t(m * ROWS * PLANES * stored));
+    float inverse[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        float widest = 0.f;
+        double offset = 0.;
+        for (int64_t s = 0; s < d; s += dm) {
+            float reach = 0.f;
+            for (int64_t i = s; i < s + dm; i++) {
+                reach += std::fabs(q[r * d + i]) * book.reach[i];
+                offset += double(q[r * d + i]) * book.middle[i];
+            }
+            widest = std::max(widest, reach);
+        }
+        tables.step[r] = 2.f * widest / STEPS;
+        tables.offset[r] = float(offset);
+        inverse[r] = tables.step[r] > 1e-30f ? 1.f / tables.step[r] : 0.f;
+    }
+    for (int64_t s = 0; s < m; s++) {
+        next.fetch(lines);
+        const float* columns = book.columns + s * dm * stored;
+        for (int64_t line = 0; line < dm * stored; line += 16) __builtin_prefetch(columns + dm * stored + line, 0, 2);
+        uint8_t* planes = tables.planes.data() + s * ROWS * PLANES * stored;
+        for (int64_t c = 0; c < stored; c += GROUP) {
+            __m512 sum[ROWS][4];
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_ps();
+            for (int64_t i = 0; i < dm; i++) {
+                __m512 x[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) x[j] = _mm512_load_ps(columns + i * stored + c + 16 * j);
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) {
+                    const __m512 y = _mm512_set1_ps(q[r * d + s * dm + i] * inverse[r]);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) sum[r][j] = _mm512_fmadd_ps(x[j], y, sum[r][j]);
+                }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                __m512i entry[4], bytes[3];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    entry[j] = _mm512_add_epi32(_mm512_cvtps_epi32(sum[r][j]), _mm512_set1_epi32(1 << 23));
+                split_bytes(entry, bytes);
+#pragma GCC unroll 3
+                for (int p = 0; p < PLANES; p++)
+                    _mm512_store_si512(planes + (r * PLANES + p) * stored + c, bytes[p]);
+            }
+        }
+    }
+}
+
+// 16 codes each of four tiles.
+PQ_INLINE __m512i codes_of(const uint8_t* const* tiles, int64_t at) {
+    __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(tiles[0] + at)));
+    c = _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(tiles[1] + at)), 1);
+    c = _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(tiles[2] + at)), 2);
+    return _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(tiles[3] + at)), 3);
+}
+
+// Sums of the bytes of each plane over subspaces [first, last), in 16 bits: sums [groups][ROWS][PLANES][2], first
+// all bytes as words (their overflow included), then the odd bytes. `next` is fetched on the way.
+//   tiles [groups * 4]: codes of subspace s of 16 tokens at s * pitch; tables [m][ROWS][PLANES][64 * PARTS].
+template <int ROWS, int PARTS>
+PQ_NOINLINE void sum_planes(const uint8_t* const* tiles, int64_t pitch, int64_t groups, int64_t first, int64_t last,
+                            const uint8_t* tables, __m512i* sums, Aheads& next) {
+    constexpr int64_t PLANE = GROUP * PARTS;
+    Aheads ahead = next;
+    for (int64_t g = 0; g < groups; g++, tiles += GROUP_TILES, sums += ROWS * PLANES * 2) {
+        __m512i sum[ROWS][PLANES][2];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+            for (int p = 0; p < PLANES; p++)
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++)
+                    sum[r][p][i] = first ? sums[(r * PLANES + p) * 2 + i] : _mm512_setzero_si512();
+        for (int64_t s = first; s < last; s++) {
+            ahead.fetch();
+            const __m512i codes = codes_of(tiles, s * pitch);
+            const Where w = where<PARTS>(codes);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+                for (int p = 0; p < PLANES; p++) {
+                    const __m512i x = look_up<PARTS>(tables + ((s * ROWS + r) * PLANES + p) * PLANE, codes, w);
+                    sum[r][p][0] = _mm512_add_epi16(sum[r][p][0], x);
+                    sum[r][p][1] = _mm512_add_epi16(sum[r][p][1], _mm512_srli_epi16(x, 8));
+                }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+            for (int p = 0; p < PLANES; p++)
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) sums[(r * PLANES + p) * 2 + i] = sum[r][p][i];
+    }
+    next = ahead;
+}
+
+// Scores of a row from such sums, 64 in the order of planes.h.
+PQ_INLINE void scores_of(const __m512i* sums, int64_t m, float step, float offset, __m512 scores[4]) {
+    const __m512i words = _mm512_set1_epi32(0xffff);
+    __m512i total[4] = {};
+    for (int p = PLANES - 1; p >= 0; p--) {
+        const __m512i odd = sums[p * 2 + 1], even = _mm512_sub_epi16(sums[p * 2], _mm512_slli_epi16(odd, 8));
+        const __m512i part[4] = {_mm512_and_si512(even, words), _mm512_and_si512(odd, words),
+                                 _mm512_srli_epi32(even, 16), _mm512_srli_epi32(odd, 16)};
+        for (int j = 0; j < 4; j++) total[j] = _mm512_add_epi32(_mm512_slli_epi32(total[j], 8), part[j]);
+    }
+    const __m512i middle = _mm512_set1_epi32(int32_t(uint32_t(m) << 23));
+    for (int j = 0; j < 4; j++)
+        scores[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(total[j], middle)), _mm512_set1_ps(step),
+                                    _mm512_set1_ps(offset));
+}
+
+}  // namespace pq
+#endif
