@@ -20,6 +20,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 DECODE = [
     DecodeConfig(128, 64, 8, 64, 8, torch.float16, 4, 90),  # 32/8 heads
     DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 90),  # 32/32 heads
+    DecodeConfig(128, 32, 8, 32, 8, torch.bfloat16, 2, 90),  # entries of 8 bytes, room for longer rings
     DecodeConfig(64, 32, 8, 32, 8, torch.bfloat16, 3, 90),  # 9/3 heads
     DecodeConfig(128, 32, 4, 16, 8, torch.float32, 2, 90),  # K and V of different codecs
     DecodeConfig(128, 64, 8, 64, 8, torch.float16, 4, 80),  # no bulk copies, less shared memory

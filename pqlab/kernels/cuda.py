@@ -25,7 +25,7 @@ from .backend import Backend, BuildStatus, append_part, decode_part
 from .build import Extension
 from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
 
-_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQ5iIif")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
+_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQ5iIif2I")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
 _ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
 _APPEND_SIDE = struct.Struct("<QQQ2qQQ")  # struct AppendSide of csrc/cuda/pq_append.cuh
 _APPEND = struct.Struct("<QQQ10iQ")  # struct AppendParams, after its two sides
@@ -197,7 +197,7 @@ class CudaBackend(Backend):
             window_k.data_ptr(), window_v.data_ptr(), *window_k.stride()[:3], max(1, window_k.shape[2]),
             out.data_ptr(), lse.data_ptr(), partial.data_ptr(), tickets.data_ptr(),
             batch, heads, group, steps, tiles, 0 if tiles == 1 else -(-(2**32) // tiles), splits,
-            scale * math.log2(math.e),
+            scale * math.log2(math.e), 0, 0,
         )  # fmt: skip
         with torch.cuda.device(q.device):
             _check("decode", library.pqlab_decode(params, ctypes.c_void_p(stream)))

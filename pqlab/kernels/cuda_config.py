@@ -21,7 +21,7 @@ MAX_VECTORS = 4
 """Query vectors (query heads of a kv head times new tokens) that one block works for: registers bound it."""
 SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448}
 """Bytes a block can have, by architecture; for compiling where there is no device to ask."""
-_SHAPES = ((16, 2), (12, 2), (16, 1), (12, 1), (8, 1))
+_SHAPES = ((16, 4), (16, 3), (16, 2), (12, 2), (16, 1), (12, 1), (8, 1))
 """(warps a block, chunks of codes on their way to a warp), best first."""
 
 
@@ -72,7 +72,8 @@ class DecodeConfig:
         pairs = warps // 2
         pair = 2 * scores + self.vectors * 32 * 2 + spread
         barriers = 2 + 4 * pairs + warps * slots
-        return self.book_bytes + warps * ring + pairs * pair + (pairs + 1) * self.vectors * 8 + 8 * barriers
+        rest = (warps + 2) * self.vectors * 8 + 80 + 64  # maxima and sums, what to do next, zeros
+        return self.book_bytes + warps * ring + pairs * pair + rest + 8 * barriers
 
     def shape(self) -> tuple[int, int] | None:
         """(warps, slots) of the best block that the device's shared memory can hold, or None."""

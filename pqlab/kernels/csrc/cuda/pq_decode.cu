@@ -1,8 +1,6 @@
 // Launcher of pq_decode for one configuration, given by macros (pqlab/kernels/cuda.py sets them):
 //   PQ_D head size | PQ_KM, PQ_VM subspaces | PQ_KBITS, PQ_VBITS bits a code (8 or 4) | PQ_T element type of queries
 //   and exact tokens | PQ_HG query vectors a block | PQ_NW warps a block | PQ_SLOTS chunks on their way to a warp
-#include <type_traits>
-
 #include "pq_books.cuh"
 #include "pq_decode.cuh"
 #include "pq_launch.cuh"
@@ -23,9 +21,8 @@ const char* check_device() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (optin < Cfg::smem_bytes) return "the codebooks and buffers do not fit into this device's shared memory";
   if (major >= 9 && reserved != pqlab::kReservedSmem) return "shared memory does not start where the kernel expects it";
-  if (const char* m = cuda_message(cudaFuncSetAttribute(
-          pqlab::pq_decode_kernel<Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize, Cfg::smem_bytes)))
-    return m;
+  if (const char* m = pqlab::allow_smem(pqlab::pq_decode_kernel<Cfg, true>, Cfg::smem_bytes)) return m;
+  if (const char* m = pqlab::allow_smem(pqlab::pq_decode_kernel<Cfg, false>, Cfg::smem_bytes)) return m;
   if (device < 64) good[device] = true;
   return nullptr;
 }
@@ -49,13 +46,17 @@ PQ_API const char* pqlab_prepare_books(const float* k_books, const float* v_book
 }
 
 PQ_API const char* pqlab_decode(const pqlab::DecodeParams* params, void* stream) {
-  const pqlab::DecodeParams& p = *params;
+  pqlab::DecodeParams p = *params;
   if (const char* m = check_device()) return m;
   if (!(p.scale_log2 > 0.f)) return "the scale of the scores must be positive";
   if ((reinterpret_cast<uintptr_t>(p.k_pages) | reinterpret_cast<uintptr_t>(p.v_pages) |
        reinterpret_cast<uintptr_t>(p.books)) & 15)
     return "pages and books must be aligned to 16 bytes";
   if (p.B == 0 || p.G * p.S == 0) return nullptr;
+  if (p.G * p.S > 64) return "too many query vectors a kv head";
+  p.turn_magic = static_cast<uint32_t>((1ull << 32) / (p.splits * Cfg::NP)) + 1;
+  p.step_magic = (1 << 16) / p.S + 1;
   const dim3 grid(p.splits, p.H, (p.G * p.S + Cfg::HG - 1) / Cfg::HG);
-  return pqlab::launch(pqlab::pq_decode_kernel<Cfg>, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
+  auto* const kernel = p.B == 1 ? pqlab::pq_decode_kernel<Cfg, true> : pqlab::pq_decode_kernel<Cfg, false>;
+  return pqlab::launch(kernel, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
 }

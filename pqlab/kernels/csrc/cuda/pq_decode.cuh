@@ -22,23 +22,50 @@
 
 namespace pqlab {
 
+// A row that stores nothing: out 0, lse -inf.
 template <typename Cfg>
+__device__ __forceinline__ void store_nothing(const DecodeParams& p, const Place<Cfg>& at, int b) {
+  constexpr int D = Cfg::D;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Cfg::HG * D; i += Cfg::NW * 32) {
+    const int g = i / D, dim = i % D;
+    if (at.first_vector + g >= at.vectors) continue;
+    const size_t vector = (static_cast<size_t>(b) * p.H + at.h) * at.vectors + at.first_vector + g;
+    static_cast<typename Cfg::T*>(p.out)[vector * D + dim] = from_float<typename Cfg::T>(0.f);
+    if (dim == 0) p.lse[vector] = -INFINITY;
+  }
+}
+
+// ONE: the batch is one row.
+template <typename Cfg, bool ONE>
 __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid_constant__ DecodeParams p) {
-  using T = typename Cfg::T;
   using K = typename Cfg::K;
   using V = typename Cfg::V;
-  constexpr int HG = Cfg::HG, NW = Cfg::NW, NP = Cfg::NP, NT = NW * 32, D = Cfg::D;
+  constexpr int NW = Cfg::NW, NP = Cfg::NP, NT = NW * 32;
+  using Stream = CodeStream<NP, Cfg::SLOTS>;
   extern __shared__ __align__(1024) uint8_t smem[];
   const Place<Cfg> at(p, smem);
   const uint32_t ring_barriers = at.key_books + 8 * (Cfg::ring_barriers + at.warp * Cfg::SLOTS);
+  const uint8_t* const books = p.books + static_cast<size_t>(at.h) * Cfg::book_bytes;
 
-  // What everything waits for: lengths, then the page table, then codes.
-  if (at.warp == NW - 1 && at.lane < (p.B * 3 + 31) / 32) prefetch_l2(p.lengths + at.lane * 32);
-  if (at.warp == NW - 1 && p.B == 1) {  // the part of the table that is this block's if the row fills it
-    const int entry = static_cast<int>(blockIdx.x) * p.table_stride / p.splits + at.lane * 32;
-    if (entry < p.table_stride) prefetch_l2(p.page_table + entry);
+  // What everything waits for: lengths, page table, codes. The first chunks of a single row do not depend on its
+  // length, so its page table is asked for at once; a table that is longer than the row says nothing there, which is
+  // then not used. Asked for before the codebooks, or they would stand in line behind them.
+  int lengths[3] = {}, early[2] = {};
+  if constexpr (ONE) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) lengths[i] = load_now(p.lengths + i);
+    if (p.table_stride > 0)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int page = Stream::page_of(p, Stream::early_tile(p, at.pair, 16 * i + at.lane / 2, at.lane));
+        early[i] = load_now(p.page_table + min(page, p.table_stride - 1));
+      }
+  } else if (at.warp == NW - 1 && at.lane < (p.B * 3 + 31) / 32) {
+    prefetch_l2(p.lengths + at.lane * 32);
   }
 
+  if (threadIdx.x < kChunk / 2) reinterpret_cast<uint32_t*>(smem + Cfg::zero_offset)[threadIdx.x] = 0;
   if (at.lane == 0) {  // dealt to the warps: making one takes 40 cycles
     if (at.warp == 0) mbarrier_init(at.key_books, kBulk ? 1 : NT);
     if (at.warp == NP) mbarrier_init(at.value_books, kBulk ? 1 : NT);
@@ -46,14 +73,20 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
     for (int i = 0; i < Cfg::SLOTS; ++i) mbarrier_init(ring_barriers + 8 * i, 1);
     fence_barrier_init();
   }
-  __syncthreads();
-  const uint8_t* books = p.books + static_cast<size_t>(at.h) * Cfg::book_bytes;
+  if constexpr (!kBulk) __syncthreads();  // else the thread that asks has made the barrier
   fetch_books<K, NT>(books, smem_address(smem), at.key_books, 0);
-  if constexpr (!kBulk) fetch_books<V, NT>(books + K::book_bytes, smem_address(smem) + K::book_bytes, at.value_books, 0);
+  fetch_books<V, NT>(books + K::book_bytes, smem_address(smem) + K::book_bytes, at.value_books, NP * 32);
+  if constexpr (kBulk) __syncthreads();
+  if constexpr (ONE)  // needed from here on, not before: the compiler would wait for them ahead of the barrier
+    for (int* x : {lengths, lengths + 1, lengths + 2, early, early + 1}) asm volatile("" : "+r"(*x));
 
-  Part part = {};
-  part.find<NP>(p, at.lane);
-  CodeStream<NP, Cfg::SLOTS> stream;
+  Plan* const plan = reinterpret_cast<Plan*>(smem + Cfg::plan_offset);
+  if (!ONE && at.warp == 0) {
+    Part part = {};
+    part.find<NP>(p, at.lane);
+    if (at.lane == 0) plan->part = part;
+  }
+  Stream stream;
   stream.pages = at.keys ? p.k_pages : p.v_pages;
   stream.tile_bytes = at.keys ? K::tile_bytes : V::tile_bytes;
   stream.ring = smem_address(smem) + Cfg::book_bytes + at.warp * Cfg::ring_bytes;
@@ -62,38 +95,47 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
   stream.lane = at.lane, stream.pair = at.pair, stream.head = at.h;
   keep(stream.ring), keep(stream.barriers);
   Turn turn;
-  bool have_books = false;
+  bool worked = false;
 
-  while (part.begin < part.end && part.before < part.end) {
-    const int b = part.row;
-    const Row row(p, b);
-    if (row.units == 0) {
-      ++part.row;
-      continue;
+  if constexpr (ONE) {
+    const Row row(lengths[0], lengths[1], lengths[2]);
+    const Share share = share_of_one<NP, Cfg::EXACT>(p, row);
+    worked = row.units > 0 && static_cast<int>(blockIdx.x) < share.blocks;
+    if (worked) {
+      if (at.keys)
+        key_warp<Cfg>(p, at, 0, row, share, stream, turn, early);
+      else
+        value_warp<Cfg>(p, at, 0, row, share, stream, turn, early);
+      finish_row<Cfg>(p, at, share, 0);
+    } else if (row.units == 0 && blockIdx.x == 0) {
+      store_nothing<Cfg>(p, at, 0);
     }
-    const int u0 = max(part.begin - part.before, 0), u1 = min(part.end - part.before, row.units);
-    if (at.keys)
-      key_warp<Cfg>(p, at, row, b, u0, u1, stream, turn);
-    else
-      value_warp<Cfg>(p, at, row, b, u0, u1, stream, turn, books, have_books);
-    have_books = true;
-    finish_row<Cfg>(p, smem, part, row, b);
-    part.before += row.units;
-    ++part.row;
-  }
-  if (!have_books) mbarrier_wait(at.key_books, 0);  // the copy must not outlive the block
-  if constexpr (!kBulk) cp_async_wait<0>();
-
-  // Rows that store nothing: out 0, lse -inf.
-  for (int e = blockIdx.x; e < p.B; e += p.splits)
-    if (Row(p, e).units == 0)
-      for (int i = threadIdx.x; i < HG * D; i += NT) {
-        const int g = i / D, dim = i % D;
-        if (at.first_vector + g >= at.vectors) continue;
-        const size_t vector = (static_cast<size_t>(e) * p.H + at.h) * at.vectors + at.first_vector + g;
-        static_cast<T*>(p.out)[vector * D + dim] = from_float<T>(0.f);
-        if (dim == 0) p.lse[vector] = -INFINITY;
+  } else {
+#pragma unroll 1
+    while (true) {
+      if (threadIdx.x == 0) plan->advance<NP>(p);
+      __syncthreads();
+      const int b = plan->uniform(plan->b);
+      if (b < 0) break;
+      if (at.keys) {
+        key_warp<Cfg>(p, at, b, plan->row(), plan->shared(), stream, turn, nullptr);
+      } else {
+        value_warp<Cfg>(p, at, b, plan->row(), plan->shared(), stream, turn, nullptr);
       }
+      finish_row<Cfg>(p, at, plan->shared(), plan->uniform(plan->b));
+      worked = true;
+      fence_async();  // the rings are free again, for the copy engine too
+      __syncthreads();
+    }
+  }
+  if (!worked) {  // the copies must not outlive the block
+    mbarrier_wait(at.key_books, 0);
+    mbarrier_wait(at.value_books, 0);
+  }
+  if constexpr (!kBulk) cp_async_wait<0>();
+  if constexpr (!ONE)
+    for (int b = blockIdx.x; b < p.B; b += p.splits)
+      if (Row(p, b).units == 0) store_nothing<Cfg>(p, at, b);
 }
 
 }  // namespace pqlab

@@ -1,5 +1,7 @@
 // Reading entries of the codebooks, and what warps of a pair share. No torch.
 #pragma once
+#include <type_traits>
+
 #include "pq_shape.cuh"
 
 namespace pqlab {
@@ -61,14 +63,11 @@ __device__ __forceinline__ uint32_t entry_address(uint32_t codes, int byte, uint
 template <typename S, int THREADS>
 __device__ __forceinline__ void fetch_books(const uint8_t* books, uint32_t to, uint32_t barrier, int one) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int pieces = S::book_bytes >= 32768 ? 8 : 1, bytes = S::book_bytes / pieces;
   if (threadIdx.x == one) {
+    const uint32_t at = blockIdx.x % 8 * (S::book_bytes / 8);  // asking costs 100 cycles and more: two copies, not eight
     mbarrier_expect(barrier, S::book_bytes);
-#pragma unroll 1
-    for (int i = 0; i < pieces; ++i) {
-      const int at = (i + blockIdx.x) % pieces * bytes;
-      bulk_copy(to + at, books + at, bytes, barrier);
-    }
+    bulk_copy(to + at, books + at, S::book_bytes - at, barrier);
+    if (at) bulk_copy(to, books, at, barrier);
   }
 #else
   for (int i = threadIdx.x * 16; i < S::book_bytes; i += THREADS * 16) cp_async_16(to + i, books + i);
@@ -110,9 +109,16 @@ struct Place {
     free = full + 16;
   }
 
+  // The part of a warp, once it is through with its codes: sums [HG][DP], in place of its ring; (maximum, sum) of every
+  // warp and query vector.
+  __device__ __forceinline__ float* sums(int of_warp) const {
+    return reinterpret_cast<float*>(smem + Cfg::book_bytes + of_warp * Cfg::ring_bytes);
+  }
+  __device__ __forceinline__ float2* totals() const { return reinterpret_cast<float2*>(smem + Cfg::total_offset); }
+
   // Query vector g of the block, in one row of the batch.
   __device__ __forceinline__ const typename Cfg::T* query(const DecodeParams& p, int row, int g) const {
-    const int v = first_vector + g < vectors ? first_vector + g : 0, head = p.S == 1 ? v : v / p.S;
+    const int v = first_vector + g < vectors ? first_vector + g : 0, head = v * p.step_magic >> 16;
     return static_cast<const typename Cfg::T*>(p.q) + row * p.q_stride[0] +
            static_cast<int64_t>(h * p.G + head) * p.q_stride[1] + (v - head * p.S) * p.q_stride[2];
   }

@@ -1,122 +1,103 @@
-// The end of a row: merge the pairs of warps of a block, then the blocks that share the row. No torch.
+// The end of a row: merge the warps of a block, then the blocks that share the row. No torch.
 #pragma once
-#include "pq_shape.cuh"
+#include "pq_lookup.cuh"
 
 namespace pqlab {
 
-// Merges the parts [blocks][HG][D + 4] that blocks left for one row: maximum, sum, two floats of nothing, D sums each.
-// Writes the first `vectors` results.
-template <typename T, int HG, int D, int NT>
-__device__ __forceinline__ void merge_parts(const float* parts, int blocks, int vectors, T* out, float* lse) {
-  constexpr int AT_ONCE = 4;
+// Parts [blocks][HG][D + 4] that blocks left for one row (maximum, sum, two floats of nothing, D sums) -> the places of
+// the warps' parts, at most NW: warp n takes parts n, n + NW, ...
+template <typename Cfg>
+__device__ __forceinline__ void fetch_parts(const Place<Cfg>& at, const float* parts, int blocks) {
+  constexpr int HG = Cfg::HG, NW = Cfg::NW, D = Cfg::D;
+  if (at.warp >= blocks || at.lane * 4 >= D) return;
+  auto part = [&](int n, int g) { return parts + static_cast<size_t>(n * HG + g) * (D + 4); };
+  float2 total[HG];
+  float4 sums[HG];
+#pragma unroll
+  for (int g = 0; g < HG; ++g) {  // all on their way before the first is used
+    total[g] = __ldcg(reinterpret_cast<const float2*>(part(at.warp, g)));
+    sums[g] = __ldcg(reinterpret_cast<const float4*>(part(at.warp, g) + 4 + at.lane * 4));
+  }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < HG * D; i += NT) {  // lanes 4q .. 4q + 3 share four dimensions, each has every fourth part
-    const int sub = i & 3, g = i / D, dim = i % D & ~3;
-    float best = -1e30f, all = 0.f;
-    float x[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 1
-    for (int n0 = sub; n0 < blocks; n0 += 4 * AT_ONCE) {
-      float2 ml[AT_ONCE];
-      float4 a[AT_ONCE];
+  for (int n = at.warp + NW; n < blocks; n += NW)
 #pragma unroll
-      for (int n = 0; n < AT_ONCE; ++n) {
-        const float* one = parts + static_cast<size_t>(min(n0 + 4 * n, blocks - 1) * HG + g) * (D + 4);
-        ml[n] = __ldcg(reinterpret_cast<const float2*>(one));
-        a[n] = __ldcg(reinterpret_cast<const float4*>(one + 4 + dim));
-        if (n0 + 4 * n >= blocks) ml[n] = make_float2(-1e30f, 0.f);
-      }
-      float now = best;
-#pragma unroll
-      for (int n = 0; n < AT_ONCE; ++n) now = fmaxf(now, ml[n].x);
-      const float keep = exp2_approx(best - now);
-      best = now, all *= keep;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] *= keep;
-#pragma unroll
-      for (int n = 0; n < AT_ONCE; ++n) {
-        const float f = ml[n].x > -1e30f ? exp2_approx(ml[n].x - now) : 0.f;
-        all += ml[n].y * f;
-        x[0] += a[n].x * f, x[1] += a[n].y * f, x[2] += a[n].z * f, x[3] += a[n].w * f;
-      }
+    for (int g = 0; g < HG; ++g) {
+      const float2 t = __ldcg(reinterpret_cast<const float2*>(part(n, g)));
+      const float4 s = __ldcg(reinterpret_cast<const float4*>(part(n, g) + 4 + at.lane * 4));
+      const float best = fmaxf(total[g].x, t.x), f0 = exp2_approx(total[g].x - best), f1 = exp2_approx(t.x - best);
+      total[g] = make_float2(best, total[g].y * f0 + t.y * f1);
+      sums[g].x = sums[g].x * f0 + s.x * f1, sums[g].y = sums[g].y * f0 + s.y * f1;
+      sums[g].z = sums[g].z * f0 + s.z * f1, sums[g].w = sums[g].w * f0 + s.w * f1;
     }
-    float top = best;
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    const float f = exp2_approx(best - top);
-    all *= f;
-    all += __shfl_xor_sync(~0u, all, 1);
-    all += __shfl_xor_sync(~0u, all, 2);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      x[c] *= f;
-      x[c] += __shfl_xor_sync(~0u, x[c], 1);
-      x[c] += __shfl_xor_sync(~0u, x[c], 2);
-    }
-    if (g < vectors) {
-      out[i] = from_float<T>((sub == 0 ? x[0] : sub == 1 ? x[1] : sub == 2 ? x[2] : x[3]) / all);
-      if (dim + sub == 0) lse[g] = (top + log2f(all)) * kLn2;
-    }
+  for (int g = 0; g < HG; ++g) {
+    *reinterpret_cast<float4*>(at.sums(at.warp) + g * Cfg::DP + at.lane * 4) = sums[g];
+    if (at.lane == 0) at.totals()[at.warp * HG + g] = total[g];
   }
 }
 
-// Called by all threads of a block after its value warps left sums in their rings and (maximum, sum) in the totals.
-// The last of the blocks that share a row, found by drawing tickets, merges their parts: no second kernel, no waiting.
+// Called by all threads of a block after its value warps left sums in their rings and (maximum, sum) in the totals. The
+// last of the blocks that share a row, found by drawing tickets, merges what they left in memory, by the same code: no
+// second kernel, no waiting.
 template <typename Cfg>
-__device__ __forceinline__ void finish_row(const DecodeParams& p, uint8_t* smem, const Part& part, const Row& row, int b) {
+__device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cfg>& at, const Share& share, int b) {
   using T = typename Cfg::T;
-  constexpr int HG = Cfg::HG, NP = Cfg::NP, NT = Cfg::NW * 32, D = Cfg::D, DP = Cfg::DP;
-  const int tid = threadIdx.x, h = blockIdx.y, group = blockIdx.z;
-  const int vectors = p.G * p.S, first_vector = group * HG;
-  float2* const totals = reinterpret_cast<float2*>(smem + Cfg::total_offset);  // [NP][HG], and one more [HG]
-  auto sums = [&](int n) { return reinterpret_cast<const float*>(smem + Cfg::book_bytes + (NP + n) * Cfg::ring_bytes); };
-
-  const int block0 = part.before / part.per_block, blocks = (part.before + row.units - 1) / part.per_block - block0 + 1;
+  constexpr int HG = Cfg::HG, NW = Cfg::NW, D = Cfg::D, DP = Cfg::DP;
+  static_assert(NW <= 32, "a lane a part");
+  int* const last = reinterpret_cast<int*>(at.totals() + NW * HG);
+  const int row_group = (b * p.H + at.h) * gridDim.z + blockIdx.z;
   // Parts of one (kv head, group) lie one after the other: split + b is different for all of them.
-  float* const parts = p.partial + static_cast<size_t>(h * gridDim.z + group) * (p.splits + p.B) * HG * (D + 4);
-  const int vectors_here = min(vectors - first_vector, HG);
-  const size_t vector = (static_cast<size_t>(b) * p.H + h) * vectors + first_vector;
-  T* const out = static_cast<T*>(p.out) + vector * D;
-  float* const lse = p.lse + vector;
-
-  __syncthreads();
-  for (int i = tid; i < HG * D; i += NT) {
-    const int g = i / D, dim = i % D;
-    float best = -1e30f, all = 0.f, value = 0.f;
+  float* const parts = p.partial + static_cast<size_t>(at.h * gridDim.z + blockIdx.z) * (p.splits + p.B) * HG * (D + 4);
+  int first = Cfg::NP, end = NW;
+  bool final = share.blocks == 1;
+#pragma unroll 1
+  while (true) {
+    __syncthreads();
+#pragma unroll 1
+    for (int g = at.warp; g < HG; g += NW) {  // a warp a vector, four dimensions a lane
+      const float2 total =
+          at.lane >= first && at.lane < end ? at.totals()[at.lane * HG + g] : make_float2(-1e30f, 0.f);
+      float best = total.x;
 #pragma unroll
-    for (int n = 0; n < NP; ++n) best = fmaxf(best, totals[n * HG + g].x);
+      for (int o = 16; o; o >>= 1) best = fmaxf(best, __shfl_xor_sync(~0u, best, o));
+      const float factor = exp2_approx(total.x - best);
+      float all = factor * total.y;
 #pragma unroll
-    for (int n = 0; n < NP; ++n) {
-      const float f = exp2_approx(totals[n * HG + g].x - best);
-      all += f * totals[n * HG + g].y;
-      value += f * sums(n)[g * DP + dim];
-    }
-    if (blocks == 1) {
-      if (g < vectors_here) {
-        out[i] = from_float<T>(value / all);
-        if (dim == 0) lse[g] = (best + log2f(all)) * kLn2;
+      for (int o = 16; o; o >>= 1) all += __shfl_xor_sync(~0u, all, o);
+      const int dim = at.lane * 4;
+      float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+      for (int n = first; n < end; ++n) {
+        const float f = __shfl_sync(~0u, factor, n);
+        const float4 x = *reinterpret_cast<const float4*>(at.sums(n) + g * DP + (dim < DP ? dim : 0));
+        value.x += f * x.x, value.y += f * x.y, value.z += f * x.z, value.w += f * x.w;
       }
-    } else {
-      float* to = parts + (static_cast<size_t>(blockIdx.x + b) * HG + g) * (D + 4);
-      to[4 + dim] = value;
-      if (dim == 0) to[0] = best, to[1] = all;
+      if (dim >= D) continue;
+      if (!final) {
+        float* const to = parts + (static_cast<size_t>(blockIdx.x + b) * HG + g) * (D + 4);
+        *reinterpret_cast<float4*>(to + 4 + dim) = value;
+        if (dim == 0) *reinterpret_cast<float2*>(to) = make_float2(best, all);
+      } else if (at.first_vector + g < at.vectors) {
+        const size_t vector = (static_cast<size_t>(b) * p.H + at.h) * at.vectors + at.first_vector + g;
+        T* const to = static_cast<T*>(p.out) + vector * D + dim;
+        const float one = __fdividef(1.f, all);
+        to[0] = from_float<T>(value.x * one), to[1] = from_float<T>(value.y * one);
+        to[2] = from_float<T>(value.z * one), to[3] = from_float<T>(value.w * one);
+        if (dim == 0) p.lse[vector] = (best + __log2f(all)) * kLn2;
+      }
     }
-  }
-
-  if (blocks > 1) {
-    int* const last = reinterpret_cast<int*>(totals + NP * HG);
+    if (final) break;
     __syncthreads();  // all of the part is written before the ticket is drawn
-    if (tid == 0) {
-      int* ticket = p.tickets + (static_cast<size_t>(b) * p.H + h) * gridDim.z + group;
-      const bool is_last = draw_ticket(ticket) == blocks - 1;
-      if (is_last) *ticket = 0;
+    if (threadIdx.x == 0) {
+      const bool is_last = draw_ticket(p.tickets + row_group) == share.blocks - 1;
+      if (is_last) p.tickets[row_group] = 0;
       *last = is_last;
     }
     __syncthreads();
-    if (*last)
-      merge_parts<T, HG, D, NT>(parts + static_cast<size_t>(block0 + b) * HG * (D + 4), blocks, vectors_here, out, lse);
+    if (!*last) break;
+    fetch_parts(at, parts + static_cast<size_t>(share.block0 + b) * HG * (D + 4), share.blocks);
+    first = 0, end = min(share.blocks, NW), final = true;
   }
-  fence_async();    // the rings are free again, for the copy engine too
-  __syncthreads();
 }
 
 }  // namespace pqlab

@@ -43,6 +43,22 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], uint32_t a0, uint32_t a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same with a sparse A of 32 columns: of every four, which meet four rows of B, two are there. `pairs` says which:
+// in all of a lane's rows the first two (0x44444444) or the last two (0xEEEEEEEE). b[j]: rows 8j + 2i, 8j + 2i + 1.
+__device__ __forceinline__ void mma_sparse_16832(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 const uint32_t (&b)[4], uint32_t pairs) {
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1205
+#define PQ_SPARSE "mma.sp::ordered_metadata"
+#else
+#define PQ_SPARSE "mma.sp"
+#endif
+  asm(PQ_SPARSE ".sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(pairs));
+#undef PQ_SPARSE
+}
+
 // Four (two) 8x8 matrices of 16-bit elements, transposed: lane 8m + r gives the address of row r of matrix m; lane
 // l = 4 p + i receives of every matrix column p of the rows 2i (low half) and 2i + 1 (high half).
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
@@ -126,6 +142,12 @@ __device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+// A load that stays where it is written.
+__device__ __forceinline__ int load_now(const int* p) {
+  int x;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Adds one; what the block wrote before its last barrier is visible to whoever sees the new value, and the reverse.
@@ -162,6 +184,20 @@ __device__ __forceinline__ float2 load_float2(const __half* x) {
 __device__ __forceinline__ float2 load_float2(const __nv_bfloat16* x) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
 }
+// The same in two steps: a load, and what has to wait for it.
+template <typename T>
+struct Raw {
+  uint32_t x;
+};
+template <>
+struct Raw<float> {
+  float2 x;
+};
+template <typename T>
+__device__ __forceinline__ Raw<T> load_raw(const T* x) { return *reinterpret_cast<const Raw<T>*>(x); }
+template <typename T>
+__device__ __forceinline__ float2 to_float2(const Raw<T>& x) { return load_float2(reinterpret_cast<const T*>(&x)); }
+
 __device__ __forceinline__ uint32_t load_half2(const __half* x) { return *reinterpret_cast<const uint32_t*>(x); }
 template <typename T>
 __device__ __forceinline__ uint32_t load_half2(const T* x) {
@@ -200,15 +236,24 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t from) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(from) : "memory");
   return x;
 }
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_shared(uint32_t to, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
-// 16 codes of 4 bits, low nibble first, to bytes.
+// 8 codes of 4 bits, low nibble first, to bytes.
+__device__ __forceinline__ uint2 spread_nibbles(uint32_t c) {
+  const uint32_t x0 = c & 0x0F0F0F0Fu, x1 = c >> 4 & 0x0F0F0F0Fu;
+  return make_uint2(prmt(x0, x1, 0x5140), prmt(x0, x1, 0x7362));
+}
+// 16 of them.
 __device__ __forceinline__ uint4 spread_nibbles(uint2 c) {
-  const uint32_t x0 = c.x & 0x0F0F0F0Fu, x1 = c.x >> 4 & 0x0F0F0F0Fu;
-  const uint32_t z0 = c.y & 0x0F0F0F0Fu, z1 = c.y >> 4 & 0x0F0F0F0Fu;
-  return make_uint4(prmt(x0, x1, 0x5140), prmt(x0, x1, 0x7362), prmt(z0, z1, 0x5140), prmt(z0, z1, 0x7362));
+  const uint2 a = spread_nibbles(c.x), b = spread_nibbles(c.y);
+  return make_uint4(a.x, a.y, b.x, b.y);
 }
 
 }  // namespace pqlab

@@ -9,6 +9,7 @@ namespace pqlab {
 constexpr int kTile = 16;            // tokens per tile, as in paging/layout.py
 constexpr int kChunk = 32;           // tokens a warp takes at a time: two tiles
 constexpr int kReservedSmem = 1024;  // shared memory that CUDA keeps for itself in front of a block's (sm_90)
+constexpr int kPlanBytes = 80;       // of Plan
 constexpr float kLn2 = 0.6931471805599453f;
 
 // One side (keys or values) of a codebook in shared memory: entries of DM fp16; the entries of one code are a row of
@@ -51,6 +52,10 @@ struct DecodeConfig {
   static constexpr int D = D_, HG = HG_, NW = NW_, NP = NW_ / 2, SLOTS = SLOTS_;
   static_assert(HG >= 1 && HG <= 4 && NW % 2 == 0, "at most four query vectors a block, pairs of warps");
   static constexpr int DP = K::DP;
+  static constexpr int own_words = (V::MP >= 32 ? V::MP / 32 : 1) * V::EW;  // pairs of dimensions a lane of it sums
+  // Exact tokens a value warp has on their way: they are in registers.
+  static constexpr int exact_room = 16 / (own_words * static_cast<int>(sizeof(T))), exact_most = HG > 2 ? 2 : 4;
+  static constexpr int EXACT = exact_room < 1 ? 1 : exact_room < exact_most ? exact_room : exact_most;
   static constexpr int book_bytes = K::book_bytes + V::book_bytes;  // keys, then values
   // Shared memory: books | ring of every warp | of every pair: two buffers of scores, weights, spread keys | barriers
   static constexpr int max_tile = K::tile_bytes > V::tile_bytes ? K::tile_bytes : V::tile_bytes;
@@ -63,8 +68,11 @@ struct DecodeConfig {
   static constexpr int pair_weights = 2 * score_bytes;
   static constexpr int pair_spread = pair_weights + HG * kChunk * 2;
   static constexpr int pair_bytes = pair_spread + (KBITS == 8 ? 0 : 2 * KM * 16);
-  static constexpr int total_offset = pair_offset + NP * pair_bytes;   // float2 [NP][HG]: maxima and sums
-  static constexpr int barrier_offset = total_offset + (NP + 1) * HG * 8;
+  static constexpr int total_offset = pair_offset + NP * pair_bytes;  // float2 [NW][HG]: maxima and sums of parts
+  static constexpr int plan_offset = total_offset + (NW + 2) * HG * 8;  // Plan, of batches
+  static constexpr int zero_offset = plan_offset + kPlanBytes;         // as many zeros as a vector has weights
+  static_assert(zero_offset % 16 == 0, "read 16 bytes at a time");
+  static constexpr int barrier_offset = zero_offset + 2 * kChunk;
   // Barriers: key books, value books | every pair: scores full (2), scores free (2) | every warp: slots
   static constexpr int pair_barriers = 2, ring_barriers = pair_barriers + 4 * NP;
   static constexpr int barriers = ring_barriers + NW * SLOTS;
@@ -96,18 +104,21 @@ struct DecodeParams {
   uint32_t page_magic;      // tile / tiles_per_page == umulhi(tile, page_magic); 0: a page is a tile
   int splits;               // blocks per (kv head, group of query vectors)
   float scale_log2;         // softmax scale * log2(e), > 0
+  // Filled in by the launcher, to spare the kernel divisions:
+  uint32_t turn_magic;      // chunks / (splits * NP) == umulhi(chunks, turn_magic), unless that is 1
+  uint32_t step_magic;      // vector / S == vector * step_magic >> 16
 };
 
 // One row of the batch as work: units of about equal bytes, chunks of codes and exact tokens side by side.
 struct Row {
   int sinks, coded, exact, chunks, units;
-  __device__ __forceinline__ Row(const DecodeParams& p, int b) {
-    sinks = p.lengths[3 * b];
-    coded = p.lengths[3 * b + 1];
-    exact = sinks + p.lengths[3 * b + 2];
+  __device__ __forceinline__ Row(int sinks_, int coded_, int window) : sinks(sinks_), coded(coded_) {
+    exact = sinks + window;
     chunks = (coded + kChunk - 1) / kChunk;
     units = chunks + (exact + kChunk / 2 - 1) / (kChunk / 2);  // an exact token is worth two of codes
   }
+  __device__ __forceinline__ Row(const DecodeParams& p, int b)
+      : Row(p.lengths[3 * b], p.lengths[3 * b + 1], p.lengths[3 * b + 2]) {}
 };
 
 // floor(total * part / parts); rows have less than 2^16 units, so the product fits.
@@ -115,7 +126,23 @@ __device__ __forceinline__ int share(int total, int part, int parts) {
   return static_cast<int>(static_cast<uint32_t>(total) * static_cast<uint32_t>(part) / static_cast<uint32_t>(parts));
 }
 
-// The units of all rows, one after the other, are cut into equal parts, one a block of this (kv head, group).
+// What a block does of a row: chunks first, first + 1, .. first + NP - 1 (one a pair of warps), then the same `step`
+// further on, below `end`; exact tokens [e0, e1). `blocks` blocks share the row, from block `block0` on.
+struct Share {
+  int first, step, end, e0, e1, block0, blocks;
+};
+
+// A batch of one row: blocks take turns, NP chunks each, so that the first chunks of a block do not depend on how long
+// the row is. No block without a chunk for one pair of warps at least; exact tokens take as many blocks as let a pair
+// read its own, AT_ONCE, at once.
+template <int NP, int AT_ONCE>
+__device__ __forceinline__ Share share_of_one(const DecodeParams& p, const Row& row) {
+  const int useful = max((row.chunks + NP - 1) / NP, (row.exact + NP * AT_ONCE - 1) / (NP * AT_ONCE));
+  const int blocks = max(1, min(p.splits, useful)), x = blockIdx.x;
+  return {x * NP, p.splits * NP, row.chunks, share(row.exact, x, blocks), share(row.exact, x + 1, blocks), 0, blocks};
+}
+
+// More rows: the units of all rows, one after the other, are cut into equal parts, one a block.
 struct Part {
   int per_block, begin, end;  // this block's units
   int row, before;            // the row in which they begin, units of all rows before it
@@ -130,7 +157,7 @@ struct Part {
     per_block = total <= 2 * NP ? max(total, 1) : max((total + p.splits - 1) / p.splits, NP);
     begin = blockIdx.x * per_block, end = min(begin + per_block, total);
     row = before = 0;
-    for (int b0 = 0; begin < end && p.B > 1; b0 += 32) {
+    for (int b0 = 0; begin < end; b0 += 32) {
       int upto = b0 + lane < p.B ? Row(p, b0 + lane).units : 0;
 #pragma unroll
       for (int o = 1; o < 32; o <<= 1) {
@@ -147,6 +174,47 @@ struct Part {
       before += __shfl_sync(~0u, upto, 31);
     }
   }
+
+  __device__ __forceinline__ bool more() const { return begin < end && before < end; }
+
+  template <int NP>
+  __device__ __forceinline__ Share share_of(const Row& r) const {
+    const int u0 = max(begin - before, 0), u1 = min(end - before, r.units), block0 = before / per_block;
+    return {share(r.chunks, u0, r.units), NP, share(r.chunks, u1, r.units),
+            share(r.exact, u0, r.units),  share(r.exact, u1, r.units),
+            block0, (before + r.units - 1) / per_block - block0 + 1};
+  }
 };
+
+// What a block does next, in shared memory, where it costs no registers: one thread plans, all read.
+struct Plan {
+  Part part;
+  int b;  // row, -1: nothing is left
+  int sinks, coded, window;
+  Share share;
+
+  template <int NP>
+  __device__ __forceinline__ void advance(const DecodeParams& p) {
+    Part at = part;
+    b = -1;
+    while (at.more() && b < 0) {
+      const Row row(p, at.row);
+      if (row.units > 0) b = at.row, sinks = row.sinks, coded = row.coded, window = row.exact - row.sinks;
+      if (row.units > 0) share = at.template share_of<NP>(row);
+      at.before += row.units, ++at.row;
+    }
+    part = at;
+  }
+  // One of its numbers, read in a way that says that it is the same for all lanes.
+  __device__ __forceinline__ int uniform(const int& x) const {
+    return __shfl_sync(~0u, *const_cast<const volatile int*>(&x), 0);
+  }
+  __device__ __forceinline__ Row row() const { return Row(uniform(sinks), uniform(coded), uniform(window)); }
+  __device__ __forceinline__ Share shared() const {
+    return {uniform(share.first), uniform(share.step), uniform(share.end),   uniform(share.e0),
+            uniform(share.e1),    uniform(share.block0), uniform(share.blocks)};
+  }
+};
+static_assert(sizeof(Plan) <= kPlanBytes, "see DecodeConfig");
 
 }  // namespace pqlab

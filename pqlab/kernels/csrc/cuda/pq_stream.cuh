@@ -11,18 +11,34 @@ struct CodeStream {
   uint32_t ring, slot_bytes, barriers;  // shared memory addresses; a barrier a slot (sm_90)
   int lane, pair, head;
 
-  const int* table = nullptr;    // of the row
-  int chunk0 = 0, chunks = 0;    // first chunk of the block's share, chunks of this warp: chunk0 + pair + NP * k
-  int last_tile = 0;             // of the row
+  const int* table = nullptr;          // of the row
+  int first = 0, step = 0, chunks = 0;  // of this warp: chunks first + step * k
+  int last_tile = 0;                   // of the row
   uint32_t now = 0, next = 0;    // lane l: place of tile l % 2 of chunk 16 n + l / 2, in tiles from the pages' start
   int slot = 0;
   uint32_t parity = 0;           // of the slot's barrier
 
+  // Page of a tile.
+  static __device__ __forceinline__ uint32_t page_of(const DecodeParams& p, uint32_t tile) {
+    return p.page_magic ? __umulhi(tile, p.page_magic) : tile;
+  }
+  // Where tile `tile` lies, in tiles from the start of the pages, if its page has this id.
+  __device__ __forceinline__ uint32_t place_in(const DecodeParams& p, int id, uint32_t tile) const {
+    return (id * p.H + head) * p.tiles_per_page + (tile - page_of(p, tile) * p.tiles_per_page);
+  }
   __device__ __forceinline__ uint32_t place(const DecodeParams& p, int k) const {
     if (k >= chunks) return 0;
-    const uint32_t tile = min(2 * (chunk0 + pair + NP * k) + (lane & 1), last_tile);
-    const uint32_t page = p.page_magic ? __umulhi(tile, p.page_magic) : tile;
-    return (table[page] * p.H + head) * p.tiles_per_page + (tile - page * p.tiles_per_page);
+    const uint32_t tile = min(2 * (first + step * k) + (lane & 1), last_tile);
+    return place_in(p, table[page_of(p, tile)], tile);
+  }
+  // The lane's tile of chunk k of a row whose shares do not depend on its length.
+  static __device__ __forceinline__ uint32_t early_tile(const DecodeParams& p, int pair, int k, int lane) {
+    return 2 * (static_cast<int>(blockIdx.x) * NP + pair + p.splits * NP * k) + (lane & 1);
+  }
+  __device__ __forceinline__ uint32_t early_place(const DecodeParams& p, int k, int id) const {
+    const uint32_t tile = early_tile(p, pair, k, lane), at = place_in(p, id, tile);
+    const uint32_t before = __shfl_xor_sync(~0u, at, 1);
+    return static_cast<int>(tile) > last_tile ? before : at;  // the last tile stands for one behind it
   }
 
   __device__ __forceinline__ void fetch(const DecodeParams& p, int k, int to_slot) {
@@ -52,20 +68,23 @@ struct CodeStream {
 #endif
   }
 
-  // Takes a row: the warp's share of its chunks [from, to), and asks for the first ones.
-  __device__ __forceinline__ void start(const DecodeParams& p, int row, int coded, int from, int to) {
+  // Takes a row: the warp's share of its chunks, and asks for the first ones. `early`: what the page table says of
+  // `early_tile` of the first 32 chunks, if that was asked before the length of the row was known.
+  __device__ __forceinline__ void start(const DecodeParams& p, int row, int coded, const Share& share,
+                                        const int* early) {
     table = p.page_table + static_cast<size_t>(row) * p.table_stride;
     last_tile = (coded - 1) / kTile;
-    chunk0 = from;
-    chunks = max(0, (to - from - pair + NP - 1) / NP);
-    now = place(p, lane / 2);
-    next = place(p, 16 + lane / 2);
+    first = share.first + pair, step = share.step;
+    const int left = max(0, share.end - first + step - 1);
+    chunks = step == NP ? left / NP : __umulhi(left, p.turn_magic);
+    now = early ? early_place(p, lane / 2, early[0]) : place(p, lane / 2);
     int s = slot;
 #pragma unroll
     for (int k = 0; k < SLOTS; ++k) {
       fetch(p, k, s);
       s = s + 1 == SLOTS ? 0 : s + 1;
-    }
+      next = early ? early_place(p, 16 + lane / 2, early[1]) : place(p, 16 + lane / 2);
+  }
   }
 
   // Waits for the next chunk; its codes lie at the address that is returned until `release`.

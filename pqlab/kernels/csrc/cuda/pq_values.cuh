@@ -1,27 +1,34 @@
 // The value warps of pq_decode: scores -> weights, exact tokens and codes -> sums. No torch.
 #pragma once
-#include "pq_lookup.cuh"
+#include "pq_exact.cuh"
 #include "pq_stream.cuh"
 
 namespace pqlab {
 
-// Sums over the block's share [u0, u1) of a row's units: left in the warp's ring and in the totals, for finish_row.
+// The dimensions a lane owns: of pairs (words) of them, U.
 template <typename Cfg>
-__device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cfg>& at, const Row& row, int b, int u0,
-                                           int u1, CodeStream<Cfg::NP, Cfg::SLOTS>& stream, Turn& turn,
-                                           const uint8_t* books, bool have_books) {
-  using T = typename Cfg::T;
+struct OwnDims {
+  using V = typename Cfg::V;
+  static constexpr int VR = V::MP >= 32 ? V::MP / 32 : 1;  // subspaces
+  static constexpr int U = VR * V::EW;
+  static __device__ __forceinline__ int of(int word, int lane) {
+    return V::MP >= 32 || lane < V::MP ? (word / V::EW * 32 + lane) * V::DM + word % V::EW * 2 : Cfg::D;
+  }
+};
+// Sums over the block's share of a row: left in the warp's ring and in the totals, for finish_row.
+template <typename Cfg>
+__device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cfg>& at, int b, const Row& row,
+                                         const Share& share, CodeStream<Cfg::NP, Cfg::SLOTS>& stream, Turn& turn,
+                                         const int* early) {
   using K = typename Cfg::K;
   using V = typename Cfg::V;
-  constexpr int HG = Cfg::HG, HS = Cfg::HS, NP = Cfg::NP, NT = Cfg::NW * 32, D = Cfg::D, DP = Cfg::DP;
-  constexpr int VR = V::MP >= 32 ? V::MP / 32 : 1;  // subspaces a lane owns
-  constexpr int U = VR * V::EW;                     // words (pairs of dimensions) of them
-  const int lane = at.lane, warp = at.warp, pair = at.pair, h = at.h;
+  constexpr int HG = Cfg::HG, HS = Cfg::HS, D = Cfg::D, DP = Cfg::DP;
+  using Dim = OwnDims<Cfg>;
+  constexpr int VR = Dim::VR, U = Dim::U;
+  const int lane = at.lane;
   const bool diagonal = at.diagonal, odd = at.odd;
-  __half* const weights = at.weights;
-  stream.start(p, b, row.coded, share(row.chunks, u0, row.units), share(row.chunks, u1, row.units));
-  if (kBulk && !have_books)  // only now: before, they would stand in the way of the page table and the query
-    fetch_books<V, NT>(books + K::book_bytes, smem_address(at.smem) + K::book_bytes, at.value_books, NP * 32);
+  ExactTokens<Cfg, Dim::U, Dim> exact(p, at, row, b, share.e0, share.e1);  // first: their rows come from far away
+  stream.start(p, b, row.coded, share, early);
   // Two ways to fill the tensor cores. One query vector: a word (two dimensions of a token) is two columns of A, the
   // two rows of B are diagonal; A's lower rows are the lane's second word. More: the words of two tokens are
   // shuffled to pairs of tokens, rows are one dimension and the other, and columns of B are two vectors.
@@ -34,78 +41,30 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
   auto sums = [&](int word, int dim, int g) -> float& {
     return kWords ? acc[word >> 1][0][(word & 1) * 2 + dim] : acc[word][g >> 1][dim * 2 + (g & 1)];
   };
-  auto dim_of = [&](int word) { return (word / V::EW * 32 + lane) * V::DM + word % V::EW * 2; };
-  const bool owner = lane < V::MP;
-
-  // Sinks and window: few tokens, plain arithmetic while codes and codebooks are on their way.
-  const int e0 = share(row.exact, u0, row.units), e1 = share(row.exact, u1, row.units);
-  if (e0 + pair < e1) {
-    auto read = [&](const T* from, float2 (&x)[U]) {
-#pragma unroll
-      for (int w = 0; w < U; ++w)
-        x[w] = owner && (D == DP || dim_of(w) < D) ? load_float2(from + dim_of(w)) : make_float2(0.f, 0.f);
-    };
-    float2 qx[HG][U];
-#pragma unroll
-    for (int g = 0; g < HG; ++g) read(at.query(p, b, g), qx[g]);
-    constexpr int AT_ONCE = HG > 2 ? 2 : 4;
-#pragma unroll 1
-    for (int e = e0 + pair; e < e1; e += NP * AT_ONCE) {
-      float2 kx[AT_ONCE][U], vx[AT_ONCE][U];
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) {
-        const int token = min(e + NP * j, e1 - 1);
-        const bool sink = token < row.sinks;
-        const int64_t n = sink ? token : (row.coded + token - row.sinks) % p.window_slots;
-        const int64_t* st = sink ? p.sink_stride : p.window_stride;
-        const int64_t from = b * st[0] + h * st[1] + n * st[2];
-        read(static_cast<const T*>(sink ? p.sink_k : p.window_k) + from, kx[j]);
-        read(static_cast<const T*>(sink ? p.sink_v : p.window_v) + from, vx[j]);
-      }
-#pragma unroll
-      for (int g = 0; g < HG; ++g) {
-        float s[AT_ONCE], best = top[g];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-          s[j] = 0.f;
-#pragma unroll
-          for (int w = 0; w < U; ++w) s[j] += qx[g][w].x * kx[j][w].x + qx[g][w].y * kx[j][w].y;
-#pragma unroll
-          for (int o = 16; o; o >>= 1) s[j] += __shfl_xor_sync(~0u, s[j], o);
-          s[j] = e + NP * j < e1 ? s[j] * p.scale_log2 : -INFINITY;
-          best = fmaxf(best, s[j]);
-        }
-        const float shrink = exp2_approx(top[g] - best);
-        top[g] = best;
-        sum[g] *= shrink;
-#pragma unroll
-        for (int w = 0; w < U; ++w) sums(w, 0, g) *= shrink, sums(w, 1, g) *= shrink;
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-          const float weight = exp2_approx(s[j] - best);
-          if (lane == 0) sum[g] += weight;
-#pragma unroll
-          for (int w = 0; w < U; ++w) sums(w, 0, g) += weight * vx[j][w].x, sums(w, 1, g) += weight * vx[j][w].y;
-        }
-      }
-    }
-  }
+  exact.attend(p, at, b, top, sum, sums);
   mbarrier_wait(at.value_books, 0);
 
   uint32_t low = V::entry_offset(lane % (V::MP < 32 ? V::MP : 32));  // of the lane's lookups
   keep(low);
   uint32_t even_token = odd ? 0x1044u : 0x4410u, odd_token = odd ? 0x3244u : 0x4432u;
   if constexpr (kWords) keep(even_token), keep(odd_token);
-  uint4 pf[NHP];  // weights of eight tokens; only the diagonal lanes ever load any, the others stay zero
+  // Weights of eight tokens at a time; lanes beside the diagonal read zeros.
+  uint4 pf[NHP];
+  uint32_t from[NHP];
 #pragma unroll
-  for (int hp = 0; hp < NHP; ++hp) pf[hp] = make_uint4(0, 0, 0, 0);
+  for (int hp = 0; hp < NHP; ++hp) {
+    const int g = kWords ? 0 : 2 * hp + odd;
+    from[hp] = smem_address(diagonal && g < HG ? reinterpret_cast<uint8_t*>(at.weights + g * kChunk)
+                                               : at.smem + Cfg::zero_offset);
+    keep(from[hp]);
+  }
   // Scores lie as the key warp's lanes had them: tokens 0, 2, .. 14 of a tile, then 1, 3, .. 15.
   uint32_t own = (lane & 16) + (lane & 1) * 8 + (lane & 15) / 2;
   keep(own);
-  int token = (stream.chunk0 + pair) * kChunk + lane;
+  int token = stream.first * kChunk + lane;
 
 #pragma unroll 1
-  for (int k = 0; k < stream.chunks; ++k, token += NP * kChunk) {
+  for (int k = 0; k < stream.chunks; ++k, token += stream.step * kChunk) {
     mbarrier_wait(at.full + 8 * turn.buffer, turn.round);
     float w[HG], s[HG], most = 0.f;
     load(at.scores + (turn.buffer * kChunk + own) * HS, s);
@@ -139,7 +98,7 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
 #pragma unroll
     for (int g = 0; g < HG; ++g) {
       sum[g] += w[g];
-      weights[g * kChunk + lane] = __float2half_rn(w[g]);
+      at.weights[g * kChunk + lane] = __float2half_rn(w[g]);
     }
 
     const uint32_t codes = stream.wait();
@@ -160,9 +119,7 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
       constexpr int j = step.value >> 3, u = step.value & 7;  // tokens 2u, 2u + 1 of tile j
       if constexpr (u % 4 == 0)
 #pragma unroll
-        for (int hp = 0; hp < NHP; ++hp)
-          if (diagonal && (kWords || 2 * hp + odd < HG))
-            pf[hp] = *reinterpret_cast<const uint4*>(weights + (kWords ? 0 : 2 * hp + odd) * kChunk + j * kTile + u * 2);
+        for (int hp = 0; hp < NHP; ++hp) pf[hp] = load_shared_16(from[hp] + j * kTile * 2 + u * 4);
       if constexpr (kWords || u % 2 == 0) {
         constexpr int tokens = kWords ? 2 : 4;
         uint32_t x[tokens][U];
@@ -197,18 +154,17 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
 
   // What this warp has: into its ring, which is empty now.
   __syncwarp();
-  float* const mine = reinterpret_cast<float*>(at.smem + Cfg::book_bytes + warp * Cfg::ring_bytes);  // [HG][DP]
-  float2* const totals = reinterpret_cast<float2*>(at.smem + Cfg::total_offset);                     // [NP][HG]
+  float* const mine = at.sums(at.warp);
 #pragma unroll
   for (int g = 0; g < HG; ++g) {
     float x = sum[g];
 #pragma unroll
     for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
-    if (lane == 0) totals[pair * HG + g] = make_float2(top[g], x);
-    if (owner)
+    if (lane == 0) at.totals()[at.warp * HG + g] = make_float2(top[g], x);
+    if (lane < V::MP)
 #pragma unroll
       for (int w = 0; w < U; ++w)
-        *reinterpret_cast<float2*>(mine + g * DP + dim_of(w)) = make_float2(sums(w, 0, g), sums(w, 1, g));
+        *reinterpret_cast<float2*>(mine + g * DP + Dim::of(w, lane)) = make_float2(sums(w, 0, g), sums(w, 1, g));
   }
 }
 
