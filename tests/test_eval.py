@@ -1,9 +1,8 @@
-"""The harness: its rows, its bytes, its errors; and one cheap cell of the committed table measured again."""
+"""The harness: its rows, its bytes, its errors."""
 
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 
 import pandas as pd
 import pytest
@@ -18,7 +17,6 @@ from pqlab.quantization import Origin
 from pqlab.shapes import ModelShape
 
 SMALL = CacheConfig(page_size=32, residual_length=20, num_sinks=3)
-RESULTS = files("pqlab").joinpath("evaluation", "results", "eval-smollm2.json")
 
 
 @pytest.fixture
@@ -220,30 +218,3 @@ def test_a_run_without_numbers_still_prints(tiny, capsys):
     assert "page_size" in eval_command.render_table(result.table())
     assert eval_command.render_positions(result.by_position()) == "no method was measured"
     assert result.record()["methods"][1]["error"].startswith("ConfigError")
-
-
-def test_a_cell_of_the_committed_table_comes_out_again(default_model, all_threads):
-    """KIVI's KL at positions 0 to 511: causal, so the first 513 tokens of each window are enough."""
-    from pqlab.evaluation.provenance import text_record
-
-    record = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert text_record(record["text"]["name"]) == record["text"]
-    (row,) = (row for row in record["methods"] if row["method"] == "kivi-4")
-    cell = row["by_position"][0]
-    assert (cell["start"], cell["stop"]) == (0, 512)
-    frames = [
-        evaluate(
-            *default_model,
-            ["kivi-4"],
-            text=record["text"]["name"],
-            windows=1,
-            length=513,
-            skip=record["skip"] + i * record["stride"],
-            prompt=record["prompt"],
-            config=CacheConfig(**record["cache"]),
-        ).frame
-        for i in range(record["windows"])
-    ]
-    again = pd.concat(frames)
-    assert len(again) == cell["positions"] and again.agree.mean() == pytest.approx(cell["agreement"], abs=0.003)
-    assert again.kl.mean() == pytest.approx(cell["kl"], rel=0.02)
