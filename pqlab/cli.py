@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "bench": ("pqlab.evaluation.bench", "time one part of pqlab"),
+    "bench": ("pqlab.benchmarks.bench", "time one part of pqlab"),
     "check": ("pqlab.selftest", "run pqlab's own checks on this machine: pages, kernels, a real model"),
-    "claims": ("pqlab.evaluation.claims", "the report's claims beside what was measured, and how they stand"),
+    "claims": ("pqlab.claims", "the report's claims beside what was measured, and how they stand"),
     "doctor": ("pqlab.doctor", "say what is installed, what works, and what to do about the rest"),
     "eval": ("pqlab.evaluation.eval_command", "bits, bytes and fidelity of every method: KL, perplexity, agreement"),
     "explain": ("pqlab.explain", "say what an error code means and what to set"),
     "plan": ("pqlab.evaluation.plan", "choose M by layer and side under a budget of bits or KL"),
     "presets": ("pqlab.tune.presets_command", "the report's tables of settings, derived again on this machine"),
-    "run": ("pqlab.evaluation.pipeline.command", "the report's pipeline: baseline, sampling, training, evaluation"),
+    "run": ("pqlab.pipeline.command", "the report's pipeline: baseline, sampling, training, evaluation"),
     "setup": ("pqlab.prepare", "fetch the default model, calibrate its codebooks, build the kernels"),
     "tune": ("pqlab.tune", "search for page size, residual, M, nbits and policy: time per token against divergence"),
 }

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from pqlab import CacheConfig, PQConfig, cli
+from pqlab.benchmarks.baseline_vs_paged import baseline_vs_paged, beside_exact, render
 from pqlab.errors import ConfigError
-from pqlab.evaluation.baseline_vs_paged import baseline_vs_paged, beside_exact, render
 from pqlab.figures.performance import baseline_figure
 from pqlab.quantization import Codebooks
 

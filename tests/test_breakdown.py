@@ -10,11 +10,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pqlab import CacheConfig, cli, kernels
+from pqlab.benchmarks import breakdown as module
+from pqlab.benchmarks.breakdown import PARTS, breakdown
+from pqlab.benchmarks.decode_steps import decode_step
+from pqlab.benchmarks.filled_caches import filled_paged
 from pqlab.errors import ConfigError, UnsupportedModelError
-from pqlab.evaluation import breakdown as module
-from pqlab.evaluation.breakdown import PARTS, breakdown
-from pqlab.evaluation.decode_steps import decode_step
-from pqlab.evaluation.filled_caches import filled_paged
 from pqlab.kernels import ops
 from pqlab.transformers_api import cache_argument
 
@@ -150,7 +150,7 @@ def test_the_command_compares_kinds_and_contexts(capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["paged", "exact"])
 def test_in_a_graph_parts_are_most_of_a_step(kind):
-    from pqlab.evaluation.random_models import random_model
+    from pqlab.benchmarks.random_models import random_model
 
     model = random_model("smollm2", 2048, torch.float16, "cuda")
     frame = breakdown(model, kind, 1000, config=PAGE)

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from pqlab import cli
-from pqlab.evaluation.claims import CLAIMS, Results, judge, table
-from pqlab.evaluation.claims.verdict import Claim, Measured
+from pqlab.claims import CLAIMS, Results, judge, table
+from pqlab.claims.verdict import Claim, Measured
 
 CLAIM = {claim.name: claim for claim in CLAIMS}
 MODEL, BANDWIDTH = "speed-up, whole model at 32K", "memory bandwidth, paged"

@@ -11,9 +11,9 @@ import pytest
 from pqlab import CacheConfig, load_text
 from pqlab.evaluation.evaluate import evaluate
 from pqlab.evaluation.passkey import passkey
-from pqlab.evaluation.provenance import text_record
+from pqlab.results.provenance import text_record
 
-RESULTS = files("pqlab").joinpath("evaluation", "results")
+RESULTS = files("pqlab").joinpath("results")
 
 
 def committed(name: str) -> dict:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pqlab import kernels
-from pqlab.evaluation import cpu_bench
-from pqlab.evaluation.decode_bench import Case
+from pqlab.benchmarks import cpu_bench
+from pqlab.benchmarks.decode_bench import Case
 from pqlab.kernels import ops
 
 TINY = Case(6, 2, (300,), m=8, head_dim=16)

@@ -11,10 +11,9 @@ import plotly.graph_objects as go
 import pytest
 from tiny_trace import PROMPT, tiny_cache_and_trace
 
+from pqlab.benchmarks.layout_bench import measure_orders
 from pqlab.config import CacheConfig, PQConfig, check_report_ranges
 from pqlab.cost import SHAPES, CacheCost
-from pqlab.evaluation.layout_access import LOADS, compare_orders, random_codes
-from pqlab.evaluation.layout_bench import measure_orders
 from pqlab.figures import theme
 from pqlab.figures.accuracy import divergence_figure, pareto_figure, plan_figure
 from pqlab.figures.decode import decode_figure
@@ -23,6 +22,7 @@ from pqlab.figures.layout import SHOWN, layout_figure
 from pqlab.figures.settings import context_frame, cost_frame, range_frame, settings_figure
 from pqlab.figures.sheet import Sheet
 from pqlab.figures.text import text_html
+from pqlab.paging.access import LOADS, compare_orders, random_codes
 
 SMOL = SHAPES["SmolLM2-135M"]
 

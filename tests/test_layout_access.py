@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pqlab.evaluation.layout_access import (
+from pqlab.benchmarks.layout_bench import measure_orders, stored_views
+from pqlab.paging.access import (
     LOADS,
     PATTERNS,
     access,
@@ -18,7 +19,6 @@ from pqlab.evaluation.layout_access import (
     page_bytes,
     random_codes,
 )
-from pqlab.evaluation.layout_bench import measure_orders, stored_views
 from pqlab.paging.layout import ORDERS, PageLayout, write_pages
 
 SHAPES = [(64, 3, 32, 8), (32, 2, 12, 4), (48, 3, 6, 5), (16, 1, 5, 1)]

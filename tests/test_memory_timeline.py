@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pqlab import CacheConfig, Codebooks, ConfigError, PagedPQCache, PQConfig, cli
-from pqlab.evaluation.memory_timeline import EXACT, PAGED, memory_timeline, summary
-from pqlab.evaluation.process_memory import ProcessMemory
+from pqlab.benchmarks.memory_timeline import EXACT, PAGED, memory_timeline, summary
+from pqlab.benchmarks.process_memory import ProcessMemory
 from pqlab.memory import MIB
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3)

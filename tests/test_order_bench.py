@@ -10,9 +10,9 @@ import torch
 from test_cuda_compile import NVCC, needs_nvcc
 
 from pqlab import cli
-from pqlab.evaluation import order_bench
-from pqlab.evaluation.decode_bench import Case
-from pqlab.evaluation.order_kernels import SOURCES, OrderKernels, expected, in_order, strides
+from pqlab.benchmarks import order_bench
+from pqlab.benchmarks.decode_bench import Case
+from pqlab.benchmarks.order_kernels import SOURCES, OrderKernels, expected, in_order, strides
 from pqlab.kernels import ops
 from pqlab.paging.layout import ORDERS, PageLayout
 

@@ -420,7 +420,7 @@ def test_layout_panel_shows_codes_of_a_cache(tiny):
 
 
 def test_layout_panel_measures_on_a_button(monkeypatch):
-    from pqlab.evaluation import layout_bench
+    from pqlab.benchmarks import layout_bench
 
     monkeypatch.setattr(
         layout_bench.measure_orders,

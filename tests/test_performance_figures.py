@@ -6,9 +6,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from pqlab.evaluation.breakdown import PARTS
-from pqlab.evaluation.shipped import decode_frame, measured_with, model_frame, shipped, shipped_like
+from pqlab.benchmarks.breakdown import PARTS
 from pqlab.figures import performance
+from pqlab.results.shipped import decode_frame, measured_with, model_frame, shipped, shipped_like
 
 
 @pytest.mark.parametrize("name", ["decode-h200", "cpu-2cores"])

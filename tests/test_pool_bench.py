@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pqlab.evaluation.pool_bench import SIZES, main, measure_pool
+from pqlab.benchmarks.pool_bench import SIZES, main, measure_pool
 from pqlab.paging import POLICIES
 
 
@@ -33,7 +33,7 @@ def test_command_prints_one_json_line(capsys):
 def test_every_benchmark_can_be_asked_for():
     import argparse
 
-    from pqlab.evaluation import bench
+    from pqlab.benchmarks import bench
 
     parser = argparse.ArgumentParser()
     bench.configure(parser)

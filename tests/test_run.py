@@ -15,14 +15,14 @@ import torch
 from transformers import LlamaConfig
 
 from pqlab import load_text
+from pqlab.benchmarks.generation import cache_bytes, time_generation
+from pqlab.benchmarks.memory_peak import memory_peak
 from pqlab.cli import main
-from pqlab.evaluation.pipeline import runner
-from pqlab.evaluation.pipeline.generation import cache_bytes, time_generation
-from pqlab.evaluation.pipeline.memory_peak import memory_peak
-from pqlab.evaluation.pipeline.results import Results
-from pqlab.evaluation.pipeline.settings import Settings, resolved_m
-from pqlab.evaluation.provenance import text_record
+from pqlab.pipeline import runner
+from pqlab.pipeline.results import Results
+from pqlab.pipeline.settings import Settings, resolved_m
 from pqlab.quantization import Codebooks
+from pqlab.results.provenance import text_record
 
 SMALL = (
     "--windows 1 --length 150 --context 120 --new_tokens 6 --samples 700 --page_size 16 --extended_residual 32 "

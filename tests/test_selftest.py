@@ -11,12 +11,12 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig, cli, kernels, selftest
+from pqlab.cache.contiguous import contiguous_cache, nearest
 from pqlab.kernels import ops, reference
 from pqlab.kernels.backend import Backend
+from pqlab.model_runs import apart, attention, follow
 from pqlab.paging.policy import POLICIES, Lifo
 from pqlab.selftest import PHASES, Console, Phase, Session, chosen_phases, expect
-from pqlab.selftest.contiguous import contiguous_cache, nearest
-from pqlab.selftest.model_runs import apart, attention, follow
 
 kernels.start()
 

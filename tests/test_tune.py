@@ -15,8 +15,8 @@ from pqlab.cost import CacheCost
 from pqlab.evaluation.continuation import Continuation
 from pqlab.evaluation.fidelity import compare
 from pqlab.evaluation.teacher_forced import from_codebooks
+from pqlab.model_runs import attention
 from pqlab.presets import Preset
-from pqlab.selftest.model_runs import attention
 from pqlab.transformers_api import cache_argument
 from pqlab.tune import Measurement, Search, Setting, Space, Workload, command
 

@@ -19,8 +19,8 @@ from ..memory import MIB
 from ..models import fingerprint, load_model, load_text
 from ..models.defaults import CALIBRATION_TEXT
 from ..quantization import attention_geometry, calibrate
+from ..results.provenance import commit, text_record, today, versions
 from . import fidelity
-from .provenance import commit, text_record, today, versions
 from .teacher_forced import from_codebooks
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -29,9 +29,9 @@ from ..models import fingerprint, load_text
 from ..models.defaults import CALIBRATION_TEXT
 from ..quantization import Codebooks, attention_geometry
 from ..quantization.geometry import text_config
+from ..results.provenance import commit, file_sha256, text_record, today, versions
 from . import fidelity, methods
 from .methods import Method, Setting, token_elements
-from .provenance import commit, file_sha256, text_record, today, versions
 from .teacher_forced import schedule
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from transformers import DynamicCache
 from ..config import CacheConfig
 from ..models import load_model, load_text
 from ..quantization import Codebooks
+from ..results.provenance import commit, file_sha256, text_record, today, versions
 from .fidelity import last_hidden
-from .provenance import commit, file_sha256, text_record, today, versions
 from .teacher_forced import Quantize, TeacherForcedCache, from_codebooks, schedule
 
 LENGTHS = (512, 1024, 2048, 4096)

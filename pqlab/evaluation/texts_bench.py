@@ -18,8 +18,8 @@ from ..models import fingerprint, load_model, load_text
 from ..models.texts import STDLIB
 from ..quantization import Codebooks, calibrate
 from ..quantization.samples import NUM_TOKENS
+from ..results.provenance import commit, text_record, today, versions
 from . import fidelity
-from .provenance import commit, text_record, today, versions
 from .teacher_forced import from_codebooks
 
 NOVEL, OTHER_NOVEL, SPANISH = "emma", "pride", "genesis-es"

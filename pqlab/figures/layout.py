@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from ..evaluation.layout_access import Access, byte_owners
+from ..paging.access import Access, byte_owners
 from .sheet import Sheet
 from .theme import AMOUNTS, FONT_SIZE, GREEN, GREY, VERMILLION, Theme
 
@@ -42,10 +42,10 @@ def layout_figure(
     """One head of one page at byte level, row-major, transposed and tiled side by side.
 
     Args:
-        accesses: what a load touches, by order (`evaluation.layout_access.compare_orders`).
+        accesses: what a load touches, by order (`paging.access.compare_orders`).
         codes: uint8 [page_size, M], the codes of that head.
         colour_by: what the colour of a byte says: its token, its subspace or its code.
-        measured: from `evaluation.layout_bench.measure_orders`; None says "not measured".
+        measured: from `benchmarks.layout_bench.measure_orders`; None says "not measured".
         source: where the codes come from; the title.
     """
     sheet = Sheet([1, 1, 1], [0.68, 0.32], gap_x=0.1, gap_y=0.22)

@@ -18,7 +18,7 @@ def memory_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
     """Two plots over the tokens of the sequence: bytes of the caches, and bytes of the process with its peaks.
 
     Args:
-        frame: `evaluation.memory_timeline.memory_timeline`, or its file: cache, step, tokens, used, reserved, process,
+        frame: `benchmarks.memory_timeline.memory_timeline`, or its file: cache, step, tokens, used, reserved, process,
             peak (bytes).
     """
     decode = frame[frame.step >= 0]

@@ -26,7 +26,7 @@ def speedup_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fig
     """How many times faster than the fastest exact attention, by context, a line a shape; above 1 is faster.
 
     Args:
-        frame: from `evaluation.shipped.decode_frame`; batches of unequal rows are single points.
+        frame: from `results.shipped.decode_frame`; batches of unequal rows are single points.
     """
     contexts = sorted(frame.context.unique())
     sheet = Sheet()
@@ -60,7 +60,7 @@ def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
     """Microseconds by context beside the time in which the codes can just be read, a plot a shape (batch 1).
 
     Args:
-        frame: from `evaluation.shipped.decode_frame`.
+        frame: from `results.shipped.decode_frame`.
     """
     frame = frame[frame.batch == 1]
     groups = [(name, part) for name, part in frame.groupby(["shape", "bits"], sort=False) if len(part) > 1]
@@ -111,7 +111,7 @@ def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figur
     """Milliseconds a token of whole models: what attention and cache take, on top of everything else.
 
     Args:
-        frame: from `evaluation.shipped.model_frame`.
+        frame: from `results.shipped.model_frame`.
     """
     frame = frame[frame.case != "none"]
     groups = list(frame.groupby(["shape", "context"], sort=False))
@@ -157,7 +157,7 @@ def baseline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
     """Time to the first token, time per token, and memory by context: the exact cache beside the paged one.
 
     Args:
-        frame: from `evaluation.baseline_vs_paged.baseline_vs_paged`.
+        frame: from `benchmarks.baseline_vs_paged.baseline_vs_paged`.
     """
     plots = (
         ("first_token_seconds", 1.0, "time to the first token, s"),
@@ -191,7 +191,7 @@ def breakdown_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.F
     """The parts of a decode step as stacked bars, a bar a kind of cache and context; greys are the model's own work.
 
     Args:
-        frame: kind, context, part, milliseconds, share, as `evaluation.breakdown_bench.breakdowns` returns them.
+        frame: kind, context, part, milliseconds, share, as `benchmarks.breakdown_bench.breakdowns` returns them.
     """
     bars = frame[["context", "kind"]].drop_duplicates()
     names = [f"{kind}<br>{context:,}" for context, kind in bars.itertuples(index=False)]

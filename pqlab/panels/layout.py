@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
-from ..evaluation.layout_access import LOADS, PATTERNS, access_frame, cached_codes, compare_orders, random_codes
-from ..evaluation.layout_bench import measure_orders
+from ..benchmarks.layout_bench import measure_orders
 from ..figures.layout import COLOUR_BY, layout_figure
+from ..paging.access import LOADS, PATTERNS, access_frame, cached_codes, compare_orders, random_codes
 from . import controls
 from .base import Panel
 

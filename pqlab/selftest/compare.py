@@ -12,11 +12,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .. import kernels
 from ..cache import PagedPQCache
+from ..cache.contiguous import ContiguousPQLayer, contiguous_cache
 from ..config import CacheConfig
 from ..memory import readable_bytes
-from .contiguous import ContiguousPQLayer, contiguous_cache
+from ..model_runs import Followed, apart, attention, follow, generate, top_gap
 from .integration import NEAR
-from .model_runs import Followed, apart, attention, follow, generate, top_gap
 from .session import Check, Phase, Session, expect
 
 

@@ -14,12 +14,12 @@ from transformers.cache_utils import DynamicCache
 
 from .. import kernels
 from ..cache import PagedPQCache
+from ..cache.contiguous import contiguous_cache
 from ..config import CacheConfig
 from ..errors import KernelMissingError
 from ..kernels import ops, use_backend
+from ..model_runs import Followed, Runs, apart, attention, counted, follow, generate, top_gap
 from ..quantization import Codebooks
-from .contiguous import contiguous_cache
-from .model_runs import Followed, Runs, apart, attention, counted, follow, generate, top_gap
 from .session import DETAILS, Check, Disagreement, Phase, Session, expect
 
 CONFIG = CacheConfig(page_size=16, residual_length=32)

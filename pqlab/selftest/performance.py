@@ -18,10 +18,10 @@ from ..config import CacheConfig, PQConfig
 from ..cost import CacheCost
 from ..kernels import ops, use_backend
 from ..memory import readable_bytes
+from ..model_runs import attention, follow
 from ..paging.layout import PageLayout
 from ..shapes import ModelShape
 from .integration import expected_level
-from .model_runs import attention, follow
 from .session import Check, Phase, Session, expect
 
 LAYERS = {"9/3 heads of 64": (9, 3, 64), "32/8 heads of 128": (32, 8, 128), "32/32 heads of 128": (32, 32, 128)}

@@ -9,8 +9,8 @@ from textwrap import indent, wrap
 import pandas as pd
 
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
-from ..evaluation.provenance import commit, device_name, today, versions
 from ..memory import readable_bytes
+from ..results.provenance import commit, device_name, today, versions
 from ..shapes import SHAPES
 from .derive import by_context, by_memory, evidence
 

@@ -15,17 +15,17 @@ import pandas as pd
 import torch
 
 from .. import kernels
+from ..benchmarks.decode_steps import captured, decode_step, exact_step
 from ..config import CacheConfig
 from ..cost import CacheCost
 from ..errors import ConfigError
 from ..evaluation.continuation import Continuation
-from ..evaluation.decode_steps import captured, decode_step, exact_step
 from ..evaluation.fidelity import text_windows
-from ..evaluation.provenance import commit, device_name, today
 from ..evaluation.teacher_forced import from_codebooks
 from ..models import default_codebooks, fingerprint
 from ..presets import Preset
 from ..quantization import Codebooks
+from ..results.provenance import commit, device_name, today
 from ..shapes import ModelShape
 from .space import Setting
 

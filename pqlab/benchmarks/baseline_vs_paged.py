@@ -1,0 +1,151 @@
+"""The report's first table: time to the first token, time per token and memory, exact beside paged, by context.
+
+Each row is one plain `generate` behind a prompt from a text (`pipeline.generation.time_generation`), as the stages
+"baseline" and "evaluation" of `python -m pqlab run --paged` measure it at one context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..cache import PagedPQCache
+from ..config import CacheConfig, PQConfig
+from ..errors import ConfigError, UnsupportedModelError
+from ..evaluation.fidelity import text_windows
+from ..memory import MIB
+from ..models import default_codebooks, load_text
+from ..models.named import find_model, names
+from ..quantization import Codebooks
+from ..results.provenance import commit, device_name, today, versions
+from .generation import time_generation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONTEXTS = (512, 2048)
+COLUMNS = ("first_token_seconds", "token_ms", "cache_bytes", "reserved_bytes", "peak_bytes")
+
+
+def baseline_vs_paged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[int] = CONTEXTS,
+    *,
+    codebooks: Codebooks | None = None,
+    config: CacheConfig | None = None,
+    text: str = "pride",
+    batch: int = 1,
+    new_tokens: int = 32,
+) -> pd.DataFrame:
+    """A row per context and cache.
+
+    Args:
+        contexts: tokens of the prompts; batch: rows, each another piece of the text.
+        codebooks: default: those of `pqlab.default_codebooks`.
+        text: name of a shipped text, or a file.
+
+    Returns:
+        DataFrame: context, cache ("exact": transformers' DynamicCache with sdpa, "paged"), first_token_seconds,
+        token_ms (median), cache_bytes (held for the tokens), reserved_bytes (pages taken in advance), peak_bytes (of
+        the generation, above what was there before it; NaN where the system does not say).
+
+    Raises:
+        ConfigError: a context that the model has no positions for. ValueError: the text is too short.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and max(contexts) + new_tokens > limit:
+        raise ConfigError(
+            f"{max(contexts)} tokens and {new_tokens} new ones are more than the model's {limit} positions; "
+            f"the longest context is {limit - new_tokens}"
+        )
+    books = codebooks or default_codebooks(model, tokenizer)
+    settings = config or CacheConfig()
+
+    def paged(tokens: int) -> tuple[Cache, str]:
+        return PagedPQCache(model, books, settings, context=tokens, max_batch=batch), "pqlab"
+
+    caches: Mapping[str, Callable[[int], tuple[Cache, str]]] = {
+        "exact": lambda tokens: (DynamicCache(config=model.config), "sdpa"),
+        "paged": paged,
+    }
+    rows = []
+    for context in contexts:
+        ids = torch.cat(text_windows(tokenizer, load_text(text), context, batch))
+        for name, make in caches.items():
+            found = time_generation(model, ids, make, new_tokens)
+            record = found.record()
+            known = found.peak_bytes is not None and found.before_bytes is not None
+            record["peak_bytes"] = found.peak_bytes - found.before_bytes if known else float("nan")
+            rows.append({"context": context, "cache": name, **{column: record[column] for column in COLUMNS}})
+    return pd.DataFrame(rows)
+
+
+def beside_exact(frame: pd.DataFrame) -> pd.DataFrame:
+    """How paged compares at each context: first_token and token (times faster), cache and peak (times smaller)."""
+    exact, paged = (frame[frame.cache == name].set_index("context") for name in ("exact", "paged"))
+    ratios = (exact[list(COLUMNS)] / paged[list(COLUMNS)]).drop(columns="reserved_bytes")
+    return ratios.set_axis(["first_token", "token", "cache", "peak"], axis=1).reset_index()
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-f", "--model", default="default", help=f"{', '.join(names())}, a hub id or a folder")
+    add("--random-weights", action="store_true", help="random weights of the model's shape, and random codebooks")
+    add("--context", nargs="+", type=int, default=list(CONTEXTS), help="tokens of the prompts")
+    add("--text", default="pride", help="name of a shipped text, or a file")
+    add("--batch", type=int, default=1, help="rows")
+    add("--new-tokens", type=int, default=32, help="generated tokens")
+    add("--page-size", type=int, default=CacheConfig().page_size, help="tokens of a page")
+    add("--residual", type=int, default=CacheConfig().residual_length, help="exact newest tokens")
+    add("--half", action="store_true", help="fp16")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; the exit status."""
+    try:
+        config = CacheConfig(page_size=args.page_size, residual_length=args.residual)
+        found = find_model(args.model, random=args.random_weights)
+        model, tokenizer = found.load(torch.float16 if args.half else torch.float32, args.device, 0)
+        books = Codebooks.random(model, config=PQConfig(), maps=True) if found.random else None
+        options = {"text": args.text, "batch": args.batch, "new_tokens": args.new_tokens}
+        frame = baseline_vs_paged(model, tokenizer, args.context, codebooks=books, config=config, **options)
+    except (ConfigError, UnsupportedModelError, ValueError, OSError) as error:
+        print(f"bench baseline: {error}")
+        return 2
+    kind = "random weights" if found.random else args.text
+    print(f"{args.model}, {kind}, batch {args.batch} on {device_name(args.device)}")
+    print(render(frame))
+    if args.json:
+        about = {"benchmark": "baseline", "model": args.model, "random_weights": found.random, "batch": args.batch}
+        about |= {"device": device_name(args.device), "date": today(), "commit": commit(), "versions": versions()}
+        about |= {"threads": torch.get_num_threads(), "half": args.half, "page_size": args.page_size}
+        print(json.dumps({**about, "records": frame.round(5).to_dict("records")}))
+    return 0
+
+
+def render(frame: pd.DataFrame) -> str:
+    """The table, and under it the ratios of `beside_exact`, as text."""
+    shown = pd.DataFrame(
+        {
+            "context": frame.context, "cache": frame.cache,
+            "first token s": frame.first_token_seconds.map("{:.2f}".format),
+            "token ms": frame.token_ms.map("{:.1f}".format),
+            **{f"{name} MiB": (frame[f"{name}_bytes"] / MIB).map("{:.1f}".format) for name in
+               ("cache", "reserved", "peak")},
+        }
+    )  # fmt: skip
+    ratios = [
+        f"{r.context:,} tokens, paged: first token {r.first_token:.2f}x as fast, each token {r.token:.2f}x; "
+        f"cache {r.cache:.2f}x smaller, peak {r.peak:.2f}x"
+        for r in beside_exact(frame).itertuples()
+    ]
+    return "\n".join([shown.to_string(index=False), *ratios])

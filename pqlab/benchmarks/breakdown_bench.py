@@ -1,0 +1,98 @@
+"""`python -m pqlab bench breakdown`: the parts of a decode step, paged beside exact, by context length."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+
+import pandas as pd
+import torch
+
+from ..config import CacheConfig
+from ..errors import ConfigError, UnsupportedModelError
+from ..models import default_codebooks, load_model
+from ..results.provenance import commit, device_name, today, versions
+from .breakdown import PARTS, breakdown
+from .random_models import SHAPES, random_model
+
+KINDS = ("exact", "paged")
+ROOM = 1024
+"""Positions of a model with random weights behind the longest context."""
+
+
+def breakdowns(
+    model, contexts: Iterable[int], kinds: Iterable[str] = KINDS, steps: int | None = None, **options
+) -> pd.DataFrame:
+    """`breakdown` for every kind and context: its rows with the columns context, kind, and its attributes."""
+    frames = []
+    for context in contexts:
+        for kind in kinds:
+            frame = breakdown(model, kind, context, steps, **options)
+            about = {name: frame.attrs[name] for name in ("step_milliseconds", "sum_milliseconds", "overhead", "how")}
+            frames.append(frame.assign(context=context, kind=kind, **about))
+    return pd.concat(frames, ignore_index=True)
+
+
+def render(frame: pd.DataFrame) -> str:
+    """A table with a column for each kind and context: milliseconds of every part, and what they add up to."""
+    frame = frame.assign(run=[f"{kind} {context:,}" for kind, context in zip(frame.kind, frame.context, strict=True)])
+    runs = list(dict.fromkeys(frame.run))
+    wide = frame.pivot(index="part", columns="run", values="milliseconds")[runs]
+    wide = wide.loc[[part for part in PARTS if part in wide.index]]
+    firsts = frame.drop_duplicates("run").set_index("run")
+    lines = {
+        "sum of parts": firsts.sum_milliseconds.map("{:.3f}".format),
+        "step by itself": firsts.step_milliseconds.map("{:.3f}".format),
+        "cost of measuring": firsts.overhead.map("{:+.1%}".format),
+    }
+    shares = frame.pivot(index="part", columns="run", values="share")
+    text = wide.map("{:.3f}".format) + shares.loc[wide.index, runs].map("{:6.1%}".format)
+    text = text.where(wide.notna(), "-")
+    return pd.concat([text, pd.DataFrame(lines).T[runs]]).rename_axis("ms a token").reset_index().to_string(index=False)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights instead of a model (on a GPU: 8b)")
+    parser.add_argument("--model", help="name, hub id or folder (on a CPU: the embedded model)")
+    parser.add_argument("--context", nargs="+", type=int, default=[8192, 32768] if on_gpu else [1024, 4096])
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--steps", type=int, help="measured steps (default: a page)")
+    parser.add_argument("--page-size", type=int, default=CacheConfig().page_size, help="tokens of a page")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument(
+        "--eager", action="store_true", help="on a GPU: no CUDA graph; parts then hold waits for the host"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; the exit status."""
+    if args.model and args.shape:
+        print("bench breakdown: give --model or --shape, not both")
+        return 2
+    on_gpu = args.device.startswith("cuda")
+    shape = args.shape or ("8b" if on_gpu and not args.model else None)
+    dtype = torch.float16 if on_gpu else torch.float32
+    try:
+        config = CacheConfig(page_size=args.page_size)
+        options: dict = {"config": config, "graph": False if args.eager or not on_gpu else None}
+        if shape:
+            name, model = shape, random_model(shape, max(args.context) + ROOM, dtype, args.device)
+        else:
+            name = args.model or "default"
+            model, tokenizer = load_model(name, dtype, device=args.device)
+            options["codebooks"] = default_codebooks(model, tokenizer)
+        frame = breakdowns(model, args.context, args.kind, args.steps, **options)
+    except (ConfigError, UnsupportedModelError, OSError) as error:
+        print(f"bench breakdown: {error}")
+        return 2
+    device = device_name(args.device)
+    print(f"{name} on {device}, batch 1, page {args.page_size}; {frame.how[0]}")
+    print(render(frame))
+    if args.json:
+        about = {"benchmark": "breakdown", "model": name, "device": device, "date": today(), "commit": commit()}
+        about |= {"versions": versions(), "threads": torch.get_num_threads(), "page_size": args.page_size}
+        print(json.dumps({**about, "records": frame.round(5).to_dict("records")}))
+    return 0

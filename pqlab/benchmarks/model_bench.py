@@ -1,0 +1,184 @@
+"""Time of a whole model, paged PQ beside exact attention: per output token, and to the first one.
+
+The model has random weights and a cache filled with random tokens: speed does not depend on what they say. Cases:
+
+    paged      PagedPQCache in static mode, flushes included, as a graph; codebooks with maps, as calibration makes them
+    exact ...  K and V in static buffers of exactly the context, with each exact attention torch offers, as a graph
+    none       the same graph without attention and cache: what everything else costs
+    compiled   any of these with the model compiled by inductor before it is captured
+    ... eager  without a graph: DynamicCache + sdpa, and PagedPQCache in eager mode
+    prefill .. a prompt of the context's length, from its ids to the first new token (--prefill)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from .. import kernels
+from ..cache import PagedPQCache
+from ..config import CacheConfig, PQConfig
+from ..quantization import Codebooks
+from ..results.provenance import commit, device_name, today, versions
+from ..transformers_api import cache_argument
+from .decode_steps import EXACT_BACKENDS, NONE, Step, decode_step, exact_step, time_graph
+from .filled_caches import ROOM, filled_buffers, filled_dynamic, filled_paged
+from .random_models import SHAPES, random_model
+
+PREFILLS = 4
+"""Prompts of each kind that are read in turns; the first of them is not counted."""
+
+
+@dataclass
+class Timing:
+    case: str
+    milliseconds: float | None
+    note: str = ""
+
+
+def bench_model(
+    shape: str, context: int, *, dtype=torch.float16, device="cuda", eager: bool = True, compiled: bool = True
+) -> list[Timing]:
+    """Milliseconds a token of every case for a model shape of `SHAPES` at `context` tokens, batch 1."""
+    model = random_model(shape, context + ROOM, dtype, device)
+    rows: list[Timing] = []
+
+    def measure(case: str, make: Callable[[], Step], graph: bool) -> None:
+        try:
+            step = make()
+            step()  # kernels are built for what they are asked
+            kernels.wait()
+            ms = time_graph(step) if graph and device == "cuda" else _time_eager(step, device)
+            rows.append(Timing(case, ms))
+        except Exception as error:  # an exact attention that refuses these shapes is a row, not the end
+            rows.append(Timing(case, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"))
+        torch._dynamo.reset()  # compiled graphs hold caches
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+    def paged(mode: str, how: bool, maps: bool = True) -> Step:
+        books = Codebooks.random(model.config, config=PQConfig(), maps=maps)
+        cache = filled_paged(model, context, CacheConfig(mode=mode), codebooks=books)
+        return decode_step(model, cache, "pqlab", context, compiled=how)
+
+    def as_graphs(how: bool, exact: Sequence[str]) -> None:
+        end = " compiled" if how else ""
+        measure(f"none{end}", lambda: decode_step(model, filled_buffers(model, 0), NONE, context, how), graph=True)
+        for name in exact:
+            measure(f"exact {name}{end}", lambda name=name: exact_step(model, context, name, how), graph=True)
+        measure(f"paged{end}", lambda: paged("static", how), graph=True)
+        measure(f"paged, no maps{end}", lambda: paged("static", how, maps=False), graph=True)
+
+    as_graphs(False, list(EXACT_BACKENDS) if device == "cuda" else ("flash", "math"))
+    if compiled:
+        as_graphs(True, ("flash", "cudnn"))  # the others are far behind already
+    if eager:
+        exact = lambda: decode_step(model, filled_dynamic(model, context), "sdpa", context)  # noqa: E731
+        measure("exact eager", exact, graph=False)
+        measure("paged eager", lambda: paged("eager", False), graph=False)
+    return rows
+
+
+def bench_prefill(shape: str, context: int, *, dtype=torch.float16, device="cuda") -> list[Timing]:
+    """Milliseconds from a prompt of `context` random tokens to the first new one, the kinds of cache in turns."""
+    model = random_model(shape, context + 1, dtype, device)
+    ids = torch.randint(model.config.vocab_size, (1, context), device=device)
+    books = Codebooks.random(model.config, config=PQConfig(), maps=True)
+
+    def paged(mode: str) -> Cache:
+        return PagedPQCache(model, books, CacheConfig(mode=mode), context=context + 1)
+
+    kinds: dict[str, tuple[str, Callable[[], Cache]]] = {
+        "prefill exact": ("sdpa", lambda: DynamicCache(config=model.config)),
+        "prefill paged": ("pqlab", lambda: paged("eager")),
+        "prefill paged static": ("pqlab", lambda: paged("static")),
+    }
+    for attention, make in kinds.values():
+        model.set_attn_implementation(attention)
+        _first_token(model, make(), ids[:, : min(context, 1024)])
+        kernels.wait()  # for what the short prompt had built
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    peaks: dict[str, int] = {}
+    for turn in range(PREFILLS):
+        for kind, (attention, make) in kinds.items():
+            model.set_attn_implementation(attention)
+            cache = make()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+            _first_token(model, cache, ids)
+            if turn:
+                times[kind].append((time.perf_counter() - begin) * 1e3)
+            if device == "cuda":
+                peaks[kind] = torch.cuda.max_memory_allocated()
+            del cache
+    rows = []
+    for kind, measured in times.items():
+        over = statistics.median(measured) / statistics.median(times["prefill exact"]) - 1
+        notes = [f"{over:+.1%} beside exact"] if kind != "prefill exact" else []
+        notes += [f"peak {peaks[kind] / 2**30:.1f} GiB with weights"] if kind in peaks else []
+        rows.append(Timing(kind, statistics.median(measured), ", ".join(notes)))
+    return rows
+
+
+@torch.inference_mode()
+def _first_token(model: PreTrainedModel, cache: Cache, ids: torch.Tensor) -> int:
+    logits = model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
+    return int(logits[0, -1].argmax())  # waits for the device
+
+
+def _time_eager(step: Step, device: str) -> float:
+    times = []
+    for i in range(8):
+        started = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i >= 3:
+            times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", nargs="+", default=["7b", "8b"], choices=list(SHAPES))
+    parser.add_argument("--context", nargs="+", type=int, default=[32768], help="tokens in the cache or the prompt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prefill", action="store_true", help="the time to the first token instead of that per token")
+    parser.add_argument("--no-eager", action="store_true", help="only what runs as one CUDA graph")
+    parser.add_argument("--no-compiled", action="store_true", help="leave out the rows compiled by inductor")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time every case, print a table (and JSON); the exit status."""
+    dtype = torch.float16 if args.device == "cuda" else torch.float32
+    records = []
+    for shape in args.shape:
+        for context in args.context:
+            what = "to the first token" if args.prefill else "a token"
+            print(f"{shape}, {context:,} tokens, batch 1: ms {what}", flush=True)
+            if args.prefill:
+                timings = bench_prefill(shape, context, dtype=dtype, device=args.device)
+            else:
+                options = {"eager": not args.no_eager, "compiled": not args.no_compiled}
+                timings = bench_model(shape, context, dtype=dtype, device=args.device, **options)
+            for timing in timings:
+                ms = "-" if timing.milliseconds is None else f"{timing.milliseconds:.3f}"
+                print(f"  {timing.case:<26}{ms:>10}  {timing.note}", flush=True)
+                records.append({"shape": shape, "context": context, **asdict(timing)})
+    if args.json:
+        about = {"benchmark": "model", "device": device_name(args.device), "dtype": str(dtype).removeprefix("torch.")}
+        about |= {"date": today(), "commit": commit(), "versions": versions()}
+        print(json.dumps({**about, "records": records}))
+    return 0

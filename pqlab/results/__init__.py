@@ -1,0 +1,1 @@
+"""What was measured: the committed records, where they come from (`provenance`), and how they are read (`shipped`)."""
