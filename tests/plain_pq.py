@@ -1,7 +1,8 @@
 """A plain contiguous model of the cache, for tests: no pages, no ring, no sharing. Lists of tokens per row.
 
 It is a transformers cache that works with any attention: `update` returns dequantized K and V for every column. It
-follows DESIGN's semantics (sinks, window, flush of whole pages, encode once) in the most literal way.
+follows DESIGN's semantics (sinks, window, flush of whole pages, encode once) in the most literal way. Exact tokens lie
+behind the codec's map and are read through its inverse, which is that of rounded matrices.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ class PlainPQLayer(DynamicLayer):
         self.codec, self.page_size, self.residual, self.sinks = codec, page_size, residual, sinks
         self.mask = mask  # bool [B, columns], False at pads
         self.coded: list[int] = []
+        self.raw: dict[str, torch.Tensor] = {}  # as the model made them: what is encoded
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.coded = [0] * keys.shape[0]
-        if keys.shape[2] > 1:  # a chunk sees itself exactly, then is flushed
-            seen = super().update(keys, values)
-            seen = tuple(x.clone() for x in seen)
-            self._flush()
-            return seen
-        super().update(keys, values)
+            self.raw = {"keys": keys[:, :, :0], "values": values[:, :, :0]}
+        start = self.raw["keys"].shape[2]
+        self.raw = {name: torch.cat([self.raw[name], x], 2) for name, x in (("keys", keys), ("values", values))}
+        seen = tuple(x.clone() for x in super().update(keys, values))  # a chunk sees itself exactly, then is stored
+        for name, codec in self._sides():
+            stored = getattr(self, name).clone()
+            stored[:, :, start:] = codec.from_code_space(codec.to_code_space(stored[:, :, start:]))
+            setattr(self, name, stored)
         self._flush()
-        return self.keys, self.values
+        return seen if keys.shape[2] > 1 else (self.keys, self.values)
+
+    def _sides(self):
+        return ("keys", self.codec.k), ("values", self.codec.v)
 
     def _flush(self) -> None:
-        self.keys, self.values = self.keys.clone(), self.values.clone()
         for row in range(self.keys.shape[0]):
             columns = torch.arange(self.keys.shape[2])
             if self.mask is not None:
@@ -47,14 +53,14 @@ class PlainPQLayer(DynamicLayer):
                 continue
             end = (len(body) - self.residual) // self.page_size * self.page_size
             chosen = body[self.coded[row] : end]
-            for name, codec in (("keys", self.codec.k), ("values", self.codec.v)):
-                stored = getattr(self, name)
-                x = stored[row][:, chosen]
-                stored[row][:, chosen] = codec.decode(codec.encode(x)).to(x.dtype)
+            for name, codec in self._sides():
+                x = self.raw[name][row][:, chosen]
+                getattr(self, name)[row][:, chosen] = codec.decode(codec.encode(x)).to(x.dtype)
             self.coded[row] = end
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
+        self.raw = {name: x[:, :, : self.keys.shape[2]] for name, x in self.raw.items()}
         for row in range(len(self.coded)):
             real = self.keys.shape[2]
             if self.mask is not None:
@@ -63,6 +69,7 @@ class PlainPQLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx) -> None:
         super().reorder_cache(beam_idx)
+        self.raw = {name: x[beam_idx] for name, x in self.raw.items()}
         self.coded = [self.coded[i] for i in beam_idx.tolist()]
         if self.mask is not None:
             self.mask = self.mask[beam_idx]

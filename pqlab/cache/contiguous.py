@@ -63,9 +63,9 @@ class ContiguousPQLayer(DynamicLayer):
         return tuple(torch.cat([old, x], 2) for old, x in zip(before, new, strict=True))
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """K and V [B, H, n, d] of all tokens, codes dequantized."""
+        """K and V [B, H, n, d] of all tokens, codes dequantized; exact ones as they come back from behind the map."""
         return tuple(
-            torch.cat([sinks, side.decode(codes).to(sinks.dtype), window], 2)
+            torch.cat([_through_map(side, sinks), side.decode(codes).to(sinks.dtype), _through_map(side, window)], 2)
             for side, sinks, codes, window in zip(self._sides, self.sinks, self.codes, self.window, strict=True)
         )
 
@@ -90,6 +90,11 @@ class ContiguousPQLayer(DynamicLayer):
             fresh = nearest(side.to_code_space(self.window[i][:, :, :leaving]), side.centroids)
             self.codes[i] = torch.cat([self.codes[i], fresh], 2)
             self.window[i] = self.window[i][:, :, leaving:].clone()  # a view would keep what has left
+
+
+def _through_map(side: PQCodec, x: Tensor) -> Tensor:
+    """What a query sees of exact tokens that lie in code space: the map's rounded inverse is not quite its inverse."""
+    return side.from_code_space(side.to_code_space(x))
 
 
 def contiguous_cache(model, books: Codebooks, config: CacheConfig) -> DynamicCache:
