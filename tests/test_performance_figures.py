@@ -11,7 +11,7 @@ from pqlab.figures import performance
 from pqlab.results.shipped import decode_frame, measured_with, model_frame, shipped, shipped_like
 
 
-@pytest.mark.parametrize("name", ["decode-h200", "cpu-2cores"])
+@pytest.mark.parametrize("name", ["decode-h200", "decode-h100", "cpu-2cores", "cpu-2cores-intel"])
 def test_decode_results_have_one_form(name):
     result = shipped(name)
     frame = decode_frame(result, read_gb_per_s=10.0)
@@ -21,12 +21,12 @@ def test_decode_results_have_one_form(name):
     assert by_case.code_bytes.tolist() == [32768 * 8 * 64 * 2]
     assert measured_with(result).endswith(result.get("torch") or result["versions"]["torch"])
     ragged = frame[frame.ragged]
-    assert len(ragged) == (name == "decode-h200") and (ragged.batch == 16).all()
+    assert len(ragged) == name.startswith("decode-") and (ragged.batch == 16).all()
 
 
 def test_unknown_results_are_named():
     with pytest.raises(FileNotFoundError, match="decode-h200"):
-        shipped("decode-h100")
+        shipped("decode-a-gpu-nobody-has")
 
 
 def test_model_results_know_what_everything_else_costs():
