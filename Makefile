@@ -78,9 +78,10 @@ browser: package
 	$(BIN)/python -m playwright install chromium \
 		|| $(call fail,no Chromium for the browser test; install one so that "chromium" is on the PATH)
 
+# Two files at a time: most tests keep one core busy.
 test: setup browser
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) \
-		|| $(call fail,pytest failed with exit code $$?; run one test with: make test PYTEST_ARGS='-x -k name')
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) \
+		|| $(call fail,pytest failed with exit code $$?; run one test with: make test PYTEST_ARGS='-n 0 -x -k name')
 
 # Figures carry plotly.js in the page; panels are drawn into it, since live ones need a kernel.
 notebooks: setup
