@@ -14,6 +14,7 @@ from pqlab.evaluation import eval_command, fidelity, methods
 from pqlab.evaluation.evaluate import evaluate
 from pqlab.evaluation.methods import Setting
 from pqlab.quantization import Origin
+from pqlab.results.provenance import device_name
 from pqlab.shapes import ModelShape
 
 SMALL = CacheConfig(page_size=32, residual_length=20, num_sinks=3)
@@ -59,6 +60,7 @@ def test_a_row_for_every_method_and_a_reason_where_there_are_no_numbers(tiny, mo
     record = json.loads(json.dumps(result.record(), allow_nan=False))
     assert [row["method"] for row in record["methods"]] == list(table.index)
     assert record["methods"][2]["error"] == table.note["breaks late"] and record["methods"][2]["kl"] is None
+    assert record["device"] == device_name()
     assert len(record["text"]["sha256"]) == 64 and record["versions"]["torch"] == torch.__version__
     assert model.config._attn_implementation == "sdpa"
 
@@ -172,7 +174,7 @@ def test_command(tiny, monkeypatch, tmp_path, capsys):
     from pqlab.cli import main
 
     model, tokenizer = tiny
-    monkeypatch.setattr("pqlab.models.load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr("pqlab.models.load_model", lambda name, device: (model, tokenizer))
     monkeypatch.setattr("pqlab.models.fingerprint", lambda model: "tiny")
     books = Codebooks.random(model, config=PQConfig(M=16, nbits=4))
     Codebooks(books.layers, Origin(fingerprint="tiny", num_layers=2)).save(tmp_path / "small.safetensors")

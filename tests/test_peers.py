@@ -17,7 +17,7 @@ from pqlab.evaluation.teacher_forced import TeacherForcedCache
 from pqlab.transformers_api import cache_argument
 
 HEADS, D, P = 3, 32, 32
-PLAIN = ("kivi-4", "kivi-2", "per-token-4", "per-token-2", "fp8")
+PLAIN = ("kivi-4", "kivi-3", "kivi-2", "per-token-4", "per-token-2", "fp8")
 HF = ("hf-quanto-4", "hf-quanto-2", "hf-hqq-4", "hf-hqq-2", "hf-hqq-4-axis0")
 needs = {name: {"quanto": "optimum.quanto", "hqq": "hqq"}[name.split("-")[1]] for name in HF}
 
@@ -113,7 +113,8 @@ def test_stored_values_are_those_of_a_plain_computation(name, setting):
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        ("kivi-4", 4 + 32 / 32), ("kivi-2", 2 + 32 / 32), ("per-token-4", 4 + 16 / 32), ("per-token-2", 2 + 16 / 32),
+        ("kivi-4", 4 + 32 / 32), ("kivi-3", 3 + 32 / 32), ("kivi-2", 2 + 32 / 32),
+        ("per-token-4", 4 + 16 / 32), ("per-token-2", 2 + 16 / 32),
         ("fp8", 8 + 32 / (P * D)), *((name, int(name.split("-")[2]) + 32 / 64) for name in HF if installed(name)),
     ],
 )  # fmt: skip
@@ -196,13 +197,14 @@ def test_values_that_scales_cannot_hold_are_an_error(setting):
             methods.make(name, setting).quantize(1, x, x)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_packing(bits):
     codes = torch.arange(64) % 2**bits
     packed = pack(codes, bits)
     assert packed.nbytes == 64 * bits // 8 and packed.dtype == torch.uint8
     assert torch.equal(unpack(packed, bits), codes.to(torch.uint8))
-    assert int(packed[0]) == sum(int(codes[i]) << (i * bits) for i in range(8 // bits))
+    stream = sum(int(code) << (i * bits) for i, code in enumerate(codes))
+    assert packed.numpy().tobytes() == stream.to_bytes(len(packed), "little")
     with pytest.raises(ConfigError, match="do not fill bytes"):
         pack(codes[:1], 4 if bits == 1 else bits)
 

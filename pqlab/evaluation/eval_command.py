@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--codebooks", action="append", default=[], type=Path, metavar="PATH", help="another method: a codebooks file, "
         "named by its stem; may be repeated")  # fmt: skip
     add("--model", default="default", help="as pqlab.load_model takes it")
+    add("--device", default="cpu", help="torch device that the model runs on")
     add("--text", default="pride", help="name of a shipped text or path of a file")
     add("--calibration", default=CALIBRATION_TEXT, help="text for methods that are trained")
     add("--windows", type=int, default=2, help="windows of the text, one behind the other")
@@ -91,7 +92,7 @@ def _measure(args: argparse.Namespace) -> Evaluation:
         books[path.stem] = path
     if args.out and not args.out.resolve().parent.is_dir():
         raise ConfigError(f"there is no folder for {args.out}; make it first")
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, device=args.device)
     return evaluate(
         model,
         tokenizer,
@@ -113,7 +114,7 @@ def _heading(result: Evaluation) -> str:
     return (
         f"{s['model']['name']} on {s['text']['name']}: {s['windows']} windows of {s['length']} tokens "
         f"from {s['skip']}, prompt {s['prompt']};\n{cache['num_sinks']} sinks, R {cache['residual_length']}, "
-        f"page {cache['page_size']}; calibrated on {s['calibration']['name']}"
+        f"page {cache['page_size']}; calibrated on {s['calibration']['name']}; {s['device']}"
     )
 
 

@@ -29,7 +29,7 @@ from ..models import fingerprint, load_text
 from ..models.defaults import CALIBRATION_TEXT
 from ..quantization import Codebooks, attention_geometry
 from ..quantization.geometry import text_config
-from ..results.provenance import commit, file_sha256, text_record, today, versions
+from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
 from . import fidelity, methods
 from .methods import Method, Setting, token_elements
 from .teacher_forced import schedule
@@ -188,6 +188,7 @@ def evaluate(
         "date": today(),
         "commit": commit(),
         "versions": versions(),
+        "device": device_name(model.device),
         "model": {
             "name": Path(str(model.config._name_or_path)).name or type(model).__name__,
             "fingerprint": fingerprint(model),

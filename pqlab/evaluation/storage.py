@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from math import gcd
 from typing import Any
 
 import torch
@@ -89,21 +90,25 @@ def _measured_page(name: str, storage: Storage, heads: int, page_size: int, head
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes 0 to 2**bits - 1, [..., n], as uint8 [..., n * bits / 8], the first code in the lowest bits; bits 1, 2, 4.
+    """Codes 0 to 2**bits - 1, [..., n], as uint8 [..., n * bits / 8]: one behind the other, lowest bits first.
 
     Raises `ConfigError` when n codes do not fill whole bytes.
     """
-    per_byte = 8 // bits
-    if codes.shape[-1] % per_byte:
-        raise ConfigError(f"{codes.shape[-1]} codes of {bits} bits do not fill bytes; set a multiple of {per_byte}")
-    shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    return (codes.to(torch.uint8).unflatten(-1, (-1, per_byte)) << shifts).sum(-1, dtype=torch.uint8)
+    if codes.shape[-1] * bits % 8:
+        good = 8 // gcd(bits, 8)
+        raise ConfigError(f"{codes.shape[-1]} codes of {bits} bits do not fill bytes; set a multiple of {good}")
+    stream = (codes.to(torch.uint8)[..., None] >> _shifts(codes, bits)) & 1
+    return (stream.flatten(-2).unflatten(-1, (-1, 8)) << _shifts(codes, 8)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Inverse of `pack`: uint8 [..., n]."""
-    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    stream = (packed[..., None] >> _shifts(packed, 8)) & 1
+    return (stream.flatten(-2).unflatten(-1, (-1, bits)) << _shifts(packed, bits)).sum(-1, dtype=torch.uint8)
+
+
+def _shifts(like: Tensor, count: int) -> Tensor:
+    return torch.arange(count, device=like.device, dtype=torch.uint8)
 
 
 def groups_of(x: Tensor, dim: int, size: int, name: str, what: str) -> Tensor:

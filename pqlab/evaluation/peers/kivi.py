@@ -22,7 +22,7 @@ GROUP = 32
 
 
 class KIVI(Storage):
-    """Args: bits of a code, 1, 2 or 4."""
+    """Args: bits of a code, 1 to 4; the paper has 2 and 4."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -50,5 +50,5 @@ def make(setting: Setting, bits: int) -> Method:
     return from_storage(f"kivi-{bits}", KIVI(bits), setting)
 
 
-for _bits in (4, 2):
+for _bits in (4, 3, 2):
     register(f"kivi-{_bits}")(partial(make, bits=_bits))
