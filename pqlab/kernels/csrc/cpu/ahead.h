@@ -31,6 +31,7 @@ struct Aheads {
 
     Aheads(const Ahead& first, const Ahead& second, int64_t turns)
         : now(first), later(second), lines((first.share(1) + second.share(1) + turns - 1) / turns) {}
+    static Aheads none() { return {Ahead{nullptr, 0, 0}, Ahead{nullptr, 0, 0}, 1}; }
     PQ_INLINE void fetch() {
         if (now.count == 0) {
             now = later;

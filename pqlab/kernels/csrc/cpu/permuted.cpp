@@ -13,8 +13,8 @@ namespace pq {
 namespace {
 
 constexpr int64_t BLOCK_CODES = GROUPS * GROUP, STRIDE = BLOCK_CODES + 64;
-// What stays in L1 (32 or 48 KiB) while keys are summed: tables of some subspaces, and the sums of half a block.
-constexpr int64_t KEY_BYTES = 16384, KEY_GROUPS = 8;
+// What stays in L1 (32 or 48 KiB) while keys are summed: codes and a row's tables of some subspaces, 16 and 12 KiB.
+constexpr int64_t KEY_SUBSPACES = 16;
 
 // A block's codes as the loops read them: 16 of subspace s at tiles[i] + s * pitch, tiles [groups * 4].
 struct Codes {
@@ -71,14 +71,14 @@ void attend(const Decode& job, const Segment& segment, const Coming& coming, con
             const Rows& rows) {
     const pq_decode_args& a = job.a;
     const int64_t d = a.head_dim, width = padded(d), k_stored = stored_of(a.k_nbits);
-    const int64_t chunk = std::max<int64_t>(1, KEY_BYTES / (ROWS * PLANES * k_stored));
     constexpr int64_t BLOCK_TILES = GROUPS * GROUP_TILES;
     s.codes.resize(size_t(std::max(a.k_m, a.v_m) * STRIDE));
-    s.byte_sums.resize(size_t(KEY_GROUPS * ROWS * PLANES * 2 * 64));
+    s.byte_sums.resize(size_t(ROWS * GROUPS * PLANES * 2 * 64));
+    s.gathered.resize(size_t(KEY_SUBSPACES * GROUPS * 64));
     s.scores.resize(size_t(ROWS * BLOCK_CODES));
     s.sums.assign(size_t(d * ROWS * 16), 0.f);
     s.weights.resize(ROWS * sizeof(Weights) / sizeof(float));
-    __m512i* byte_sums = (__m512i*)s.byte_sums.data();
+    __m512i *byte_sums = (__m512i*)s.byte_sums.data(), *gathered = (__m512i*)s.gathered.data();
     __m512 *scores = (__m512*)s.scores.data(), *sums = (__m512*)s.sums.data();
     Weights* weights = (Weights*)s.weights.data();
     const ValueBook book = job.value_book(segment.pair);
@@ -98,18 +98,19 @@ void attend(const Decode& job, const Segment& segment, const Coming& coming, con
         job.find_v(segment.pair, tile, tiles, s.v_tiles);
         const Ahead values{s.v_tiles.data(), tiles, a.v_m * 2 * a.v_nbits};
         const Codes k_codes = codes_for(s.k_tiles, a.k_m, a.k_nbits, s);
-        Aheads after_keys(values, coming.half(0, last_block), a.k_m * groups);
-        for (int64_t g = 0; g < groups; g += KEY_GROUPS) {
-            const int64_t n = std::min(KEY_GROUPS, groups - g);
-            const auto sum = parts_of(a.k_nbits) == 4 ? sum_planes<ROWS, 4> : sum_planes<ROWS, 1>;
-            for (int64_t first = 0; first < a.k_m; first += chunk)
-                sum(k_codes.tiles + g * GROUP_TILES, k_codes.pitch, n, first, std::min(first + chunk, a.k_m),
-                    s.keys.planes.data(), byte_sums, after_keys);
+        Aheads after_keys(values, coming.half(0, last_block), ROWS * a.k_m * ((groups + 1) / 2));
+        const auto sum = parts_of(a.k_nbits) == 4 ? sum_planes<4> : sum_planes<1>;
+        for (int64_t first = 0; first < a.k_m; first += KEY_SUBSPACES) {
+            const int64_t n = std::min(KEY_SUBSPACES, a.k_m - first);
+            gather_codes(k_codes.tiles, k_codes.pitch, groups, first, first + n, gathered);
             for (int r = 0; r < ROWS; r++)
-                for (int64_t i = 0; i < n; i++)
-                    scores_of(byte_sums + (i * ROWS + r) * PLANES * 2, a.k_m, s.keys.step[r], s.keys.offset[r],
-                              scores + (r * GROUPS + g + i) * 4);
+                sum(gathered, groups, n, s.keys.planes.data() + (r * a.k_m + first) * PLANES * k_stored, first == 0,
+                    byte_sums + r * GROUPS * PLANES * 2, after_keys);
         }
+        for (int r = 0; r < ROWS; r++)
+            for (int64_t g = 0; g < groups; g++)
+                scores_of(byte_sums + (r * GROUPS + g) * PLANES * 2, a.k_m, s.keys.step[r], s.keys.offset[r],
+                          scores + (r * GROUPS + g) * 4);
         float old[ROWS], now[ROWS];
         for (int r = 0; r < ROWS; r++) {
             __m512* p = scores + r * GROUPS * 4;
@@ -123,7 +124,7 @@ void attend(const Decode& job, const Segment& segment, const Coming& coming, con
             l[r] = l[r] * old[r] + sum * now[r];
             m[r] = next;
         }
-        const Aheads after_values(find_keys(tile + tiles), coming.half(1, last_block), a.v_m * groups);
+        const Aheads after_values(find_keys(tile + tiles), coming.half(1, last_block), (ROWS + 1) / 2 * d * groups);
         const Codes v_codes = codes_for(s.v_tiles, a.v_m, a.v_nbits, s);
         const auto add = parts_of(a.v_nbits) == 4 ? add_values<ROWS, 4> : add_values<ROWS, 1>;
         add(v_codes.tiles, v_codes.pitch, groups, a.v_m, d / a.v_m, book, weights, old, now, sums, after_values);

@@ -11,7 +11,7 @@ constexpr int64_t GROUP_TILES = GROUP / TILE;
 
 // Scores of all centroids for up to four rows, as written by `make_key_tables`; kept for the next call.
 struct KeyTables {
-    Buffer<uint8_t> planes;    // [m][rows][PLANES][stored]
+    Buffer<uint8_t> planes;    // [rows][m][PLANES][stored]
     float step[4], offset[4];  // of a row; offset: the score of all middles
 };
 
@@ -42,7 +42,7 @@ PQ_NOINLINE void make_key_tables(const KeyBook& book, int64_t m, int64_t dm, int
         next.fetch(lines);
         const float* columns = book.columns + s * dm * stored;
         for (int64_t line = 0; line < dm * stored; line += 16) __builtin_prefetch(columns + dm * stored + line, 0, 2);
-        uint8_t* planes = tables.planes.data() + s * ROWS * PLANES * stored;
+        uint8_t* planes = tables.planes.data() + s * PLANES * stored;
         for (int64_t c = 0; c < stored; c += GROUP) {
             __m512 sum[ROWS][4];
 #pragma GCC unroll 4
@@ -69,57 +69,87 @@ PQ_NOINLINE void make_key_tables(const KeyBook& book, int64_t m, int64_t dm, int
                 split_bytes(entry, bytes);
 #pragma GCC unroll 3
                 for (int p = 0; p < PLANES; p++)
-                    _mm512_store_si512(planes + (r * PLANES + p) * stored + c, bytes[p]);
+                    _mm512_store_si512(planes + (r * m * PLANES + p) * stored + c, bytes[p]);
             }
         }
     }
 }
 
-// 16 codes each of four tiles.
-PQ_INLINE __m512i codes_of(const uint8_t* const* tiles, int64_t at) {
-    __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(tiles[0] + at)));
-    c = _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(tiles[1] + at)), 1);
-    c = _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(tiles[2] + at)), 2);
-    return _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(tiles[3] + at)), 3);
+// Codes of `groups` groups for subspaces [first, last), as the loops want them: out [last - first][groups].
+//   tiles [groups * 4]: 16 codes of subspace s at s * pitch.
+inline void gather_codes(const uint8_t* const* tiles, int64_t pitch, int64_t groups, int64_t first, int64_t last,
+                         __m512i* out) {
+    const int64_t whole = pitch == TILE ? (last - first) / 4 * 4 : 0;
+    for (int64_t g = 0; g < groups; g++, tiles += GROUP_TILES) {
+        const uint8_t *t0 = tiles[0], *t1 = tiles[1], *t2 = tiles[2], *t3 = tiles[3];
+        __m512i* to = out + g;
+        int64_t s = first;
+        for (; s < first + whole; s += 4, to += 4 * groups) {  // four subspaces lie side by side: a square of 16 bytes
+            const __m512i a = _mm512_loadu_si512(t0 + s * TILE), b = _mm512_loadu_si512(t1 + s * TILE);
+            const __m512i c = _mm512_loadu_si512(t2 + s * TILE), d = _mm512_loadu_si512(t3 + s * TILE);
+            const __m512i ab = _mm512_shuffle_i64x2(a, b, 0x88), cd = _mm512_shuffle_i64x2(c, d, 0x88);  // s 0 2 0 2
+            const __m512i AB = _mm512_shuffle_i64x2(a, b, 0xdd), CD = _mm512_shuffle_i64x2(c, d, 0xdd);  // s 1 3 1 3
+            to[0] = _mm512_shuffle_i64x2(ab, cd, 0x88);
+            to[groups] = _mm512_shuffle_i64x2(AB, CD, 0x88);
+            to[2 * groups] = _mm512_shuffle_i64x2(ab, cd, 0xdd);
+            to[3 * groups] = _mm512_shuffle_i64x2(AB, CD, 0xdd);
+        }
+        for (; s < last; s++, to += groups) {
+            __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(t0 + s * pitch)));
+            c = _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(t1 + s * pitch)), 1);
+            c = _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(t2 + s * pitch)), 2);
+            *to = _mm512_inserti32x4(c, _mm_loadu_si128((const __m128i*)(t3 + s * pitch)), 3);
+        }
+    }
 }
 
-// Sums of the bytes of each plane over subspaces [first, last), in 16 bits: sums [groups][ROWS][PLANES][2], first
-// all bytes as words (their overflow included), then the odd bytes. `next` is fetched on the way.
-//   tiles [groups * 4]: codes of subspace s of 16 tokens at s * pitch; tables [m][ROWS][PLANES][64 * PARTS].
-template <int ROWS, int PARTS>
-PQ_NOINLINE void sum_planes(const uint8_t* const* tiles, int64_t pitch, int64_t groups, int64_t first, int64_t last,
-                            const uint8_t* tables, __m512i* sums, Aheads& next) {
-    constexpr int64_t PLANE = GROUP * PARTS;
-    Aheads ahead = next;
-    for (int64_t g = 0; g < groups; g++, tiles += GROUP_TILES, sums += ROWS * PLANES * 2) {
-        __m512i sum[ROWS][PLANES][2];
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 3
-            for (int p = 0; p < PLANES; p++)
+// Sums of the bytes of each plane over `count` subspaces for a row and AT_ONCE groups, added to sums
+// [AT_ONCE][PLANES][2]: all bytes as words (their overflow included), then the odd bytes. What is loaded of the tables
+// serves all groups: of loads there are two a cycle, and they are what bounds this loop.
+//   codes [count][pitch]; tables [count][PLANES][64 * PARTS].
+template <int AT_ONCE, int PARTS>
+PQ_INLINE void sum_groups(const __m512i* codes, int64_t pitch, int64_t count, const uint8_t* tables, bool begin,
+                          __m512i* sums, Aheads& ahead) {
+    __m512i sum[AT_ONCE][PLANES][2];
 #pragma GCC unroll 2
-                for (int i = 0; i < 2; i++)
-                    sum[r][p][i] = first ? sums[(r * PLANES + p) * 2 + i] : _mm512_setzero_si512();
-        for (int64_t s = first; s < last; s++) {
-            ahead.fetch();
-            const __m512i codes = codes_of(tiles, s * pitch);
-            const Where w = where<PARTS>(codes);
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++)
+    for (int g = 0; g < AT_ONCE; g++)
 #pragma GCC unroll 3
-                for (int p = 0; p < PLANES; p++) {
-                    const __m512i x = look_up<PARTS>(tables + ((s * ROWS + r) * PLANES + p) * PLANE, codes, w);
-                    sum[r][p][0] = _mm512_add_epi16(sum[r][p][0], x);
-                    sum[r][p][1] = _mm512_add_epi16(sum[r][p][1], _mm512_srli_epi16(x, 8));
-                }
+        for (int p = 0; p < PLANES; p++)
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) sum[g][p][i] = begin ? _mm512_setzero_si512() : sums[(g * PLANES + p) * 2 + i];
+    for (int64_t s = 0; s < count; s++, codes += pitch, tables += PLANES * GROUP * PARTS) {
+        ahead.fetch();
+        Where w[AT_ONCE];
+#pragma GCC unroll 2
+        for (int g = 0; g < AT_ONCE; g++) w[g] = where<PARTS>(codes[g]);
+#pragma GCC unroll 3
+        for (int p = 0; p < PLANES; p++) {
+            const Plane<PARTS> plane(tables + p * GROUP * PARTS);
+#pragma GCC unroll 2
+            for (int g = 0; g < AT_ONCE; g++) {
+                const __m512i x = plane.at(codes[g], w[g]);
+                sum[g][p][0] = _mm512_add_epi16(sum[g][p][0], x);
+                sum[g][p][1] = _mm512_add_epi16(sum[g][p][1], _mm512_srli_epi16(x, 8));
+            }
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 3
-            for (int p = 0; p < PLANES; p++)
-#pragma GCC unroll 2
-                for (int i = 0; i < 2; i++) sums[(r * PLANES + p) * 2 + i] = sum[r][p][i];
     }
+#pragma GCC unroll 2
+    for (int g = 0; g < AT_ONCE; g++)
+#pragma GCC unroll 3
+        for (int p = 0; p < PLANES; p++)
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) sums[(g * PLANES + p) * 2 + i] = sum[g][p][i];
+}
+
+// The same for all groups: sums [groups][PLANES][2]. `next` is fetched on the way, in (groups + 1) / 2 * count turns.
+template <int PARTS>
+PQ_NOINLINE void sum_planes(const __m512i* codes, int64_t groups, int64_t count, const uint8_t* tables, bool begin,
+                            __m512i* sums, Aheads& next) {
+    Aheads ahead = next;
+    int64_t g = 0;
+    for (; g + 2 <= groups; g += 2)
+        sum_groups<2, PARTS>(codes + g, groups, count, tables, begin, sums + g * PLANES * 2, ahead);
+    if (g < groups) sum_groups<1, PARTS>(codes + g, groups, count, tables, begin, sums + g * PLANES * 2, ahead);
     next = ahead;
 }
 

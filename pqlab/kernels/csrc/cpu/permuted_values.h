@@ -60,74 +60,77 @@ inline void weigh(const __m512* scores, int64_t groups, Weights& weights, float&
     l = _mm512_reduce_add_ps(sum) * (1.f / 128.f / WEIGHT_ONE);
 }
 
-// sums[dim][row] = sums * old[row] + now[row] * sum of weight * entry over the tokens of the block, by lane, for DIMS
-// dimensions of one subspace. `next` is fetched on the way.
-//   tiles [groups * 4]: codes of 16 tokens at `at`; planes [DIMS][PLANES][64 * PARTS].
-template <int ROWS, int DIMS, int PARTS>
-PQ_NOINLINE void add_dimensions(const uint8_t* const* tiles, int64_t at, int64_t groups, const uint8_t* planes,
-                                const Weights* weights, const float* old, const float* now, __m512* sums,
-                                Aheads& next) {
+// sum += products of four unsigned and signed bytes, by lane. As an intrinsic in a loop, GCC 12 copies every sum twice
+// a turn and keeps the planes in memory for it.
+PQ_INLINE void multiply_add(__m512i& sum, __m512i bytes, __m512i digits) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(digits));
+}
+
+// sums[row] = sums * old[row] + now[row] * sum of weight * entry over the tokens of a block, by lane, for a dimension.
+// Its planes stay in registers, and every product has a sum of its own, since one takes four cycles: so two rows at
+// most. `next` is fetched on the way.
+//   codes [groups]; planes [PLANES][64 * PARTS].
+template <int ROWS, int PARTS>
+PQ_NOINLINE void add_dimension(const __m512i* codes, int64_t groups, const uint8_t* planes, const Weights* weights,
+                               const float* old, const float* now, __m512* sums, Aheads& next) {
     constexpr int64_t PLANE = GROUP * PARTS;
+    constexpr int PRODUCTS = 6;
+    const Plane<PARTS> low(planes), middle(planes + PLANE), high(planes + 2 * PLANE);
     Aheads ahead = next;
-    __m512i sum[DIMS][ROWS][DIGITS];
-#pragma GCC unroll 2
-    for (int i = 0; i < DIMS; i++)
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 3
-            for (int k = 0; k < DIGITS; k++) sum[i][r][k] = weights[r].centre[k];
+    __m512i sum[ROWS][PRODUCTS] = {};
     for (int64_t g = 0; g < groups; g++) {
         ahead.fetch();
-        const __m512i c = codes_of(tiles + g * GROUP_TILES, at);
+        __builtin_prefetch(planes + PLANES * PLANE + g % (PLANES * PARTS) * 64, 0, 3);
+        const __m512i c = codes[g];
         const Where w = where<PARTS>(c);
+        const __m512i h = high.at(c, w), m = middle.at(c, w), l = low.at(c, w);
 #pragma GCC unroll 2
-        for (int i = 0; i < DIMS; i++) {
-            const uint8_t* plane = planes + i * PLANES * PLANE;
-            const __m512i low = look_up<PARTS>(plane, c, w), middle = look_up<PARTS>(plane + PLANE, c, w);
-            const __m512i high = look_up<PARTS>(plane + 2 * PLANE, c, w);
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) {
-                const __m512i d0 = weights[r].digits[0][g], d1 = weights[r].digits[1][g], d2 = weights[r].digits[2][g];
-                sum[i][r][2] = _mm512_dpbusd_epi32(sum[i][r][2], high, d2);
-                sum[i][r][1] = _mm512_dpbusd_epi32(sum[i][r][1], high, d1);
-                sum[i][r][0] = _mm512_dpbusd_epi32(sum[i][r][0], high, d0);
-                sum[i][r][1] = _mm512_dpbusd_epi32(sum[i][r][1], middle, d2);
-                sum[i][r][0] = _mm512_dpbusd_epi32(sum[i][r][0], middle, d1);
-                sum[i][r][0] = _mm512_dpbusd_epi32(sum[i][r][0], low, d2);
-            }
+        for (int r = 0; r < ROWS; r++) {
+            __m512i d2 = weights[r].digits[2][g], d1 = weights[r].digits[1][g];
+            asm("" : "+v"(d2), "+v"(d1));  // or they are loaded for every product, and loads are what bounds this loop
+            multiply_add(sum[r][0], h, d2);
+            multiply_add(sum[r][3], m, d2);
+            multiply_add(sum[r][5], l, d2);
+            multiply_add(sum[r][1], h, d1);
+            multiply_add(sum[r][4], m, d1);
+            multiply_add(sum[r][2], h, weights[r].digits[0][g]);
         }
     }
     next = ahead;
     const __m512 byte = _mm512_set1_ps(1.f / 256.f);
 #pragma GCC unroll 2
-    for (int i = 0; i < DIMS; i++)
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) {
-            __m512 x = _mm512_cvtepi32_ps(sum[i][r][0]);
-            x = _mm512_fmadd_ps(x, byte, _mm512_cvtepi32_ps(sum[i][r][1]));
-            x = _mm512_fmadd_ps(x, byte, _mm512_cvtepi32_ps(sum[i][r][2]));
-            __m512& to = sums[i * ROWS + r];
-            to = _mm512_fmadd_ps(x, _mm512_set1_ps(now[r]), _mm512_mul_ps(to, _mm512_set1_ps(old[r])));
-        }
+    for (int r = 0; r < ROWS; r++) {
+        const __m512i* centre = weights[r].centre;
+        const __m512i units =
+            _mm512_add_epi32(_mm512_add_epi32(sum[r][2], sum[r][4]), _mm512_add_epi32(sum[r][5], centre[0]));
+        const __m512i bytes = _mm512_add_epi32(_mm512_add_epi32(sum[r][1], sum[r][3]), centre[1]);
+        __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(units), byte, _mm512_cvtepi32_ps(bytes));
+        x = _mm512_fmadd_ps(x, byte, _mm512_cvtepi32_ps(_mm512_add_epi32(sum[r][0], centre[2])));
+        sums[r] = _mm512_fmadd_ps(x, _mm512_set1_ps(now[r]), _mm512_mul_ps(sums[r], _mm512_set1_ps(old[r])));
+    }
 }
 
-// All dimensions of a block, tiles as in `sum_planes`: sums [d][ROWS].
+// All dimensions of a block: sums [d][ROWS].
+//   tiles [groups * 4]: codes of subspace s of 16 tokens at s * pitch. `next` is fetched on the way.
 template <int ROWS, int PARTS>
 void add_values(const uint8_t* const* tiles, int64_t pitch, int64_t groups, int64_t m, int64_t dm,
                 const ValueBook& book, const Weights* weights, const float* old, const float* now, __m512* sums,
                 Aheads next) {
-    constexpr int64_t PLANE = GROUP * PARTS;
+    constexpr int64_t SUBSPACE = PLANES * GROUP * PARTS, AT_ONCE = 4;
+    __m512i codes[AT_ONCE * GROUPS];
     for (int64_t s = 0; s < m; s++) {
-        const uint8_t* planes = book.planes + s * dm * PLANES * PLANE;
-        for (int64_t line = 0; line < dm * PLANES * PLANE; line += 64)
-            __builtin_prefetch(planes + dm * PLANES * PLANE + line, 0, 2);
-        int64_t i = 0;
-        for (; i + 2 <= dm; i += 2)
-            add_dimensions<ROWS, 2, PARTS>(tiles, s * pitch, groups, planes + i * PLANES * PLANE, weights, old, now,
-                                           sums + (s * dm + i) * ROWS, next);
-        if (i < dm)
-            add_dimensions<ROWS, 1, PARTS>(tiles, s * pitch, groups, planes + i * PLANES * PLANE, weights, old, now,
-                                           sums + (s * dm + i) * ROWS, next);
+        const uint8_t* planes = book.planes + s * dm * SUBSPACE;
+        for (int64_t line = 0; line < dm * SUBSPACE; line += 64)
+            __builtin_prefetch(planes + dm * SUBSPACE + line, 0, 2);
+        if (s % AT_ONCE == 0) gather_codes(tiles, pitch, groups, s, std::min(s + AT_ONCE, m), codes);
+        const __m512i* here = codes + s % AT_ONCE * groups;
+        for (int64_t i = s * dm; i < (s + 1) * dm; i++, planes += SUBSPACE) {
+            for (int r = 0; r + 2 <= ROWS; r += 2)
+                add_dimension<2, PARTS>(here, groups, planes, weights + r, old + r, now + r, sums + i * ROWS + r, next);
+            if (ROWS % 2)
+                add_dimension<1, PARTS>(here, groups, planes, weights + ROWS - 1, old + ROWS - 1, now + ROWS - 1,
+                                        sums + i * ROWS + ROWS - 1, next);
+        }
     }
 }
 

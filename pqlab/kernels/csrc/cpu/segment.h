@@ -33,7 +33,7 @@ struct Scratch {
     std::vector<const uint8_t*> k_tiles, v_tiles;
 #ifdef PQ_PERMUTE
     KeyTables keys;
-    Buffer<uint8_t> byte_sums;
+    Buffer<uint8_t> byte_sums, gathered;
     std::vector<const uint8_t*> unpacked, coming;
 #endif
 };
