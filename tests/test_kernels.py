@@ -382,6 +382,8 @@ def test_steps_store_and_flush_like_the_reference(cpu):
         outs = []
         books = [torch.randn(heads, 4, 256, 2, generator=g) for _ in "kv"]
         pages = [torch.zeros(6, heads, 1, 4, 16, dtype=torch.uint8) for _ in "kv"]
+        maps = [torch.randn(heads, head_dim, head_dim, generator=g) for _ in range(4)]
+        maps = [(40 * maps[0]).round().clamp(-127, 127).to(torch.int8), maps[1].half(), maps[2], maps[3]]
         exact = [torch.zeros(3, heads, n, head_dim) for n in (2, 2, slots, slots)]
         table = torch.tensor([[4, 1], [0, -1], [3, 2]], dtype=torch.int32)
         lengths = torch.zeros(3, 3, dtype=torch.int32)
@@ -396,12 +398,15 @@ def test_steps_store_and_flush_like_the_reference(cpu):
                     if after[row, 2] == slots:
                         after[row, 1:] += torch.tensor([page_size, -page_size], dtype=torch.int32)
                 q = torch.randn(3, 2 * heads, 1, head_dim, generator=g)
-                call = (*exact, *pages, k, v, table, lengths, after, *books, 8, 8)
                 if step % 2:
-                    ops.append_(*call)
-                    outs.append(ops.decode(q, *pages, table, after, *books, *exact, 8, 8, 0.3)[0])
+                    k, v = reference.apply_map(k, maps[0]), reference.apply_map(v, maps[2])
+                    ops.append_(*exact, *pages, k, v, table, lengths, after, *books, 8, 8)
+                    asked = reference.apply_map(q, maps[1].mT)
+                    out = ops.decode(asked, *pages, table, after, *books, *exact, 8, 8, 0.3)[0]
+                    outs.append(reference.apply_map(out, maps[3]))
                 else:
-                    outs.append(ops.step_(*call, q, 0.3)[0])
+                    call = (*exact, *pages, k, v, table, lengths, after, *books, 8, 8, q, 0.3)
+                    outs.append(ops.step_(*call, *maps)[0])
                 lengths = after
         results.append((*pages, *exact))
         steps.append(torch.stack(outs))
@@ -428,6 +433,24 @@ def test_opcheck(backend):
     args = (*args, books, books.clone(), 4, 4)
     torch.library.opcheck(torch.ops.pqlab.append_.default, args)
     torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3))
+    maps = (torch.ones(2, 8, 8, dtype=torch.int8), *torch.randn(3, 2, 8, 8).half())
+    torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3, *maps))
+    torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3, None, None, *maps[2:]))
+
+
+def test_maps_that_do_not_fit_are_named():
+    exact = [torch.zeros(1, 2, n, 8) for n in (0, 0, 20, 20)]
+    pages, books = [torch.zeros(3, 2, 1, 4, 8, dtype=torch.uint8)] * 2, [torch.randn(2, 4, 16, 2)] * 2
+    token, table = torch.ones(1, 2, 1, 8), torch.tensor([[1]], dtype=torch.int32)
+    lengths = torch.tensor([[0, 0, 3]], dtype=torch.int32)
+    args = (*exact, *pages, token, token, table, lengths, lengths, *books, 4, 4, torch.randn(1, 4, 1, 8), 0.3)
+    good = torch.randn(2, 8, 8)
+    for maps, cause in (
+        ((good, None, None, None), "both directions"), ((None, None, good, good[:, :4]), "must be \\[2, 8, 8\\]"),
+        ((good, good.char(), None, None), "forward int8"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=cause):
+            ops.step_(*args, *maps)
 
 
 def test_calls_are_counted_with_their_reason(cpu):

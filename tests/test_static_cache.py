@@ -110,7 +110,7 @@ def test_compiled_by_inductor(make_model):
     """The default compiler, which sees the mutated pages and buffers as aliases or not: codes and logits stay."""
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=True)
     compiled, stepped = (PagedPQCache(model, books, STATIC, context=200) for _ in range(2))
     torch._dynamo.reset()
     assert_compiled_is_stepped(model, torch.compile(model.forward, fullgraph=True), compiled, stepped)

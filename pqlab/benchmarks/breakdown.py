@@ -40,8 +40,8 @@ from .. import kernels
 from ..cache import PagedPQCache
 from ..config import CacheConfig
 from ..errors import ConfigError
-from ..kernels import ops
-from ..quantization import Codebooks, codec
+from ..kernels import ops, reference
+from ..quantization import Codebooks
 from .decode_steps import SDPA, Step, captured, decode_step
 from .filled_caches import filled_buffers, filled_dynamic, filled_paged
 
@@ -258,7 +258,7 @@ def _cuts(
             _replace(stack, cache, "update", watch, "store")
             yield
             return
-        _replace(stack, codec, "_apply", watch, "maps")
+        _replace(stack, reference, "apply_map", watch, "maps")
         for backend in ops.backends().values():
             _replace(stack, backend, "append_", watch, "store")
             _replace(stack, backend, "encode_pages_", watch, "flush")

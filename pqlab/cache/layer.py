@@ -239,10 +239,10 @@ class PagedPQLayer(CacheLayerMixin):
         k, v = self.codec.k, self.codec.v
         out, _ = ops.step_(
             self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages,
-            k.to_code_space(keys), v.to_code_space(values), self.group.page_table(), before, after,
-            k.centroids, v.centroids, k.nbits, v.nbits, k.map_query(query), scaling,
+            keys, values, self.group.page_table(), before, after, k.centroids, v.centroids, k.nbits, v.nbits,
+            query, scaling, k.forward, k.backward, v.forward, v.backward,
         )  # fmt: skip
-        return v.from_code_space(out)
+        return out
 
     def _attend_dequantized(self, query, keys, values, mask, scaling: float) -> torch.Tensor:
         """The step of `attend` as another attention would compute it: over the whole K and V, dequantized."""

@@ -162,8 +162,9 @@ class StaticPagedPQLayer(PagedPQLayer):
         super().lazy_initialization(key_states, value_states)
         self.batch_size = key_states.shape[0]
         if not is_torchdynamo_compiling():
-            constants = (self.codec.k.centroids, self.codec.v.centroids, self.k_pages, self.v_pages)
-            for tensor in (self.sink_k, self.sink_v, self.window_k, self.window_v, *constants):
+            sides = [(side.centroids, side.forward, side.backward) for side in (self.codec.k, self.codec.v)]
+            buffers = (self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages)
+            for tensor in (*buffers, *(t for side in sides for t in side if t is not None)):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

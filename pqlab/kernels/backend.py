@@ -79,9 +79,21 @@ class Backend:
         reference.append_(*args, encode_pages_=self.encode_pages_)
 
     def step_(self, *args: Any) -> tuple[Tensor, Tensor]:
-        """Both operations of a step, one after the other."""
-        self.append_(*append_part(args))
-        return self.decode(*decode_part(args))
+        """Both operations of a step, one after the other, with the maps in plain torch around them."""
+        step, home = in_code_space(args)
+        self.append_(*append_part(step))
+        out, lse = self.decode(*decode_part(step))
+        return (out if home is None else reference.apply_map(out, home)), lse
+
+
+def in_code_space(step: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+    """The arguments of `step_` with k, v and q mapped and without the maps, and the map of the output, if any."""
+    args, (k_forward, k_backward, v_forward, v_backward) = list(step[:17]), step[17:]
+    if k_forward is not None:
+        args[6], args[15] = reference.apply_map(args[6], k_forward), reference.apply_map(args[15], k_backward.mT)
+    if v_forward is not None:
+        args[7] = reference.apply_map(args[7], v_forward)
+    return tuple(args), v_backward
 
 
 def append_part(step: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -92,7 +104,7 @@ def append_part(step: tuple[Any, ...]) -> tuple[Any, ...]:
 def decode_part(step: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of `decode` in those of `step_`."""
     (sink_k, sink_v, window_k, window_v, k_pages, v_pages, _, _, page_table, _, after, k_books, v_books,
-     k_nbits, v_nbits, q, scale) = step  # fmt: skip
+     k_nbits, v_nbits, q, scale) = step[:17]  # fmt: skip
     return (q, k_pages, v_pages, page_table, after, k_books, v_books, sink_k, sink_v, window_k, window_v,
             k_nbits, v_nbits, scale)  # fmt: skip
 

@@ -6,15 +6,16 @@ by one to find the sentence for the error.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..paging.layout import TILE
+from .backend import append_part, decode_part
 
 BOOK_DTYPES = (torch.float32, torch.float16)
-"""Of centroids; what is computed with them is float32 either way."""
+"""Of centroids and maps; what is computed with them is float32 either way."""
 
 
 def decode(
@@ -99,6 +100,25 @@ def append(
     if not (before.shape == after.shape == (batch, 3) and before.dtype == after.dtype == torch.int32):
         _fail("append_", f"before and after must be int32 [{batch}, 3], got {[*before.shape]} and {[*after.shape]}")
     _explain_table("append_", page_table, batch)
+
+
+def step(args: tuple[Any, ...]) -> None:
+    """Raises ValueError for what `ops.step_` cannot take; args are all of its arguments."""
+    append(*append_part(args))
+    decode(*decode_part(args))
+    heads, head_dim = args[2].shape[1], args[2].shape[3]
+    for side, forward, backward in (("k", *args[17:19]), ("v", *args[19:21])):
+        if forward is None and backward is None:
+            continue
+        if forward is None or backward is None:
+            _fail("step_", f"a map needs both directions: give {side}_forward and {side}_backward, or neither")
+        shape = (heads, head_dim, head_dim)
+        if forward.shape != shape or backward.shape != shape:
+            got = f"{[*forward.shape]} and {[*backward.shape]}"
+            _fail("step_", f"{side}_forward and {side}_backward must be {[*shape]}, got {got}")
+        if forward.dtype not in (*BOOK_DTYPES, torch.int8) or backward.dtype not in BOOK_DTYPES:
+            got = f"{forward.dtype} and {backward.dtype}"
+            _fail("step_", f"maps must be float32 or float16 (or forward int8), {side}_forward and _backward are {got}")
 
 
 def _dims(x: Tensor, count: int) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..paging.layout import TILE
-from .backend import Backend, BuildStatus, append_part, decode_part
+from . import reference
+from .backend import Backend, BuildStatus, append_part, decode_part, in_code_space
 from .build import Extension
 from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
 
@@ -166,10 +167,12 @@ class CudaBackend(Backend):
 
     def step_(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Append sets decode's tickets to zero: in a graph that saves a kernel a layer."""
-        call = decode_part(args)
+        step, home = in_code_space(args)
+        call = decode_part(step)
         held = self._hold(call, zero_tickets=False)
-        self.append_(*append_part(args), tickets=held.tickets)
-        return self.decode(*call, held=held)
+        self.append_(*append_part(step), tickets=held.tickets)
+        out, lse = self.decode(*call, held=held)
+        return (out if home is None else reference.apply_map(out, home)), lse
 
     def decode(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,

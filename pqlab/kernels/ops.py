@@ -30,6 +30,7 @@ LEVELS = {"cuda": ("cuda", "reference"), "cpu": ("cpu", "reference")}
 """Backends by device type, best first; any other device has the reference."""
 
 FIRST_CHOICE = "first choice"
+_STEP_ARGS = 21  # of step_, maps included
 
 _backends: dict[str, Backend] = {"reference": ReferenceBackend()}
 _absent: dict[str, str] = {}  # backend -> why it was never registered
@@ -160,10 +161,20 @@ def step_(
     v_nbits: int,
     q: Tensor,
     scale: float,
+    k_forward: Tensor | None = None,
+    k_backward: Tensor | None = None,
+    v_forward: Tensor | None = None,
+    v_backward: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One layer of a decode step: `append_`, then `decode` with the lengths `after`.
 
-    One operation, so that a backend can let the first prepare the second, and half the calls for Python.
+    One operation, so that a backend can let the first prepare the second, and half the calls for Python. With maps
+    (`quantization.codec`) k, v, q and the result are in the head space, and what is stored is in code space: k and v
+    go in as x @ forward[h], q asks as q @ backward[h]^T of the keys, and out @ backward[h] of the values comes out.
+
+    Args:
+        k_forward, v_forward: [H, d, d], float16, float32 or int8 in units of 1/127; None is no map.
+        k_backward, v_backward: float16 or float32 [H, d, d], the inverses; of a side both or neither.
 
     Returns:
         out [B, Hq, S, d] and lse [B, Hq, S] of `decode`.
@@ -171,7 +182,7 @@ def step_(
     op = _step if _is_plain(q) else torch.ops.pqlab.step_.default
     return op(
         sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
-        k_nbits, v_nbits, q, scale,
+        k_nbits, v_nbits, q, scale, k_forward, k_backward, v_forward, v_backward,
     )  # fmt: skip
 
 
@@ -314,7 +325,8 @@ _library.define(
 _library.define(
     "step_(Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) window_k, Tensor(d!) window_v, Tensor(e!) k_pages, "
     "Tensor(f!) v_pages, Tensor k, Tensor v, Tensor page_table, Tensor before, Tensor after, Tensor k_books, "
-    "Tensor v_books, int k_nbits, int v_nbits, Tensor q, float scale) -> (Tensor out, Tensor lse)"
+    "Tensor v_books, int k_nbits, int v_nbits, Tensor q, float scale, Tensor? k_forward=None, "
+    "Tensor? k_backward=None, Tensor? v_forward=None, Tensor? v_backward=None) -> (Tensor out, Tensor lse)"
 )
 
 
@@ -339,8 +351,8 @@ def _append(*args: Any) -> None:
 
 
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
-    checks.append(*append_part(args))
-    checks.decode(*decode_part(args))
+    args = (*args, *(None,) * (_STEP_ARGS - len(args)))  # the dispatcher leaves out what is the default
+    checks.step(args)
     return _run("step_", args[6].device.type, args)
 
 
@@ -381,6 +393,5 @@ def _append_fake(*args: Any) -> None:
 
 @torch.library.register_fake("pqlab::step_", lib=_library)
 def _step_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    checks.append(*append_part(args))
-    checks.decode(*decode_part(args))
+    checks.step((*args, *(None,) * (_STEP_ARGS - len(args))))
     return _decode_results(args[15])

@@ -6,6 +6,7 @@ Sums are in float32 (float64 when the query is float64), whatever the dtype of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -129,6 +130,26 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     norm = total.masked_fill(total == 0, 1)
     out = (weight_a / norm)[..., None] * out_a + (weight_b / norm)[..., None] * out_b
     return out.to(out_a.dtype), total.log() + top
+
+
+def apply_map(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [..., g*H, n, d] times matrix [H, d, d], in x's dtype; the g query heads of a group follow each other.
+
+    The matrix is float16, float32, or int8 in units of 1/127.
+    """
+    heads, d, _ = matrix.shape
+    if x.dim() < 3 or x.shape[-3] % heads or x.shape[-1] != d:
+        raise ValueError(f"expected [..., a multiple of {heads} heads, n, {d}], got {list(x.shape)}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.to(dtype)
+    if matrix.dtype == torch.int8:
+        y = y / 127  # at decode x has fewer elements to divide than the matrix
+    matrix = matrix.to(dtype)
+    if math.prod(x.shape[:-3]) == 1:  # one sequence: no dimension has to be moved
+        return torch.bmm(y.reshape(heads, -1, d), matrix).view(x.shape).to(x.dtype)
+    rows = y.unflatten(-3, (heads, -1)).movedim(-4, 0)  # [H, ..., g, n, d]: a broadcast would copy the matrices instead
+    out = torch.bmm(rows.reshape(heads, -1, d), matrix).view(rows.shape)
+    return out.movedim(0, -4).flatten(-4, -3).to(x.dtype)
 
 
 def encode(x: Tensor, books: Tensor) -> Tensor:

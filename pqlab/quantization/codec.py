@@ -12,7 +12,6 @@ with `map_query(q)` and brings the output home with `from_code_space`. Without a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -75,6 +74,16 @@ class Codec(Protocol):
         """Queries [..., Hq, S, d] such that map_query(q) . to_code_space(k) = q . k; q itself without a map."""
         ...
 
+    @property
+    def forward(self) -> Tensor | None:
+        """[H, d, d] of `to_code_space`, float16, float32 or int8 in units of 1/127; None without a map."""
+        ...
+
+    @property
+    def backward(self) -> Tensor | None:
+        """[H, d, d], the inverse of `forward`, float16 or float32; None without a map."""
+        ...
+
     def page_layout(self, page_size: int) -> PageLayout: ...
     def to(self, device: torch.device | str) -> Codec: ...
 
@@ -85,6 +94,8 @@ class _Spaces:
     num_heads: int
     num_subspaces: int
     nbits: int
+    forward: Tensor | None = None
+    backward: Tensor | None = None
 
     def to_code_space(self, x: Tensor) -> Tensor:
         return x
@@ -167,25 +178,25 @@ class PQCodec(_Spaces):
         return self.from_code_space(self.dequantize(codes))
 
     def to_code_space(self, x: Tensor) -> Tensor:
-        return x if self.forward is None else _apply(x, self.forward)
+        return x if self.forward is None else reference.apply_map(x, self.forward)
 
     def from_code_space(self, y: Tensor) -> Tensor:
-        return y if self.backward is None else _apply(y, self.backward)
+        return y if self.backward is None else reference.apply_map(y, self.backward)
 
     def map_query(self, q: Tensor) -> Tensor:
-        return q if self.backward is None else _apply(q, self.backward.mT)
+        return q if self.backward is None else reference.apply_map(q, self.backward.mT)
 
     def to(self, device: torch.device | str) -> PQCodec:
-        """The codec on a device. On CUDA its tensors are float32: the kernels there read them so."""
-        on_cuda = torch.device(device).type == "cuda"
-        return self._each(lambda tensor: to_float(tensor.to(device)) if on_cuda else tensor.to(device))
+        """The codec on a device. On CUDA its centroids are float32: the kernels there read them so."""
+        moved = self._each(lambda tensor: tensor.to(device))
+        return moved._each(to_float, maps=False) if torch.device(device).type == "cuda" else moved
 
     def half(self) -> PQCodec:
         """The codec with float16 tensors; int8 ones, and those that float16 cannot hold (65504), stay as they are."""
         return self._each(to_half)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> PQCodec:
-        tensors = {"forward": self.forward, "backward": self.backward}
+    def _each(self, change: Callable[[Tensor], Tensor], maps: bool = True) -> PQCodec:
+        tensors = {"forward": self.forward, "backward": self.backward} if maps else {}
         centroids = self.centroids
         if centroids.stride(0) == 0:  # what heads share they go on sharing
             centroids = change(centroids[:1]).expand_as(centroids)
@@ -242,19 +253,3 @@ def to_half(tensor: Tensor) -> Tensor:
 def to_float(matrix: Tensor) -> Tensor:
     """In float32; int8 counts in units of 1/127."""
     return matrix.float() / 127 if matrix.dtype == torch.int8 else matrix.float()
-
-
-def _apply(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [..., g*H, n, d] times matrix [H, d, d]; the g query heads of a group follow each other, as in transformers."""
-    heads, d, _ = matrix.shape
-    if x.dim() < 3 or x.shape[-3] % heads or x.shape[-1] != d:
-        raise ValueError(f"expected [..., a multiple of {heads} heads, n, {d}], got {list(x.shape)}")
-    y = x.float()
-    if matrix.dtype == torch.int8:
-        y = y / 127  # at decode x has fewer elements to divide than the matrix
-    matrix = matrix.float()
-    if math.prod(x.shape[:-3]) == 1:  # one sequence: no dimension has to be moved
-        return torch.bmm(y.reshape(heads, -1, d), matrix).view(x.shape).to(x.dtype)
-    rows = y.unflatten(-3, (heads, -1)).movedim(-4, 0)  # [H, ..., g, n, d]: a broadcast would copy the matrices instead
-    out = torch.bmm(rows.reshape(heads, -1, d), matrix).view(rows.shape)
-    return out.movedim(0, -4).flatten(-4, -3).to(x.dtype)
