@@ -411,9 +411,38 @@ def test_steps_store_and_flush_like_the_reference(cpu):
         results.append((*pages, *exact))
         steps.append(torch.stack(outs))
     assert lengths.tolist()[0][1] == 2 * page_size
-    for got, want in zip(*results, strict=True):
-        assert torch.equal(got, want)
+    for got, want in zip(*results, strict=True):  # codes alike, exact tokens as far as a sum's order lets them
+        torch.testing.assert_close(got, want, atol=0 if got.dtype == torch.uint8 else 1e-5, rtol=1e-6)
     torch.testing.assert_close(*steps, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 3), (80, 1), (20, 6), (16, 9)])
+@pytest.mark.parametrize("sides", ["kv", "k", "v"])
+def test_maps_of_a_step(library, dtype, head_dim, group, sides):
+    """Against float64: what is stored and what comes out, with maps of every dtype that they may have."""
+    g = torch.Generator().manual_seed(head_dim + group)
+    heads, m = 2, head_dim // 4
+    q, *rest = decode_case(batch=1, heads=heads, group=group, head_dim=head_dim, k_m=m, v_m=m, coded=(50,),
+                           sinks=(2,), window=(9,), dtype=dtype)  # fmt: skip
+    k_pages, v_pages, table, after, k_books, v_books, sink_k, sink_v, window_k, window_v, *_ = rest
+    before = after - torch.tensor([[0, 0, 1]], dtype=torch.int32)
+    k, v = (torch.randn(1, heads, 1, head_dim, generator=g).to(dtype) for _ in "kv")
+    forward = (25 * torch.randn(heads, head_dim, head_dim, generator=g)).round().clamp(-127, 127).to(torch.int8)
+    backward = torch.randn(heads, head_dim, head_dim, generator=g) / head_dim**0.5
+    maps = {"k": (forward, backward.half()), "v": (forward.float() / 127, backward)}
+    given = [x for side in "kv" for x in (maps[side] if side in sides else (None, None))]
+
+    def step(backend, kind: torch.dtype) -> list[torch.Tensor]:
+        exact = [x.to(kind, copy=True) for x in (sink_k, sink_v, window_k, window_v)]
+        out, lse = backend.step_(*exact, k_pages, v_pages, k.to(kind), v.to(kind), table, before, after, k_books,
+                                 v_books, 8, 8, q.to(kind), 0.2, *given)  # fmt: skip
+        return [out, lse, *exact]
+
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for got, want in zip(step(library, dtype), step(ops.backends()["reference"], torch.float64), strict=True):
+        got, want = got.double().nan_to_num(0), want.double().nan_to_num(0)  # slots without a token
+        torch.testing.assert_close(got, want, atol=tolerance * want.abs().max().item(), rtol=0)
 
 
 # -- dispatch --------------------------------------------------------------------------------------------------------

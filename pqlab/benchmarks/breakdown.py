@@ -11,7 +11,8 @@ every moment belongs to the innermost part that is open, so the parts add up to 
     maps           into the codebooks' space and back
     codes          attention over codes
     exact tokens   sinks and window, combining, and what a call costs by itself: the share of the attention's time that
-                   calls without any codes take (they are one kernel, so this is a second measurement)
+                   calls without any codes take (they are one kernel, so this is a second measurement). Where a step
+                   is one kernel altogether, store and maps are measured in the same way
     attention      exact attention
     bookkeeping    of the paged cache: the plan of a step, page table, masks, checks and dispatch of the operations
     rest           residual sums, reshaping, Python and transformers between the modules
@@ -41,6 +42,7 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig
 from ..errors import ConfigError
 from ..kernels import ops, reference
+from ..kernels.backend import Backend, decode_part
 from ..quantization import Codebooks
 from .decode_steps import SDPA, Step, captured, decode_step
 from .filled_caches import filled_buffers, filled_dynamic, filled_paged
@@ -109,7 +111,7 @@ def breakdown(
             kernels.wait()
         plain, timed, calls = _pair(model, cache, step, attention, watch, graph)
         plain_ms, timed_ms, parts = _measure(plain, timed, watch, steps, page)
-        _split_exact_tokens(parts, calls, watch)
+        _split_fused(parts, calls, watch)
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
@@ -262,14 +264,15 @@ def _cuts(
         for backend in ops.backends().values():
             _replace(stack, backend, "append_", watch, "store")
             _replace(stack, backend, "encode_pages_", watch, "flush")
-            decode = backend.decode
+            name = "step_" if backend.fuses_step else "decode"
+            run = getattr(backend, name)
 
-            def kept(*args: Any, decode: Callable = decode, **kwargs: Any) -> Any:
+            def kept(*args: Any, run: Callable = run, backend: Backend = backend, **kwargs: Any) -> Any:
                 if watch.on and len(calls) < len(cache.quantized_layers):
-                    calls.append((decode, args))
-                return decode(*args, **kwargs)
+                    calls.append((run, args, backend))
+                return run(*args, **kwargs)
 
-            _replace(stack, backend, "decode", watch, _FUSED, kept)
+            _replace(stack, backend, name, watch, _FUSED, kept)
         yield
 
 
@@ -383,24 +386,34 @@ def _measure(
     return statistics.fmean(times[False]), statistics.fmean(times[True]), parts
 
 
-def _split_exact_tokens(parts: dict[str, float], calls: list[tuple], watch: _Watch) -> None:
-    """Take from the fused attention what its calls cost without codes; in place."""
+def _split_fused(parts: dict[str, float], calls: list[tuple], watch: _Watch) -> None:
+    """Take from the fused kernel what its calls cost without codes, and of a whole step what they cost without maps and
+    without storing; in place."""
     if not calls:
         return
-    exact_only = torch.tensor([1, 0, 1], dtype=torch.int32, device=calls[0][1][4].device)
-    without = [(decode, (*args[:4], args[4] * exact_only, *args[5:])) for decode, args in calls]
-    alone, whole = (_all_calls(these, watch) for these in (without, calls))
-    exact = min(1.0, alone / whole) * parts[_FUSED]
-    parts["exact tokens"] = exact
-    parts[_FUSED] -= exact
+    backend = calls[0][2]
+    at = (9, 10) if backend.fuses_step else (4,)  # where the lengths are
+    exact_only = torch.tensor([1, 0, 1], dtype=torch.int32, device=calls[0][1][at[0]].device)
+    less = [(run, [x * exact_only if i in at else x for i, x in enumerate(args)]) for run, args, _ in calls]
+    kinds = {_FUSED: [call[:2] for call in calls]}
+    if backend.fuses_step:
+        plain = [(run, (*args[:17], *(None,) * 4)) for run, args in less]
+        kinds |= {"maps": less, "store": plain}
+        less = [(backend.decode, decode_part(args)) for _, args in plain]
+    kinds["exact tokens"] = less
+    times = [_all_calls(these, watch) for these in kinds.values()]
+    scale, left = parts[_FUSED] / times[0], times[0]
+    for part, without in zip(kinds, [*times[1:], 0.0], strict=True):  # each kind costs what it takes to do the next
+        parts[part] = max(0.0, left - without) * scale
+        left = min(left, without)
 
 
 def _all_calls(calls: list[tuple], watch: _Watch) -> float:
     """Time of the calls one after the other, in any unit."""
 
     def run() -> None:
-        for decode, args in calls:
-            decode(*args)
+        for function, args in calls:
+            function(*args)
 
     if isinstance(watch, _EventWatch):
         from .decode_bench import Timer

@@ -46,10 +46,12 @@ class Backend:
     Attributes:
         name: one of NAMES.
         remedy: what a user does when this backend is demanded and cannot run.
+        fuses_step: its `step_` is one kernel, not `append_` and `decode`.
     """
 
     name: str
     remedy: str = ""
+    fuses_step: bool = False
 
     def status(self) -> BuildStatus:
         return BuildStatus()

@@ -24,11 +24,13 @@ from .checks import BOOK_DTYPES
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DECODE_CALL = struct.Struct("=5Q5qd")  # struct pq_decode_args of csrc/cpu/api.h, 8 bytes a field: what calls differ in
-_DECODE_HELD = struct.Struct("=10Q12q")  # the rest of it
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_DECODE_CALL = struct.Struct("=8Q5qd")  # struct pq_decode_args of csrc/cpu/api.h, 8 bytes a field: what calls differ in
+_DECODE_HELD = struct.Struct("=14Q16q")  # the rest of it
 _ENCODE_ARGS = struct.Struct("=4Q11q")  # struct pq_encode_args
 _FLUSH = 4  # pq_result: stored, and some row flushes now
+_VECTORS = (torch.float32, torch.bfloat16, torch.float16)
+_NO_MAPS = (None,) * 4
 _APPEND_ARGS = struct.Struct("=8Q5q")  # struct pq_append_args
 _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append_": (6, 13)}
 """Where the arguments of an operation hold its vectors, and where its (one or two) nbits begin."""
@@ -39,12 +41,14 @@ class _Held(NamedTuple):
     packed: bytes  # the second part of struct pq_decode_args
     state: tuple[int, ...]
     owners: tuple[Any, ...]  # of the memory that it points to, or weak references to them
+    in_place: bool  # it points to the given sinks and windows, not to copies of them
 
 
 class CpuBackend(Backend):
     """Args: `machine`, what the compiler may use (`-march`); "native" is this machine's best."""
 
     name = "cpu"
+    fuses_step = True
     remedy = "Install a C++ compiler and ninja; pqlab.backend_report() shows what the build said."
 
     def __init__(self, machine: str = "native") -> None:
@@ -81,7 +85,7 @@ class CpuBackend(Backend):
         if self._library is None:
             return self.extension.status.detail
         vectors, first_nbits = _PLACES[op]
-        if args[vectors].dtype not in _DTYPES:
+        if args[vectors].dtype not in _VECTORS:
             return f"{args[vectors].dtype} runs on the reference only"
         return _IDENTITY if 32 in args[first_nbits : first_nbits + 2] else None
 
@@ -90,8 +94,48 @@ class CpuBackend(Backend):
         k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
         k_nbits: int, v_nbits: int, scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        held = self._hold((k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v), k_nbits, v_nbits)
+        held = self._hold(
+            (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v, *_NO_MAPS), k_nbits, v_nbits
+        )
+        out, lse, code = self._attend(held, q, page_table, lengths, scale)
+        if code:
+            _fail("decode", code, f"lengths {lengths.tolist()}, {page_table.shape[1]} pages a row of {len(k_pages)}")
+        return out, lse
+
+    def step_(
+        self, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor, k_pages: Tensor, v_pages: Tensor,
+        k: Tensor, v: Tensor, page_table: Tensor, before: Tensor, after: Tensor, k_books: Tensor, v_books: Tensor,
+        k_nbits: int, v_nbits: int, q: Tensor, scale: float, *maps: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """One call, maps included; two where a row flushes, with the encoding between them."""
+        held = self._hold(
+            (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v, *maps), k_nbits, v_nbits
+        )
+        if not held.in_place:
+            _in_place("step_", sink_k=sink_k, sink_v=sink_v, window_k=window_k, window_v=window_v)
+        out, lse, code = self._attend(held, q, page_table, after, scale, k, v, before)
+        if code == _FLUSH:
+            self._flush(window_k, k_pages, page_table, before, after, k_books, k_nbits)
+            self._flush(window_v, v_pages, page_table, before, after, v_books, v_nbits)
+            out, lse, code = self._attend(held, q, page_table, after, scale)
+        if code:
+            about = f"{page_table.shape[1]} pages a row of {len(k_pages)}, {window_k.shape[2]} window slots"
+            _fail("step_", code, f"lengths {before.tolist()} to {after.tolist()}, {about}, {sink_k.shape[2]} sinks")
+        return out, lse
+
+    def _flush(
+        self, window: Tensor, pages: Tensor, page_table: Tensor, before: Tensor, after: Tensor, books: Tensor,
+        nbits: int,
+    ) -> None:  # fmt: skip
+        reference.flush_(window, pages, page_table, before.tolist(), after.tolist(), books, nbits, self.encode_pages_)
+
+    def _attend(
+        self, held: _Held, q: Tensor, page_table: Tensor, lengths: Tensor, scale: float,
+        k: Tensor | None = None, v: Tensor | None = None, before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+        """(out, lse, result of the kernel); with k, v and `before` it stores them first."""
         q, page_table, lengths = _plain(q), _plain(page_table), _plain(lengths)
+        new = () if k is None else (_plain(k), _plain(v), _plain(before))
         batch, query_heads, steps, _ = q.shape
         shape = (batch, query_heads, steps)
         if shape not in self._like_lse:
@@ -99,15 +143,12 @@ class CpuBackend(Backend):
         out, lse = torch.empty_like(q), torch.empty_like(self._like_lse[shape])  # the same call twice is the quickest
         call = _DECODE_CALL.pack(
             q.data_ptr(), page_table.data_ptr(), lengths.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            *shape, page_table.shape[1], _DTYPES[q.dtype], scale,
+            *([t.data_ptr() for t in new] or (0, 0, 0)), *shape, page_table.shape[1], _DTYPES[q.dtype], scale,
         )  # fmt: skip
-        code = self._library.pq_decode(call + held.packed)
-        if code:
-            _fail("decode", code, f"lengths {lengths.tolist()}, {page_table.shape[1]} pages a row of {len(k_pages)}")
-        return out, lse
+        return out, lse, self._library.pq_decode(call + held.packed)
 
-    def _hold(self, tensors: tuple[Tensor, ...], k_nbits: int, v_nbits: int) -> _Held:
-        """What decode takes of the tensors that stay from call to call, noted at the first one.
+    def _hold(self, tensors: tuple[Tensor | None, ...], k_nbits: int, v_nbits: int) -> _Held:
+        """What decode takes of the tensors that stay from call to call, noted at the first one. The last four: maps.
 
         Between two calls a model streams all of its weights, and then every question to a tensor costs a microsecond.
         """
@@ -115,22 +156,24 @@ class CpuBackend(Backend):
         held = self._held.get(key)
         if held is not None and held.state == _state(tensors):
             return held
-        k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _ = tensors
+        k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _, *maps = tensors
         _, heads, tiles, k_m, _ = k_pages.shape
         images = self._prepared(k_books, k_nbits, False), self._prepared(v_books, v_nbits, True)
-        plain = [_plain(t) for t in tensors]
+        plain = [None if t is None else _plain(t) for t in tensors]
         packed = _DECODE_HELD.pack(
-            *[t.data_ptr() for t in (*plain, *images)], heads, k_books.shape[1] * k_books.shape[3], tiles, len(k_pages),
-            k_m, k_nbits, v_pages.shape[3], v_nbits, sink_k.shape[2], window_k.shape[2],
-            _DTYPES[k_books.dtype], _DTYPES[v_books.dtype],
+            *[0 if t is None else t.data_ptr() for t in (*plain, *images)], heads, k_books.shape[1] * k_books.shape[3],
+            tiles, len(k_pages), k_m, k_nbits, v_pages.shape[3], v_nbits, sink_k.shape[2], window_k.shape[2],
+            *[0 if t is None else _DTYPES[t.dtype] for t in (k_books, v_books, *maps)],
         )  # fmt: skip
-        held = _Held(packed, _state(tensors), (*plain, *images))
+        in_place = all(x is y for x, y in zip(plain[4:8], tensors[4:8], strict=True))
+        held = _Held(packed, _state(tensors), (*plain, *images), in_place)
         if all(x is y for x, y in zip(plain, tensors, strict=True)):
 
             def forget(_: Any) -> None:
                 self._held.pop(key, None)
 
-            self._held[key] = _Held(packed, held.state, (*images, *(weakref.ref(t, forget) for t in tensors)))
+            watched = [weakref.ref(t, forget) for t in tensors if t is not None]
+            self._held[key] = held._replace(owners=(*images, *watched))
         return held
 
     def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:
@@ -202,9 +245,8 @@ class CpuBackend(Backend):
             )
         )  # fmt: skip
         if code == _FLUSH:
-            old, new, flush = before.tolist(), after.tolist(), reference.flush_
-            flush(window_k, k_pages, page_table, old, new, k_books, k_nbits, self.encode_pages_)
-            flush(window_v, v_pages, page_table, old, new, v_books, v_nbits, self.encode_pages_)
+            self._flush(window_k, k_pages, page_table, before, after, k_books, k_nbits)
+            self._flush(window_v, v_pages, page_table, before, after, v_books, v_nbits)
         elif code:
             _fail("append_", code, f"before {before.tolist()}, {sink_k.shape[2]} sinks, {slots} window slots")
 
@@ -214,9 +256,9 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-def _state(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+def _state(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
     """Of the tensors of `_hold`: where they lie, and whether the books (2, 3) are what they were."""
-    return (*[t.data_ptr() for t in tensors], _version(tensors[2]), _version(tensors[3]))
+    return (*[0 if t is None else t.data_ptr() for t in tensors], _version(tensors[2]), _version(tensors[3]))
 
 
 def _in_place(op: str, **tensors: Tensor) -> None:

@@ -3,14 +3,14 @@
 #pragma once
 #include <cstdint>
 
-enum pq_dtype : int64_t { PQ_FLOAT32 = 0, PQ_BFLOAT16 = 1, PQ_FLOAT16 = 2 };
+enum pq_dtype : int64_t { PQ_FLOAT32 = 0, PQ_BFLOAT16 = 1, PQ_FLOAT16 = 2, PQ_INT8 = 3 };
 
 enum pq_result : int {
     PQ_OK = 0,
     PQ_BAD_PAGE = 1,     // a page id outside [0, max_pages) where a token lies
     PQ_BAD_LENGTHS = 2,  // lengths beyond what sinks, page table or window hold
     PQ_NO_MEMORY = 3,
-    PQ_FLUSH = 4,  // pq_append: stored, and some row's oldest tokens are to be encoded now
+    PQ_FLUSH = 4,  // stored, and some row's oldest tokens are to be encoded now; a step has not attended yet
 };
 
 struct pq_decode_args {
@@ -19,6 +19,9 @@ struct pq_decode_args {
     const int32_t* lengths;     // [B, 3]: sinks, coded, window
     void* out;                  // [B, Hq, S, d]
     float* lse;                 // [B, Hq, S]
+    // A step (S = 1) stores these first; null: there is nothing to store, or it has been stored.
+    const void *k, *v;      // [B, H, 1, d]
+    const int32_t* before;  // [B, 3]: the lengths until now; `lengths` are those with the new tokens
     int64_t batch, query_heads, steps, table_width, dtype;
     double scale;
 
@@ -31,11 +34,15 @@ struct pq_decode_args {
     const void* sink_v;
     const void* window_k;  // [B, H, window_slots, d], a ring
     const void* window_v;
+    // Maps [H, d, d], null without: k @ k_forward and v @ v_forward are stored, q @ k_backward^T asks, and out is what
+    // was attended to @ v_backward.
+    const void *k_forward, *k_backward, *v_forward, *v_backward;
     const void* k_prepared;  // the books by `pq_prepare_book`; null where `pq_book_bytes` is 0
     const void* v_prepared;
     int64_t heads, head_dim, tiles, max_pages;
     int64_t k_m, k_nbits, v_m, v_nbits, num_sinks, window_slots;
     int64_t k_book_dtype, v_book_dtype;  // float32 or float16
+    int64_t k_forward_dtype, k_backward_dtype, v_forward_dtype, v_backward_dtype;  // the same, or int8 / 127
 };
 
 struct pq_encode_args {

@@ -3,9 +3,10 @@
 // The tokens of all (row, kv head) pairs make one line, measured in tiles. The line is cut into shares that shrink
 // towards its end, and every thread takes the next share when it has done one: a sequence with three kv heads keeps any
 // number of threads busy, and a thread that another program holds up leaves the rest to the others. The part of a share
-// that lies in one pair is a segment: it leaves (m, l, acc) for each query row, and a pair's segments are merged at the
-// end. There is one parallel region, so that the threads meet once.
+// that lies in one pair is a segment: it leaves (m, l, acc) for each query row, and a pair's segments are merged by the
+// thread that does the last of them. There is one parallel region, so that the threads meet once.
 #include <algorithm>
+#include <atomic>
 #include <new>
 #include <vector>
 #ifdef _OPENMP
@@ -24,7 +25,6 @@ constexpr int64_t MIN_SHARE = 96;        // tiles; a segment begins with tables 
 #else
 constexpr int64_t MIN_SHARE = 16;
 #endif
-constexpr int64_t MANY_FLOATS = 65536;   // results above this are merged by all threads
 
 struct Plan {
     std::vector<Segment> segments;
@@ -60,34 +60,53 @@ Plan make_plan(const Decode& job, int64_t pairs, int64_t threads, const std::vec
 }
 
 // Results of a pair from its segments: out = sum acc e^(m_i - m) / sum l e^(m_i - m).
-void merge(const Decode& job, int64_t pair, const Rows* parts, int64_t num_parts) {
+void merge(const Decode& job, int64_t pair, const Rows* parts, int64_t num_parts, Scratch& s) {
     const pq_decode_args& a = job.a;
-    const int64_t group_rows = job.group_rows;
-    static thread_local Buffer<float> line;
-    const int64_t d = a.head_dim, width = padded(d);
-    line.resize(size_t(width));
+    const int64_t group_rows = job.group_rows, d = a.head_dim, width = padded(d);
+    s.sums.assign(size_t(group_rows * d), 0.f);
     for (int64_t r = 0; r < group_rows; r++) {
+        float* line = s.sums.data() + r * d;
         float m = -INFINITY, l = 0.f;
         for (int64_t i = 0; i < num_parts; i++) m = std::max(m, parts[i].m[r]);
-        std::fill(line.begin(), line.end(), 0.f);
         for (int64_t i = 0; i < num_parts; i++) {
             if (parts[i].l[r] == 0.f) continue;  // nothing stored
             const float factor = std::exp(parts[i].m[r] - m);
             const float* acc = parts[i].acc + r * width;
             l += parts[i].l[r] * factor;
-            for (int64_t j = 0; j < width; j++) line[size_t(j)] += acc[j] * factor;
+            for (int64_t j = 0; j < d; j++) line[j] += acc[j] * factor;
         }
         const float norm = l == 0.f ? 0.f : 1.f / l;  // NaN stays
-        for (float& x : line) x *= norm;
-        from_float(a.out, (pair * group_rows + r) * d, line.data(), d, a.dtype);
+        for (int64_t j = 0; j < d; j++) line[j] *= norm;
         a.lse[pair * group_rows + r] = m + std::log(l);  // nothing stored: -inf
     }
+    if (const Map map = job.v_backward(pair)) {
+        s.mapped.resize(size_t(group_rows * d));
+        multiply(s.sums.data(), group_rows, map, d, false, s.mapped.data());
+        s.sums.swap(s.mapped);
+    }
+    from_float(a.out, pair * group_rows * d, s.sums.data(), group_rows * d, a.dtype);
+}
+
+// Stores the new tokens where that is all that can be done now; true: some row's oldest tokens are to be encoded first.
+bool stored_for_flush(const Decode& job, Scratch& s) {
+    const pq_decode_args& a = job.a;
+    bool flush = false;
+    for (int64_t row = 0; row < a.batch; row++) flush |= a.before[row * 3 + 1] != a.lengths[row * 3 + 1];
+    if (flush)
+        for (int64_t pair = 0; pair < a.batch * a.heads; pair++) job.store_token(pair, s);
+    return flush;
+}
+
+Scratch& own_scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
 }
 
 int decode(const pq_decode_args& args) {
     const Decode job(args);
     if (const int bad = job.check()) return bad;
     const int64_t pairs = args.batch * args.heads;
+    if (args.k && stored_for_flush(job, own_scratch())) return PQ_FLUSH;
 
     // The line: every pair's exact tokens (as tiles, they cost about as much), then its coded tiles.
     std::vector<int64_t> start(size_t(pairs) + 1, 0);
@@ -111,29 +130,29 @@ int decode(const pq_decode_args& args) {
         float* base = memory.data() + i * size_t(job.group_rows * row_floats);
         parts.push_back({job.group_rows, args.head_dim, base, base + job.group_rows, base + 2 * job.group_rows});
     }
+    // Segments of each pair that are to come; who does the last of them merges them all.
+    std::vector<std::atomic<int64_t>> left(start.size());
+    for (size_t p = 0; p < size_t(pairs); p++) left[p] = plan.first_of_pair[p + 1] - plan.first_of_pair[p];
     const int64_t shares = int64_t(plan.first_of_share.size()) - 1;
     int failed = 0;
 #pragma omp parallel for num_threads(int(threads)) if (threads > 1) schedule(dynamic, 1) reduction(| : failed)
     for (int64_t share = 0; share < shares; share++) {
-        static thread_local Scratch scratch;
         try {
+            Scratch& scratch = own_scratch();
             const int64_t end = plan.first_of_share[size_t(share) + 1];
             for (int64_t i = plan.first_of_share[size_t(share)]; i < end; i++) {
                 const Segment* segment = &plan.segments[size_t(i)];
                 job.run(*segment, i + 1 < end ? segment + 1 : nullptr, scratch, parts[size_t(i)]);
+                const size_t pair = size_t(segment->pair);
+                const int64_t first = plan.first_of_pair[pair], count = plan.first_of_pair[pair + 1] - first;
+                if (left[pair].fetch_sub(1, std::memory_order_acq_rel) == 1)
+                    merge(job, segment->pair, parts.data() + first, count, scratch);
             }
         } catch (const std::bad_alloc&) {
             failed = 1;
         }
     }
-    if (failed) return PQ_NO_MEMORY;
-    const bool many = threads > 1 && int64_t(parts.size()) * job.group_rows * row_floats > MANY_FLOATS;
-#pragma omp parallel for num_threads(int(threads)) if (many) schedule(static)
-    for (int64_t p = 0; p < pairs; p++) {
-        const int64_t first = plan.first_of_pair[size_t(p)];
-        merge(job, p, parts.data() + first, plan.first_of_pair[size_t(p) + 1] - first);
-    }
-    return PQ_OK;
+    return failed ? PQ_NO_MEMORY : PQ_OK;
 }
 
 }  // namespace

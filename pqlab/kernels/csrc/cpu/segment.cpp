@@ -123,16 +123,42 @@ Block Decode::exact_block(const void* k, const void* v, int64_t at, int n, Scrat
     return block;
 }
 
+void Decode::store_token(int64_t pair, Scratch& s) const {
+    const int64_t d = a.head_dim, row = pair / a.heads;
+    const int32_t *old = a.before + row * 3, *now = a.lengths + row * 3;
+    const int64_t token = int64_t(old[0]) + old[1] + old[2];
+    if (int64_t(now[0]) + now[1] + now[2] == token) return;  // a pad: nothing to store
+    const bool sink = token < a.num_sinks;
+    const int64_t slots = sink ? a.num_sinks : a.window_slots;
+    const int64_t place = sink ? token : (token - a.num_sinks) % a.window_slots;
+    const auto put = [&](const void* from, const void* to, const Map& map) {
+        s.mapped.resize(size_t(2 * d));
+        float *x = s.mapped.data(), *y = x + d;
+        to_float(x, from, pair * d, d, a.dtype);
+        if (map) multiply(x, 1, map, d, false, y);
+        from_float(const_cast<void*>(to), (pair * slots + place) * d, map ? y : x, d, a.dtype);
+    };
+    put(a.k, sink ? a.sink_k : a.window_k, k_forward(pair));
+    put(a.v, sink ? a.sink_v : a.window_v, v_forward(pair));
+}
+
 void Decode::run(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const {
     const int64_t d = a.head_dim;
     rows.clear();
     s.q.resize(size_t(group_rows * d));
     to_float(s.q.data(), a.q, segment.pair * group_rows * d, group_rows * d, a.dtype, float(a.scale));
+    if (const Map map = k_backward(segment.pair)) {
+        s.mapped.resize(size_t(group_rows * d));
+        multiply(s.q.data(), group_rows, map, d, true, s.mapped.data());
+        s.q.swap(s.mapped);
+    }
     if (segment.first_tile < segment.last_tile) {
         if (few_rows()) run_lookup(segment, next, s, rows);
         else run_dense(segment, s, rows);
     }
-    if (segment.exact) run_exact(segment.pair, s, rows);
+    if (!segment.exact) return;
+    if (a.k) store_token(segment.pair, s);
+    run_exact(segment.pair, s, rows);
 }
 
 }  // namespace pq

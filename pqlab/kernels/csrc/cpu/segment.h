@@ -9,6 +9,7 @@
 #include "codes.h"
 #include "convert.h"
 #include "dense.h"
+#include "maps.h"
 #include "permuted_keys.h"
 
 namespace pq {
@@ -27,7 +28,7 @@ struct Segment {
 
 // Memory of one thread; grows, is kept for the next call.
 struct Scratch {
-    Buffer<float> q, scores, weights, sums, k, kt, v, k_wide, v_wide;
+    Buffer<float> q, mapped, scores, weights, sums, k, kt, v, k_wide, v_wide;
     BookMemory k_book, v_book;
     Buffer<uint8_t> codes;
     std::vector<const uint8_t*> k_tiles, v_tiles;
@@ -53,6 +54,11 @@ struct Decode {
         return row[0] + row[2];
     }
 
+    Map k_forward(int64_t pair) const { return Map{a.k_forward, a.k_forward_dtype}.of(pair % a.heads, a.head_dim); }
+    Map k_backward(int64_t pair) const { return Map{a.k_backward, a.k_backward_dtype}.of(pair % a.heads, a.head_dim); }
+    Map v_forward(int64_t pair) const { return Map{a.v_forward, a.v_forward_dtype}.of(pair % a.heads, a.head_dim); }
+    Map v_backward(int64_t pair) const { return Map{a.v_backward, a.v_backward_dtype}.of(pair % a.heads, a.head_dim); }
+
     int check() const {
         for (int64_t b = 0; b < a.batch; b++) {
             const int32_t* row = a.lengths + b * 3;
@@ -63,6 +69,10 @@ struct Decode {
                 const int32_t id = a.page_table[b * a.table_width + page];
                 if (id < 0 || id >= a.max_pages) return PQ_BAD_PAGE;
             }
+            if (!a.k) continue;
+            const int32_t* old = a.before + b * 3;
+            const int64_t token = int64_t(old[0]) + old[1] + old[2];
+            if (token < 0 || (token >= a.num_sinks && a.window_slots == 0)) return PQ_BAD_LENGTHS;
         }
         return PQ_OK;
     }
@@ -84,7 +94,9 @@ struct Decode {
         find(a.v_pages, a.v_m * 2 * a.v_nbits, pair, first, n, out);
     }
 
-    // `next`: what the same thread does after this, or null.
+    // The new token of a pair, mapped, to its sink or to its slot of the ring.
+    void store_token(int64_t pair, Scratch& s) const;
+    // `next`: what the same thread does after this, or null. The segment with the exact tokens stores the new one.
     void run(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const;
     void run_exact(int64_t pair, Scratch& s, const Rows& rows) const;
     Block exact_block(const void* k, const void* v, int64_t at, int n, Scratch& s) const;
