@@ -16,6 +16,7 @@ import torch
 
 from pqlab import models, store
 from pqlab.config import PQConfig
+from pqlab.errors import ConfigError
 from pqlab.models import ModelLoadError, convert, load_model, load_text, named, texts
 from pqlab.models.fetch import FetchError, Wheel, fetch
 from pqlab.models.packaged import PACKAGED, PackagedModel
@@ -306,6 +307,8 @@ def test_models_that_are_not_there_say_what_is(tmp_path, monkeypatch):
         load_model(tmp_path)
     with pytest.raises(models.ModelLoadError, match='did you mean "default"'):
         load_model("defualt")
+    with pytest.raises(ConfigError, match="device = tpu cannot be used"):
+        load_model("defualt", device="tpu")
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

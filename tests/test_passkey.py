@@ -16,6 +16,7 @@ from pqlab.evaluation.retrieval import Haystack, token_ids
 from pqlab.evaluation.teacher_forced import from_codebooks
 from pqlab.models import fingerprint, load_text
 from pqlab.quantization import Origin
+from pqlab.results.provenance import device_name
 from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
@@ -120,7 +121,7 @@ def test_what_counts_is_what_generate_says(default_model):
 
 def test_commands(make_model, tiny_tokenizer, monkeypatch, tmp_path, capsys):
     model = make_model("llama")
-    monkeypatch.setattr(retrieval, "load_model", lambda *name: (model, tiny_tokenizer))
+    monkeypatch.setattr(retrieval, "load_model", lambda name, device: (model, tiny_tokenizer))
     books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
     Codebooks(books.layers, Origin(fingerprint=fingerprint(model))).save(tmp_path / "two.safetensors")
     options = ["--codebooks", str(tmp_path / "two.safetensors"), "--depths", "0.2", "0.7", "--residual", "32"]
@@ -132,4 +133,5 @@ def test_commands(make_model, tiny_tokenizer, monkeypatch, tmp_path, capsys):
         record = json.loads(printed.strip().splitlines()[-1])
         cells = {(row["method"], row["depth"]) for row in record["records"]}
         assert cells == {(method, depth) for method in ("exact", "two") for depth in (0.2, 0.7)}
-        assert list(record["codebooks"]) == ["two"] and "two: found, by depth and length" in printed
+        assert list(record["codebooks"]) == ["two"] and record["device"] == device_name("cpu")
+        assert "two: found, by depth and length" in printed

@@ -196,7 +196,7 @@ def test_where_a_step_goes(run, paged):
         (["-p", "baseline", "--dataset", "wikitext"], "no data set or text file .*longbench"),
         (["-p", "baseline", "--dataset", "pride", "--calibration", "pride"], "choose another text$"),
         (["-p", "baseline", "--dataset", "lcc", "--data", "nowhere"], "LongBench"),
-        (["-p", "baseline", "--device", "tpu"], "--device tpu cannot be used"),
+        (["-p", "baseline", "--device", "tpu"], "device = tpu cannot be used"),
         (["-p", "baseline", "-f", "debug-modle"], 'did you mean "debug-model"'),
         (["-p", "baseline", "-f", "./nowhere"], "there is no model folder"),
     ],

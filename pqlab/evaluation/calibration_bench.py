@@ -19,7 +19,7 @@ from ..memory import MIB
 from ..models import fingerprint, load_model, load_text
 from ..models.defaults import CALIBRATION_TEXT
 from ..quantization import attention_geometry, calibrate
-from ..results.provenance import commit, text_record, today, versions
+from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity
 from .teacher_forced import from_codebooks
 
@@ -81,6 +81,7 @@ def calibrations(
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
+    parser.add_argument("--device", default="cpu", help="torch device that the model runs on")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"of: {'; '.join(VARIANTS)} (default: all)")
     parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4), help="per element, codes of 8 bits")
     parser.add_argument("--calibration", default=CALIBRATION_TEXT, help="text that is calibrated on")
@@ -96,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     if unknown := [name for name in chosen if name not in VARIANTS]:
         print(f"pqlab bench calibration: there is no variant {unknown[0]!r}; there are {'; '.join(VARIANTS)}")
         return 2
-    model, tokenizer = load_model(args.model)
     try:
+        model, tokenizer = load_model(args.model, device=args.device)
         heads = {head_dim for _, head_dim in attention_geometry(model).values()}
         if len(heads) > 1:
             raise ConfigError(f"heads of {sorted(heads)} elements have no common M; measure one layer's kind at a time")
@@ -111,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     print(frame.round(5).to_string(index=False))
     if args.json:
         about = {"benchmark": "calibration", "date": today(), "commit": commit(), "versions": versions()}
-        about |= {"model": fingerprint(model), "bits": args.bits, "windows": args.windows, "length": args.length}
+        about |= {"model": fingerprint(model), "device": device_name(args.device)}
+        about |= {"bits": args.bits, "windows": args.windows, "length": args.length}
         about |= {"calibration": text_record(args.calibration), "text": text_record(args.text)}
         print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))
     return 0

@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..models import load_model, load_text
 from ..models.defaults import CALIBRATION_TEXT
 from ..paging.layout import SIDES
@@ -40,6 +40,7 @@ from ..quantization import Codebooks, LayerCodec, attention_geometry, collect_kv
 from ..quantization.codebook_file import read
 from ..quantization.samples import NUM_TOKENS
 from ..quantization.sensitivity import value_metrics
+from ..results.provenance import device_name
 from ..transformers_api import cache_argument
 from .fidelity import compare, summarize, text_windows
 from .teacher_forced import attend_decoded, from_codebooks, schedule
@@ -219,7 +220,8 @@ class Planner:
             for i in attention_geometry(self.model)
         }
         books = Codebooks(layers, self.origin)
-        frame = compare(self.model, self._windows, {"plan": from_codebooks(books)}, self.config)
+        methods = {"plan": from_codebooks(books.to(self.model.device))}
+        frame = compare(self.model, self._windows, methods, self.config)
         row = summarize(frame).iloc[0]
         costs = self.costs
         table = costs[[chosen[r.layer, r.side] == r.bits for r in costs.itertuples()]].reset_index(drop=True)
@@ -229,6 +231,7 @@ class Planner:
             **{name: float(row[name]) for name in ("kl", "kl_error", "change", "agreement", "worst_kl")},
             "residual_length": self.config.residual_length,
             "num_sinks": self.config.num_sinks,
+            "device": device_name(self.model.device),
         }
         return Plan(books, self.config, table, certificate)
 
@@ -394,7 +397,8 @@ def _local_errors(
         exact = attend(w.key, w.value)
         for bits, codecs in candidates.items():
             for side in SIDES if i in codecs else ():
-                codec, tensors = getattr(codecs[i], side), {"k": w.key.clone(), "v": w.value.clone()}
+                codec = getattr(codecs[i], side).to(w.key.device)  # trained codecs are half, GPU kernels read float32
+                tensors = {"k": w.key.clone(), "v": w.value.clone()}
                 stored = tensors[side]
                 stored[0, :, coded] = codec.decode(codec.encode(stored[0, :, coded])).to(stored.dtype)
                 delta = attend(tensors["k"], tensors["v"]) - exact  # [1, Hq, n, d]
@@ -404,7 +408,8 @@ def _local_errors(
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="name, hub id or folder (default: the embedded model)")
+    parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
+    parser.add_argument("--device", default="cpu", help="torch device that the model runs on")
     parser.add_argument("--text", default=CALIBRATION_TEXT, help="name of a shipped text, or a file")
     parser.add_argument("--bits", nargs="+", type=float, default=[], help="budgets, bits per element")
     parser.add_argument("--kl", nargs="+", type=float, default=[], help="budgets, nats")
@@ -419,14 +424,18 @@ def run(args: argparse.Namespace) -> int:
     if not args.bits and not args.kl:
         print("pqlab plan: give budgets: --bits 2.25 or --kl 0.002")
         return 2
-    model, tokenizer = load_model(args.model) if args.model else load_model()
-    config = CacheConfig(residual_length=args.residual, num_sinks=args.sinks)
-    named = {"choices": args.choices, "config": config, "text_name": Path(args.text).name}
-    planner = Planner(model, tokenizer, load_text(args.text), **named)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, budget in [*(("bits", b) for b in args.bits), *(("kl", k) for k in args.kl)]:
-        found = planner.plan(**{name: budget})
-        path = args.out / f"plan-{name}-{budget:g}.safetensors"
-        found.save(path)
-        print(f"{path.name}: {found}", flush=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        config = CacheConfig(residual_length=args.residual, num_sinks=args.sinks)
+        model, tokenizer = load_model(args.model, device=args.device)
+        named = {"choices": args.choices, "config": config, "text_name": Path(args.text).name}
+        planner = Planner(model, tokenizer, load_text(args.text), **named)
+        for name, budget in [*(("bits", b) for b in args.bits), *(("kl", k) for k in args.kl)]:
+            found = planner.plan(**{name: budget})
+            path = args.out / f"plan-{name}-{budget:g}.safetensors"
+            found.save(path)
+            print(f"{path.name}: {found}", flush=True)
+    except (UnsupportedModelError, ValueError, OSError) as error:
+        print(f"pqlab plan: {error}")
+        return 2
     return 0

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from ..config import CacheConfig
 from ..models import load_model, load_text
 from ..quantization import Codebooks
-from ..results.provenance import commit, file_sha256, text_record, today, versions
+from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
 from .fidelity import last_hidden
 from .teacher_forced import Quantize, TeacherForcedCache, from_codebooks, schedule
 
@@ -153,7 +153,8 @@ def token_ids(tokenizer, ids: Sequence[int], haystack: Haystack) -> tuple[list[i
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments that every retrieval benchmark takes."""
-    parser.add_argument("--model", help="name, hub id or folder (default: the embedded model)")
+    parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
+    parser.add_argument("--device", default="cpu", help="torch device that the model runs on")
     parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="files, each a method")
     parser.add_argument("--text", default="pride", help="name of a shipped text, or a file")
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens")
@@ -167,15 +168,15 @@ def run(args: argparse.Namespace, name: str, task: Callable[..., pd.DataFrame]) 
     """Try every cell of a task (`passkey`, `key_values`), print a grid a method (and JSON); the exit status."""
     from ..models import default_codebooks
 
-    model, tokenizer = load_model(args.model) if args.model else load_model()
-    books = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
-    books = books or {"pq-4": default_codebooks(model, tokenizer)}
-    methods = {title: from_codebooks(book) for title, book in books.items()}
-    config = CacheConfig(residual_length=args.residual)
     options = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials}
     try:
+        config = CacheConfig(residual_length=args.residual)
+        model, tokenizer = load_model(args.model, device=args.device)
+        books = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
+        books = books or {"pq-4": default_codebooks(model, tokenizer)}
+        methods = {title: from_codebooks(book.to(model.device)) for title, book in books.items()}
         frame = task(model, tokenizer, load_text(args.text), methods, config, progress=True, **options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"pqlab bench {name}: {error}")
         return 2
     for title, part in frame.groupby("method", sort=False):
@@ -193,6 +194,7 @@ def record(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> dict:
         "date": today(),
         "commit": commit(),
         "versions": versions(),
+        "device": device_name(args.device),
         "text": text_record(args.text),
         "residual": args.residual,
         "codebooks": {Path(path).stem: file_sha256(path) for path in args.codebooks},

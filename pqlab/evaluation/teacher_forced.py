@@ -122,9 +122,10 @@ def attend_decoded(
             torch.cat([s[:, :, :edge], e[:, :, edge : segment.stop]], 2).repeat_interleave(groups, 1)
             for s, e in zip(stored, exact, strict=True)
         )
-        positions = torch.arange(max(segment.start, first), segment.stop, device=query.device)
+        start = max(segment.start, first)
+        positions = torch.arange(start, segment.stop, device=query.device)
         causal = torch.arange(segment.stop, device=query.device) <= positions[:, None]
-        rows = slice(int(positions[0]) - first, segment.stop - first)
+        rows = slice(start - first, segment.stop - first)
         out[:, :, rows] = torch.nn.functional.scaled_dot_product_attention(
             query[:, :, rows], keys, values, attn_mask=causal, scale=scaling
         )

