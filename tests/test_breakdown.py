@@ -10,10 +10,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pqlab import CacheConfig, cli, kernels
-from pqlab.benchmarks import breakdown as module
-from pqlab.benchmarks.breakdown import PARTS, breakdown
+from pqlab.benchmarks.breakdown import breakdown
 from pqlab.benchmarks.decode_steps import decode_step
 from pqlab.benchmarks.filled_caches import filled_paged
+from pqlab.benchmarks.step_parts import PARTS, Watch
 from pqlab.errors import ConfigError, UnsupportedModelError
 from pqlab.kernels import ops
 from pqlab.transformers_api import cache_argument
@@ -21,7 +21,7 @@ from pqlab.transformers_api import cache_argument
 PAGE = CacheConfig(page_size=16, residual_length=32)
 
 
-class Ticks(module._Watch):
+class Ticks(Watch):
     """A clock that moves when it is told to."""
 
     time = 0.0

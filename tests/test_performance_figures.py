@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from pqlab.benchmarks.breakdown import PARTS
+from pqlab.benchmarks.step_parts import PARTS
 from pqlab.figures import performance
 from pqlab.results.shipped import decode_frame, measured_with, model_frame, shipped, shipped_like
 

@@ -11,7 +11,8 @@ import torch
 from pqlab import CacheConfig, Codebooks, PQConfig
 from pqlab.errors import ConfigError
 from pqlab.evaluation.fidelity import compare
-from pqlab.evaluation.plan import Plan, Planner, allocate, plan, sensitivities
+from pqlab.evaluation.plan import Plan, Planner, allocate, plan
+from pqlab.evaluation.predicted_kl import predict_kl
 from pqlab.evaluation.teacher_forced import from_codebooks
 from pqlab.quantization import IdentityCodec, LayerCodec
 
@@ -64,7 +65,7 @@ def planner(tiny, tiny_tokenizer):
 def test_sensitivity_is_the_measured_divergence(tiny, planner):
     """Each side alone, through the real decode path: the second-order prediction is right within a factor of two."""
     windows = [torch.randint(0, 200, (1, 300), generator=torch.Generator().manual_seed(s)) for s in range(2)]
-    found = sensitivities(tiny, windows, planner.candidates, SMALL)
+    found = predict_kl(tiny, windows, planner.candidates, SMALL)
     methods = {}
     for r in found.itertuples():
         exact = {i: IdentityCodec(*layer.geometry) for i, layer in planner.candidates[1].items()}

@@ -13,8 +13,9 @@ from ..config import CacheConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..models import default_codebooks, load_model
 from ..results.provenance import commit, device_name, today, versions
-from .breakdown import PARTS, breakdown
+from .breakdown import breakdown
 from .random_models import SHAPES, random_model
+from .step_parts import PARTS
 
 KINDS = ("exact", "paged")
 ROOM = 1024

@@ -7,13 +7,7 @@
     planner = Planner(model, tokenizer, text)  # several budgets, calibrated once
     planner.plan(bits=2.25); planner.plan(kl=0.002)
 
-The sensitivities are those of the model's own predictions. Storing one side of one layer badly changes that layer's
-attention output by delta; to second order the next-token distribution then diverges by
-
-    KL ~ 1/2 E[(g . delta)^2],    g = d log p(y) / d output, y drawn from the model's distribution
-
-(the Fisher information; Amari 1998). One backward pass gives g for every layer, and delta is local, so every candidate
-of every layer costs one attention call and no forward pass. Errors of different layers and sides are taken to add up.
+What a choice costs is predicted, not tried: `predicted_kl`.
 """
 
 from __future__ import annotations
@@ -26,24 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.cache_utils import DynamicCache
 
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..models import load_model, load_text
 from ..models.defaults import CALIBRATION_TEXT
-from ..paging.layout import SIDES
 from ..quantization import Codebooks, LayerCodec, attention_geometry, collect_kv, origin_of, train
 from ..quantization.codebook_file import read
 from ..quantization.samples import NUM_TOKENS
 from ..quantization.sensitivity import value_metrics
 from ..results.provenance import device_name
-from ..transformers_api import cache_argument
 from .fidelity import compare, summarize, text_windows
-from .teacher_forced import attend_decoded, from_codebooks, schedule
+from .predicted_kl import COLUMNS, predict_kl
+from .teacher_forced import from_codebooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,10 +43,8 @@ BITS = (1, 2, 4, 8)
 """Bits per element that a side can get: codes of 8 bits, d/M = 8 / bits."""
 DEFAULT_BITS = (1, 2, 4, 8)
 
-_COLUMNS = ["layer", "side", "M", "nbits", "bits", "elements", "kl"]
-_DRAWS = 2  # labels drawn a position
 _WIDE, _WIDE_SHARE = 8, 0.25  # bits that only this share of the layers may get: training them takes twice the time
-_HELD_OUT = 0.2  # of the text, from its end: sensitivities and certificate are not measured on what was trained on
+_HELD_OUT = 0.2  # of the text, from its end: costs and certificate are not measured on what was trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +84,7 @@ class Plan:
         header, _ = read(path)
         if "choices" not in header:
             raise ConfigError(f"{Path(path).name} holds codebooks without a plan; use Codebooks.load")
-        choices = pd.DataFrame(header["choices"])[_COLUMNS]
+        choices = pd.DataFrame(header["choices"])[COLUMNS]
         return cls(codebooks, CacheConfig(**header["config"]), choices, header["certificate"])
 
     def __repr__(self) -> str:
@@ -130,10 +119,10 @@ class Planner:
         choices: bits per element that a side can get, of `BITS`; 8 only in the quarter of the layers that lose most by
             the next smaller choice.
         num_tokens: to calibrate on.
-        windows, length: of text, in tokens, for the sensitivities, and as many again for certificates.
+        windows, length: of text, in tokens, for `costs`, and as many again for certificates.
 
     Attributes:
-        costs: `sensitivities`.
+        costs: `predict_kl`.
 
     Raises:
         ConfigError: unknown choices. ValueError: the text is too short.
@@ -176,7 +165,7 @@ class Planner:
                 settings = {i: (PQConfig(M=d * choice // 8, nbits=8),) * 2 for i, (_, d) in geometry.items()}
                 made[choice] = train(samples, settings, value_metrics=metrics)
             self.candidates |= made
-            costs.append(sensitivities(model, held_out[:windows], made, self.config))
+            costs.append(predict_kl(model, held_out[:windows], made, self.config))
         self.costs = pd.concat(costs, ignore_index=True)
 
     def plan(self, *, bits: float | None = None, kl: float | None = None) -> Plan:
@@ -257,7 +246,7 @@ def allocate(costs: pd.DataFrame, bits: float) -> dict[tuple[int, str], int]:
     Greedy on the lower convex hulls of the (size, KL) curves, which is optimal up to the last step taken.
 
     Args:
-        costs: `sensitivities`: layer, side, bits, elements, kl.
+        costs: `predict_kl`: layer, side, bits, elements, kl.
     """
     chosen: dict[tuple[int, str], int] = {}
     steps = []  # (nats saved per bit, key, to, bits it costs)
@@ -283,128 +272,6 @@ def allocate(costs: pd.DataFrame, bits: float) -> dict[tuple[int, str], int]:
             continue
         chosen[key], left = to, left - price
     return chosen
-
-
-def sensitivities(
-    model: PreTrainedModel,
-    windows: Sequence[Tensor],
-    candidates: Mapping[int, Mapping[int, LayerCodec]],
-    config: CacheConfig,
-    *,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """KL of storing one side of one layer with each candidate, everything else exact; see the module's text.
-
-    Args:
-        windows: int64 [1, n] token ids.
-        candidates: {bits per element: {layer: codecs}}; not every layer needs every choice.
-        config: sinks, residual length and page size: what is exact when.
-
-    Returns:
-        DataFrame: layer, side, M, nbits, bits, elements (of one token), kl (nats, mean over positions).
-    """
-    generator = torch.Generator(model.device).manual_seed(seed)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("pqlab")
-    totals: dict[tuple[int, str, int], float] = {}
-    try:
-        for ids in windows:
-            layers, gradients = _gradients(model, ids.to(model.device), generator)
-            with torch.no_grad():
-                for key, value in _local_errors(layers, gradients, candidates, config).items():
-                    totals[key] = totals.get(key, 0.0) + value / len(windows)
-    finally:
-        model.set_attn_implementation(before)
-    rows = []
-    for (i, side, bits), kl in totals.items():
-        codec = getattr(candidates[bits][i], side)
-        elements = codec.num_heads * codec.head_dim
-        rows.append((i, side, codec.num_subspaces, codec.nbits, bits, elements, kl))
-    return pd.DataFrame(rows, columns=_COLUMNS)
-
-
-@dataclass(eq=False)
-class _Watched:
-    """One layer's exact attention with a handle on the gradient of its output."""
-
-    key: Tensor
-    value: Tensor
-    query: Tensor | None = None
-    nudge: Tensor | None = None  # zeros that are added to the output
-    scaling: float = 1.0
-
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        self.query, self.scaling = query.detach(), scaling
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, self.key, self.value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-        )
-        self.nudge = torch.zeros_like(out, requires_grad=True)
-        return out + self.nudge
-
-
-class _Watching(DynamicCache):
-    def __init__(self, model) -> None:
-        super().__init__(config=model.config)
-        self.full = attention_geometry(model)
-        self.watched: dict[int, _Watched] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        if layer_idx not in self.full:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        marked = key_states.view_as(key_states)
-        marked.pqlab_layer = self.watched[layer_idx] = _Watched(key_states, value_states)
-        return marked, value_states
-
-
-@torch.enable_grad()
-def _gradients(model, ids: Tensor, generator: torch.Generator) -> tuple[dict[int, _Watched], list[dict[int, Tensor]]]:
-    """What every layer attended to, and d log p(y_t) summed over t / d output [1, Hq, n, d] for each draw of labels."""
-    cache = _Watching(model)
-    logits = model(ids, **cache_argument(model, cache), use_cache=True).logits[0].float()
-    watched = cache.watched
-    log_p = logits.log_softmax(-1)
-    gradients = []
-    for draw in range(_DRAWS):
-        labels = log_p.detach().exp().multinomial(1, generator=generator)
-        found = torch.autograd.grad(
-            log_p.gather(1, labels).sum(), [w.nudge for w in watched.values()], retain_graph=draw + 1 < _DRAWS
-        )
-        gradients.append(dict(zip(watched, found, strict=True)))
-    for w in watched.values():
-        w.key, w.value, w.nudge = w.key.detach(), w.value.detach(), None
-    return watched, gradients
-
-
-def _local_errors(
-    layers: Mapping[int, _Watched],
-    gradients: Sequence[Mapping[int, Tensor]],
-    candidates: Mapping[int, Mapping[int, LayerCodec]],
-    config: CacheConfig,
-) -> dict[tuple[int, str, int], float]:
-    """KL of every (layer, side, bits), mean over the positions of one window.
-
-    The gradient at position s sums over all later tokens t that read it, while the errors of one position reach those
-    tokens together with the errors of the others; positions are taken as independent.
-    """
-    found: dict[tuple[int, str, int], float] = {}
-    for i, w in layers.items():
-        segments = schedule(w.key.shape[2], 1, config)
-        coded = slice(config.num_sinks, config.num_sinks + segments[-1].coded)
-
-        def attend(seen_k: Tensor, seen_v: Tensor, w=w, segments=segments) -> Tensor:
-            return attend_decoded(w.query, (w.key, w.value), (seen_k, seen_v), segments, config.num_sinks, w.scaling)
-
-        exact = attend(w.key, w.value)
-        for bits, codecs in candidates.items():
-            for side in SIDES if i in codecs else ():
-                codec = getattr(codecs[i], side).to(w.key.device)  # trained codecs are half, GPU kernels read float32
-                tensors = {"k": w.key.clone(), "v": w.value.clone()}
-                stored = tensors[side]
-                stored[0, :, coded] = codec.decode(codec.encode(stored[0, :, coded])).to(stored.dtype)
-                delta = attend(tensors["k"], tensors["v"]) - exact  # [1, Hq, n, d]
-                change = [(g[i] * delta).sum((1, 3)).double().square().mean() for g in gradients]
-                found[i, side, bits] = 0.5 * float(sum(change)) / len(gradients)
-    return found
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..benchmarks.breakdown import PARTS
+from ..benchmarks.step_parts import PARTS
 from ..memory import MIB, readable_bytes
 
 NOTES = """\
