@@ -86,6 +86,22 @@ def make_model():
     return make_tiny_model
 
 
+@pytest.fixture
+def model(make_model):
+    """A tiny llama that reads its paged cache directly."""
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    return model
+
+
+@pytest.fixture
+def books(model):
+    """Lossy codebooks of `model`, without maps."""
+    from pqlab import Codebooks, PQConfig
+
+    return Codebooks.random(model, config=PQConfig(M=8, nbits=4))
+
+
 @pytest.fixture(params=MODEL_KINDS)
 def tiny_model(request: pytest.FixtureRequest):
     """Every kind of tiny model in turn."""

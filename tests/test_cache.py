@@ -10,24 +10,12 @@ import transformers
 from plain_pq import plain_pq_cache
 from transformers.cache_utils import DynamicCache
 
-from pqlab import CacheConfig, PagedPQCache, PQConfig
+from pqlab import CacheConfig, PagedPQCache
 from pqlab.errors import PageAllocationError, UnsupportedModelError
 from pqlab.quantization import Codebooks
 from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
-
-
-@pytest.fixture
-def model(make_model):
-    model = make_model("llama")
-    model.set_attn_implementation("pqlab")
-    return model
-
-
-@pytest.fixture
-def books(model):
-    return Codebooks.random(model, config=PQConfig(M=8, nbits=4))
 
 
 def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:

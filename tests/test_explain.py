@@ -14,18 +14,6 @@ from pqlab.transformers_api import cache_argument
 PROMPT = torch.arange(400)[None] % 200
 
 
-@pytest.fixture
-def model(make_model):
-    model = make_model("llama")
-    model.set_attn_implementation("pqlab")
-    return model
-
-
-@pytest.fixture
-def books(model):
-    return pqlab.Codebooks.random(model, config=pqlab.PQConfig(M=8, nbits=4))
-
-
 def prefill(model, cache) -> None:
     with torch.inference_mode():
         model(PROMPT, **cache_argument(model, cache))

@@ -17,13 +17,6 @@ CONFIG = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
 
 
 @pytest.fixture
-def model(make_model):
-    model = make_model("llama")
-    model.set_attn_implementation("pqlab")
-    return model
-
-
-@pytest.fixture
 def books(model):
     return Codebooks.random(model, config=PQConfig(M=8, nbits=4), maps=True)
 

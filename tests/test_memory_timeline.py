@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pqlab import CacheConfig, Codebooks, ConfigError, PagedPQCache, PQConfig, cli
+from pqlab import CacheConfig, ConfigError, PagedPQCache, cli
 from pqlab.benchmarks.memory_timeline import EXACT, PAGED, memory_timeline, summary
 from pqlab.benchmarks.process_memory import ProcessMemory
 from pqlab.memory import MIB
@@ -19,11 +19,6 @@ SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
 @pytest.fixture
 def model(make_model):
     return make_model("llama")
-
-
-@pytest.fixture
-def books(model):
-    return Codebooks.random(model, config=PQConfig(M=8, nbits=4))
 
 
 def tokens(n: int) -> torch.Tensor:

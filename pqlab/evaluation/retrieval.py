@@ -1,4 +1,4 @@
-"""Does a compressed cache still find what a long text hides? The machinery behind `passkey` and `key_values`.
+"""Does a compressed cache still find what a long text hides? What `passkey` and `key_values` share.
 
 Sentences are hidden at some depths of a long text, which is prefilled; then a question is fed token by token, as a
 user's next turn would be, so that it sees the hidden sentences as codes. An answer counts when every one of its tokens
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,22 +53,35 @@ class Haystack:
     needles: tuple[Needle, ...]
 
 
+Hide = Callable[[random.Random, Sequence[int], Sequence[float], int], list[Haystack]]
+"""What a task hides: (random numbers, lengths, depths, trials) -> its texts."""
+
+
 @torch.inference_mode()
 def retrieve(
+    hide: Hide,
     model,
     tokenizer,
     text: str,
     methods: Mapping[str, Quantize],
-    config: CacheConfig | None,
-    haystacks: Sequence[Haystack],
+    config: CacheConfig | None = None,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    depths: Sequence[float] = DEPTHS,
+    trials: int = 1,
+    seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Every question about every haystack, under the exact cache and every method.
+    """Every question about everything that a task hides, under the exact cache and every method.
 
     Args:
         text: as many tokens of it as a length needs, from its beginning.
         methods: name -> what its storage does to K and V.
         config: sinks, residual length and page size of all methods.
+        lengths: tokens of a whole sequence, question and answer included, at most.
+        depths: where something is hidden, 0 the beginning and 1 the end of the text.
+        trials: texts of every length, with other names and numbers.
+        seed: of the names and numbers.
 
     Returns:
         DataFrame: method ("exact" first), length, depth, trial, key, found (bool), logp (of the answer, nats).
@@ -76,6 +90,7 @@ def retrieve(
         ValueError: a length that the text, the model or the question does not allow.
     """
     config = config or CacheConfig()
+    haystacks = hide(random.Random(seed), lengths, depths, trials)
     longest = max(haystack.length for haystack in haystacks)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > limit:
@@ -164,8 +179,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
 
 
-def run(args: argparse.Namespace, name: str, task: Callable[..., pd.DataFrame]) -> int:
-    """Try every cell of a task (`passkey`, `key_values`), print a grid a method (and JSON); the exit status."""
+def run(args: argparse.Namespace, name: str, hide: Hide) -> int:
+    """Try every cell of a task, print a grid a method (and JSON); the exit status."""
     from ..models import default_codebooks
 
     options = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials}
@@ -175,7 +190,7 @@ def run(args: argparse.Namespace, name: str, task: Callable[..., pd.DataFrame]) 
         books = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
         books = books or {"pq-4": default_codebooks(model, tokenizer)}
         methods = {title: from_codebooks(book.to(model.device)) for title, book in books.items()}
-        frame = task(model, tokenizer, load_text(args.text), methods, config, progress=True, **options)
+        frame = retrieve(hide, model, tokenizer, load_text(args.text), methods, config, progress=True, **options)
     except (ValueError, OSError) as error:
         print(f"pqlab bench {name}: {error}")
         return 2

@@ -32,16 +32,7 @@ def pareto_figure(table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | N
         x={"title": {"text": "token bits: codes, scales, zero points"}, "rangemode": "tozero"},
         y={"title": {"text": "KL to exact, nats"}, "type": "log", "dtick": 1, "exponentformat": "power"},
     )
-    sheet.add(
-        plot,
-        "scatter",
-        x=best.token_bits,
-        y=best.kl,
-        mode="lines",
-        line={"color": GREY, "dash": "dot", "shape": "hv"},
-        name="not beaten in both",
-        hoverinfo="skip",
-    )
+    sheet.front(plot, best.token_bits, best.kl)
     mine = rows.method.isin(own)
     for name, part, symbol in (("pqlab", rows[mine], "diamond"), ("others", rows[~mine], "circle")):
         sheet.add(

@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from .theme import FONT_SIZE, Theme, template
+from .theme import FONT_SIZE, GREY, Theme, template
 
 
 class Sheet:
@@ -60,6 +60,11 @@ class Sheet:
     def add(self, plot: dict[str, str], kind: str, **properties: Any) -> None:
         """A trace of type `kind` in a plot."""
         self.data.append({"type": kind, **plot, **properties})
+
+    def front(self, plot: dict[str, str], x: Any, y: Any) -> None:
+        """The dotted line through points of which none is beaten in both: it falls in steps from left to right."""
+        line = {"color": GREY, "dash": "dot", "shape": "hv"}
+        self.add(plot, "scatter", x=x, y=y, mode="lines", line=line, name="not beaten in both", hoverinfo="skip")
 
     def note(self, text: str, **properties: Any) -> None:
         """Text beside the plots; x and y are shares of the sheet."""

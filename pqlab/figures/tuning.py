@@ -31,16 +31,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
         y={"title": {"text": "KL to exact, nats"}, "type": "log", "exponentformat": "power"},
     )
     front = frame[frame.best].sort_values("milliseconds")
-    sheet.add(
-        plot,
-        "scatter",
-        x=front.milliseconds,
-        y=front.kl.clip(lower=_LOWEST),
-        mode="lines",
-        line={"color": GREY, "dash": "dot", "shape": "hv"},
-        name="not beaten in both",
-        hoverinfo="skip",
-    )
+    sheet.front(plot, front.milliseconds, front.kl.clip(lower=_LOWEST))
     sizes = sorted(frame.page_size.unique())
     for grid, name, symbol in ((True, "the report's grid", "square"), (False, "proposed by Optuna", "circle")):
         part = frame[frame.grid.astype(bool) == grid]
