@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,8 +22,27 @@ COMMANDS = {
     "tune": ("pqlab.tune", "search for page size, residual, M, nbits and policy: time per token against divergence"),
 }
 
+BROKEN_PIPE = 128 + 13
+"""What a shell says of a program that ended because nobody read its output any more (SIGPIPE)."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that is typed, and return its exit status.
+
+    `pqlab claims | head` ends quietly, as it would for any other tool.
+    """
+    try:
+        try:
+            return _run(argv)
+        finally:  # argparse leaves with an exception when it has printed its help
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_broken():
+            raise
+        return BROKEN_PIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="pqlab", description="A paged, product-quantized KV cache, seen and run.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -32,3 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_module(module).configure(command)
     args = parser.parse_args(argv)
     return import_module(COMMANDS[args.command][0]).run(args)
+
+
+def _output_is_broken() -> bool:
+    """Whether it is standard output that nobody reads; then it goes nowhere, for Python writes the rest at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False

@@ -1,0 +1,30 @@
+"""What holds for every command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from pqlab import cli
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break differently there")
+@pytest.mark.parametrize("typed", [["claims"], ["claims", "--help"]])
+def test_a_pipe_that_nobody_reads_ends_it_quietly(typed):
+    """As in `pqlab claims | head`: the reader goes before anything is written."""
+    command = [sys.executable, "-m", "pqlab", *typed]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (cli.BROKEN_PIPE, "")
+
+
+def test_another_pipe_that_breaks_is_no_matter_of_the_output(monkeypatch):
+    def broken(argv):
+        raise BrokenPipeError("a worker has gone")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    with pytest.raises(BrokenPipeError, match="a worker has gone"):
+        cli.main(["claims"])
