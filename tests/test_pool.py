@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 
+from pqlab.benchmarks.process_memory import resident_bytes
 from pqlab.errors import ConfigError, OutOfMemoryError, PageAllocationError
 from pqlab.paging import POLICIES, PageLayout, PagePolicy, PagePool, PageTable, PoolLayout
 
@@ -158,3 +160,18 @@ def test_integrity_check_sees_damage():
 @pytest.mark.gpu
 def test_the_buffer_lives_on_the_device():
     assert PagePool(8, layout(), device="cuda").view(0, 0).is_cuda
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what is resident")
+def test_memory_is_committed_where_it_is_written():
+    """A few pages in each of 60 regions of 6 MiB: with huge pages they would be 120 MiB."""
+    side = PageLayout(64, 3, 32, 8)
+    before = resident_bytes()
+    pool = PagePool(1000, PoolLayout(((side, side),) * 30, 1000))
+    assert pool.buffer.numel() > 2**28
+    for layer in range(30):
+        for part in range(2):
+            pool.view(layer, part)[:4] = 1
+    taken = resident_bytes() - before
+    assert 4 * 60 * side.page_bytes <= taken < 4 * 60 * side.page_bytes + 2**23
+    assert int(pool.view(29, 1)[:5].sum()) == 4 * side.page_bytes, "the rest is zero"
