@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -19,10 +20,11 @@ from pqlab.model_runs import attention
 from pqlab.presets import Preset
 from pqlab.transformers_api import cache_argument
 from pqlab.tune import Measurement, Search, Setting, Space, Workload, command
+from pqlab.tune.choice import choose, finalists, not_beaten
 
 pytest.importorskip("optuna")
-SPACE = Space((16, 32, 64), (32, 64, 128), (8, 16), (4, 8), ("lifo", "fifo"))
 ROOT = Path(__file__).parents[1]
+SPACE = Space((16, 32, 64), (32, 64, 128), (8, 16), (4, 8), ("lifo", "fifo"))
 
 
 def measure(setting: Setting) -> Measurement:
@@ -101,6 +103,37 @@ def test_what_is_chosen():
         found.chosen(1e-9)
 
 
+def timings(*rows: tuple[float, float, float]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["milliseconds", "milliseconds_error", "kl"])
+
+
+def test_what_may_be_the_best_comes_into_the_last_round():
+    frame = timings(
+        (10.0, 0.1, 0.1),  # 0: not beaten
+        (10.3, 0.1, 0.1),  # 1: beaten by 0, but within the error of both
+        (10.5, 0.1, 0.1),  # 2: surely beaten by 0
+        (12.0, 0.1, 0.01),  # 3: not beaten
+        (30.0, 0.1, 0.009),  # 4: not beaten, and dear
+    )
+    assert set(not_beaten(frame).index) == {0, 3, 4} and choose(frame).name == 3
+    assert list(finalists(frame, count=4).index) == [3, 4, 0, 1]
+    assert list(finalists(frame, max_kl=0.1, count=3).index) == [0, 1, 3], "the fastest that are allowed"
+    assert list(finalists(frame, max_kl=0.05).index) == [3, 4]
+    with pytest.raises(ConfigError, match="no setting reaches KL 0.001; the best is 0.009"):
+        finalists(frame, max_kl=0.001)
+    alike = timings((1.0, 0.0, 0.5), (1.0, 0.0, 0.5))
+    assert len(not_beaten(alike)) == 2, "neither beats the other"
+
+
+def test_times_that_were_taken_in_turns_decide():
+    frame = timings((10.0, 0.5, 0.1), (10.3, 0.5, 0.05), (11.0, 0.5, 0.045), (20.0, 0.5, 0.001))
+    again = finalists(frame).assign(milliseconds=lambda rows: rows.milliseconds + 5)
+    assert choose(again, scale=frame).name == choose(frame).name, "a machine that is slower for all changes nothing"
+    again.loc[choose(frame).name, "milliseconds"] += 20
+    assert choose(again, scale=frame).name != choose(frame).name
+    assert choose(again, 0.05).name == again[again.kl <= 0.05].milliseconds.idxmin()
+
+
 def test_a_small_space_ends_when_all_of_it_is_measured():
     small = Space((16,), (32, 64), (8,), (8,))
     found = Search(measure, small, {}, seed=0)
@@ -165,11 +198,12 @@ Search(slow, SPACE, {"model": "m"}, storage=sys.argv[1], seed=int(sys.argv[2])).
 
 
 @pytest.mark.slow
-def test_processes_share_a_storage_and_one_that_is_killed_loses_nothing(tmp_path):
-    place = tmp_path / "shared.journal"
+@pytest.mark.parametrize("place", ["{}/shared.journal", "sqlite:///{}/shared.db"])
+def test_processes_share_a_storage_and_one_that_is_killed_loses_nothing(place, tmp_path):
+    place = place.format(tmp_path)
 
     def start(seed: int, lives_for: int) -> subprocess.Popen:
-        typed = [sys.executable, "-c", WORKER, str(place), str(seed), str(lives_for)]
+        typed = [sys.executable, "-c", WORKER, place, str(seed), str(lives_for)]
         return subprocess.Popen(typed, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     both = [start(1, 2), start(2, 1000)]  # the first is killed in its third trial
@@ -287,7 +321,8 @@ def test_the_command(folder, tmp_path, capsys):
     assert cli.main(typed) == 0
     said = capsys.readouterr().out
     result = json.loads(said.splitlines()[-1])
-    assert len(result["settings"]) == 3 and "[3/3]" in said and "timed again, in turns:" in said
+    assert len(result["settings"]) == 3 and "[3/3]" in said and "timed again, in turns; the exact cache: " in said
+    assert 1 <= len(result["timed_again"]) <= 3 and result["exact_milliseconds"] > 0
     preset = Preset.load(tmp_path / "tune-pqlab.json")
     assert str(result["chosen"]).startswith(f"page {preset.cache.page_size}, R {preset.cache.residual_length}, M 8")
     assert preset.measured["kl"] > 0 and preset.measured["exact_milliseconds"] > 0 and preset.measured["context"] == 400
@@ -301,6 +336,26 @@ def test_the_command(folder, tmp_path, capsys):
     assert "no setting was measured" in capsys.readouterr().out
     assert cli.main([*typed, "--context", "300"]) == 2
     assert "context 400 there, 300 here" in capsys.readouterr().out
+
+
+def test_the_last_round_decides(folder, tmp_path, capsys, monkeypatch):
+    """Of two settings of one KL, the command takes that which is faster in turns, whatever came out first."""
+    first = {Setting(16, 64, 8, 4, policy): 10.0 + i / 10 for i, policy in enumerate(("lifo", "fifo"))}
+    monkeypatch.setattr(
+        Workload, "measure", lambda self, setting: Measurement(first[setting], 0.5, 0.0, 0.1, self.bytes(setting))
+    )
+    turns = [("exact", 9.0, 0.1), *((str(setting), 30.0 - ms, 0.1) for setting, ms in first.items())]
+    columns = ["setting", "milliseconds", "milliseconds_error"]
+    monkeypatch.setattr(Workload, "in_turns", lambda self, settings, rounds: pd.DataFrame(turns, columns=columns))
+    typed = ["tune", "--model", str(folder), "--context", "400", "--positions", "40", "--page-size", "16",
+             "--residual", "64", "-M", "8", "--nbits", "4", "--policy", "lifo", "fifo",
+             "--storage", str(tmp_path / "t.journal"), "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main([*typed, "--no-confirm"]) == 0
+    assert Preset.load(tmp_path / "tune-pqlab.json").cache.policy == "lifo"
+    assert cli.main(typed) == 0
+    preset = Preset.load(tmp_path / "tune-pqlab.json")
+    assert preset.cache.policy == "fifo" and preset.measured["milliseconds"] == 19.9
+    assert "the best 2 timed again, in turns; the exact cache: 9.00 ms" in capsys.readouterr().out
 
 
 def test_without_optuna_it_says_what_to_install(monkeypatch, capsys):

@@ -12,9 +12,10 @@ import pandas as pd
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..memory import readable_bytes
 from ..models.defaults import CALIBRATION_TEXT
+from .choice import choose, timed_again
 from .space import Setting, Space
 from .storage import need_optuna
-from .study import Search, setting_of
+from .study import Search
 from .workload import CONTEXT, POSITIONS, Workload, preset_of
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -25,8 +26,9 @@ study holds --trials measured ones or --timeout is over. A setting is measured b
 once: KL over the tokens behind it, on the decode path; time per token by decoding on with the real cache, flushes
 counted in; bytes from the layout. Settings above --memory are told to the sampler and not measured, repeated ones are
 passed over; neither counts as a trial. Codebooks for a new M and nbits are calibrated once (minutes) and kept.
-The same command goes on where it was stopped. Several processes, or machines of one kind, may share a --storage; on one
-machine they take each other's cores, so the best settings are timed again at the end, in turns, when one runs alone."""
+The same command goes on where it was stopped. Several processes, or machines of one kind, may share a --storage.
+First timings lie minutes apart, and processes on one machine take each other's cores: at the end, what may be best
+within the error of its timing is timed again, all in turns, and chosen by that (have the last process run alone)."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--study", default="pqlab", help="name in the storage")
     add("--seed", type=int, help="of the sampler; several processes want none or different ones")
     add("--max-kl", type=float, help="take the fastest setting with at most this KL (default: the best balance)")
-    add("--no-confirm", action="store_true", help="do not time the best settings again in turns")
+    add("--no-confirm", action="store_true", help="choose by the first timings, without timing the best again in turns")
     add("--out", type=Path, default=Path("."), help="folder for tune-STUDY.html and tune-STUDY.json")
     add("--json", action="store_true", help="print one JSON object, on the last line")
 
@@ -82,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
         print("tune: stopped; the same command goes on from here")
         return 130
     try:
-        chosen = search.chosen(args.max_kl)
+        finalists = search.finalists(args.max_kl)
     except ConfigError as error:
         print(f"tune: {error}")
         return 1
-    return _finish(args, workload, search, chosen)
+    return _finish(args, workload, search, finalists)
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Workload, Search]:
@@ -108,31 +110,29 @@ def _prepared(args: argparse.Namespace) -> tuple[Workload, Search]:
     return workload, search
 
 
-def _finish(args: argparse.Namespace, workload: Workload, search: Search, chosen: Setting) -> int:
+def _finish(args: argparse.Namespace, workload: Workload, search: Search, finalists: pd.DataFrame) -> int:
     frame, front = search.frame(), search.front()
     print(f"\n{len(frame)} settings measured, {len(search.pruned())} proposals passed over; the front:")
     print(render(front))
-    measured = _row_of(frame, chosen)
+    timed, exact = frame, None
     if not args.no_confirm:
-        best = [setting_of(row) for _, row in front.head(6).iterrows()]
-        again = workload.in_turns(best if chosen in best else [*best, chosen])
-        print("\ntimed again, in turns:")
-        print(again.round(3).to_string(index=False))
-        times = again.set_index("setting").milliseconds
-        measured |= {"milliseconds": times[str(chosen)], "exact_milliseconds": times.get("exact")}
-    preset = preset_of(workload, chosen, {name: _plain(value) for name, value in measured.items()})
+        timed, exact = timed_again(workload, finalists)
+        print(f"\nthe best {len(timed)} timed again, in turns{exact and f'; the exact cache: {exact:.2f} ms' or ''}:")
+        print(render(timed))
+    best = choose(timed, args.max_kl, scale=frame)
+    chosen = Setting.of_row(best)
+    measured = {name: _plain(value) for name, value in {**best, "exact_milliseconds": exact}.items()}
+    preset = preset_of(workload, chosen, measured)
     path = args.out / f"tune-{args.study}.json"
     preset.save(path)
     print(f"\nchosen: {chosen}\n{path}: pqlab.presets.Preset.load reads it")
-    _draw(args, search, frame, int(_row_of(frame, chosen)["number"]))
+    _draw(args, search, frame, int(best["number"]))
     if args.json:
-        rows = json.loads(frame.to_json(orient="records"))
-        print(json.dumps({"command": "tune", "about": workload.about(), "chosen": str(chosen), "settings": rows}))
+        rows, again = (json.loads(table.to_json(orient="records")) for table in (frame, timed))
+        again = {} if args.no_confirm else {"timed_again": again, "exact_milliseconds": exact}
+        about = {"command": "tune", "about": workload.about(), "chosen": str(chosen)}
+        print(json.dumps({**about, "settings": rows, **again}))
     return 0
-
-
-def _row_of(frame: pd.DataFrame, setting: Setting) -> dict:
-    return next(dict(row) for _, row in frame[frame.best].iterrows() if setting_of(row) == setting)
 
 
 def _plain(value):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from textwrap import indent, wrap
+from typing import Any
 
 import pandas as pd
 
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..memory import readable_bytes
-from ..results.provenance import commit, device_name, today, versions
+from ..results.provenance import commit, device_name, text_record, today, versions
 from ..shapes import SHAPES
 from .derive import by_context, by_memory, evidence
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--shape {args.shape} is unknown; there are {', '.join(SHAPES)}")
         shape = SHAPES[args.shape]
         memory = by_memory(shape, int(args.parameters) if args.parameters else None)
-        measured = None if args.no_measure else _evidence(args)
+        measured, about = (None, {}) if args.no_measure else _evidence(args)
         context = by_context(shape, measured)
     except (ConfigError, UnsupportedModelError, PQCacheError, ValueError, OSError) as error:
         print(f"presets: {error}")
@@ -47,20 +48,22 @@ def run(args: argparse.Namespace) -> int:
     print(f"by GPU memory, {args.shape} with fp16 weights (page / pages):")
     print(_text(memory, "gib"))
     if args.json:
-        about = {"command": "presets", "date": today(), "commit": commit(), "versions": versions()}
-        about |= {"device": device_name(args.device), "shape": args.shape, "context": args.context}
+        about |= {"command": "presets", "date": today(), "commit": commit(), "versions": versions()}
+        about |= {"device": device_name(args.device), "shape": args.shape}
         tables = {"by_context": context, "by_memory": memory, "evidence": measured}
         rows = {name: None if t is None else json.loads(t.to_json(orient="records")) for name, t in tables.items()}
         print(json.dumps({**about, **rows}))
     return 0
 
 
-def _evidence(args: argparse.Namespace) -> pd.DataFrame:
+def _evidence(args: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """`evidence`, and what it was measured on."""
     from ..models import load_model, load_text
     from .workload import Workload
 
     model, tokenizer = load_model(args.model, device=args.device)
-    return evidence(Workload(model, tokenizer, load_text(args.text), context=args.context, progress=True))
+    workload = Workload(model, tokenizer, load_text(args.text), context=args.context, progress=True)
+    return evidence(workload), {**workload.about(), "text": text_record(args.text)}
 
 
 def _evidence_table(measured: pd.DataFrame) -> str:

@@ -29,6 +29,12 @@ class Setting:
     nbits: int
     policy: str = "lifo"
 
+    @classmethod
+    def of_row(cls, row: Any) -> Setting:
+        """The setting of a row of `Search.frame`."""
+        numbers = (int(row[name]) for name in ("page_size", "residual_length", "M", "nbits"))
+        return cls(*numbers, str(row["policy"]))
+
     def cache(self, mode: Literal["eager", "static"] = "eager") -> CacheConfig:
         return CacheConfig(self.page_size, self.residual_length, policy=self.policy, mode=mode)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 
@@ -36,14 +37,25 @@ def open_storage(place: str | Path) -> optuna.storages.BaseStorage:
     if not name.resolve().parent.is_dir():
         raise ConfigError(f"there is no folder for {text}; make it first")
     if name.suffix in (".db", ".sqlite"):
-        return _database(f"sqlite:///{text}", connect_args={"timeout": 60})  # another process may be writing
+        return _database(f"sqlite:///{text}")
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(text))
 
 
-def _database(url: str, **engine: Any) -> optuna.storages.RDBStorage:
-    """With a heartbeat, so that a trial of a machine that went away is given up after a while."""
-    import optuna
+def _database(url: str, attempts: int = 6) -> optuna.storages.RDBStorage:
+    """With a heartbeat, so that a trial of a machine that went away is given up after a while.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.storages.RDBStorage(url, engine_kwargs=engine, heartbeat_interval=60)
+    Processes that start together all make the tables, and those that come second fail at it: they look again.
+    """
+    import optuna
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # another process may be writing
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.RDBStorage(url, engine_kwargs=engine, heartbeat_interval=60)
+    except (optuna.exceptions.StorageInternalError, IntegrityError, OperationalError, ProgrammingError):
+        if attempts == 1:
+            raise
+    time.sleep(0.5)
+    return _database(url, attempts - 1)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..errors import ConfigError, PQCacheError
 from ..memory import readable_bytes
+from .choice import choose, finalists
 from .space import Setting, Space
 from .storage import need_optuna, open_storage
 from .workload import Measurement
@@ -120,28 +121,26 @@ class Search:
         found = self.frame()
         return found[found.best.astype(bool)].sort_values("milliseconds").reset_index(drop=True)
 
-    def chosen(self, max_kl: float | None = None) -> Setting:
-        """One setting of the front: the fastest whose KL is at most `max_kl`, else the one nearest to the best of both.
-
-        Without `max_kl`: time, and the logarithm of KL, as shares of the front's ranges; the smallest sum.
+    def finalists(self, max_kl: float | None = None) -> pd.DataFrame:
+        """Rows of `frame` that are to be timed again in turns before one is taken (`choice.finalists`).
 
         Raises:
             ConfigError: nothing was measured, or nothing reaches `max_kl`.
         """
-        front = self.front()
-        if not len(front):
+        return finalists(self._some(), max_kl)
+
+    def chosen(self, max_kl: float | None = None) -> Setting:
+        """The setting that the first timings speak for (`choice.choose`); what is raised is that of `finalists`."""
+        return Setting.of_row(choose(self._some(), max_kl))
+
+    def _some(self) -> pd.DataFrame:
+        """`frame`, if there is anything in it."""
+        found = self.frame()
+        if not len(found):
             over = Counter(trial.user_attrs.get("why", "") for trial in self.study.get_trials(deepcopy=False))
             said = "; ".join(f"{count} trials: {why}" for why, count in over.most_common(3) if why)
             raise ConfigError(f"no setting was measured ({said or 'no trial ran'}); raise the limits")
-        if max_kl is not None:
-            good = front[front.kl <= max_kl]
-            if not len(good):
-                raise ConfigError(f"no setting reaches KL {max_kl:g}; the best is {front.kl.min():.2g}: allow that, or "
-                                  "more memory, bits or trials")  # fmt: skip
-            return setting_of(good.iloc[0])
-        logs = front.kl.clip(lower=1e-9).map(_log)
-        score = _share(front.milliseconds) + _share(logs)
-        return setting_of(front.loc[score.idxmin()])
+        return found
 
     def pruned(self) -> pd.DataFrame:
         """What was not measured, and why: number, why."""
@@ -241,23 +240,6 @@ class Search:
             if where == host and pid.isdigit() and not _is_alive(int(pid)):
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 self.say(f"trial {trial.number} was left by a process that ended; its setting can be tried again")
-
-
-def setting_of(row: Any) -> Setting:
-    """The setting of a row of `Search.frame`."""
-    numbers = (int(row[name]) for name in ("page_size", "residual_length", "M", "nbits"))
-    return Setting(*numbers, str(row["policy"]))
-
-
-def _share(values: pd.Series) -> pd.Series:
-    span = values.max() - values.min()
-    return (values - values.min()) / (span or 1.0)
-
-
-def _log(value: float) -> float:
-    from math import log
-
-    return log(value)
 
 
 def _worker() -> str:

@@ -213,9 +213,9 @@ class DecodeTimes:
 
     def milliseconds(self, page_size: int) -> float:
         """A token's: the median plain step, and what a flush takes longer, shared by the tokens of a page; or the mean
-        of the steps of whole pages."""
+        step of a page, the median of the pages."""
         if self.pages:
-            return 1e3 * statistics.mean(map(statistics.mean, self.pages))
+            return 1e3 * statistics.median(map(statistics.mean, self.pages))
         return 1e3 * statistics.median(self.plain) + self.flush() / page_size
 
     def error(self) -> float:

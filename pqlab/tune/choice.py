@@ -1,0 +1,94 @@
+"""Which settings of a search come into its last round, and which of them is taken.
+
+First timings lie minutes apart, and in minutes a machine's speed drifts by more than settings differ. So whatever may
+be the best within the error of its first timing is timed again, all of them in turns (`Workload.in_turns`), and one is
+taken by these times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ..errors import ConfigError
+from .space import Setting
+
+if TYPE_CHECKING:
+    from .workload import Workload
+
+FINALISTS = 8
+"""Settings that are timed again, at most."""
+
+_SURE = 2.0
+"""Errors of both timings that lie between two settings of which one is surely the faster."""
+
+
+def not_beaten(frame: pd.DataFrame, sure: float = 0.0) -> pd.DataFrame:
+    """Rows that no other row beats in time and KL, the fastest first.
+
+    Args:
+        frame: milliseconds, milliseconds_error, kl.
+        sure: errors of both timings by which a row has to be faster to beat another.
+    """
+    time, error, kl = (frame[name].to_numpy(float) for name in ("milliseconds", "milliseconds_error", "kl"))
+    later = time[:, None] - time[None] - sure * (error[:, None] + error[None])  # of the row, behind that of the column
+    worse = kl[:, None] - kl[None]
+    beaten = (later >= 0) & (worse >= 0) & ((later > 0) | (worse > 0))
+    return frame[~beaten.any(1)].sort_values("milliseconds")
+
+
+def finalists(frame: pd.DataFrame, max_kl: float | None = None, count: int = FINALISTS) -> pd.DataFrame:
+    """Rows that may be what `choose` would take if times were exact, the likeliest first.
+
+    Args:
+        max_kl, and what is raised: see `choose`.
+        count: rows, at most.
+    """
+    found = _allowed(not_beaten(frame, _SURE), max_kl)
+    order = found.milliseconds if max_kl is not None else _score(found, found)
+    return found.loc[order.sort_values(kind="stable").index].head(count)
+
+
+def timed_again(workload: Workload, rows: pd.DataFrame, rounds: int = 5) -> tuple[pd.DataFrame, float | None]:
+    """The rows with the times that their settings have in turns, the fastest first; and the exact cache's milliseconds,
+    None where it cannot be timed alike."""
+    names = [str(Setting.of_row(row)) for _, row in rows.iterrows()]
+    again = workload.in_turns([Setting.of_row(row) for _, row in rows.iterrows()], rounds).set_index("setting")
+    times = {name: again.loc[names, name].to_numpy() for name in ("milliseconds", "milliseconds_error")}
+    exact = float(again.milliseconds["exact"]) if "exact" in again.index else None
+    return rows.assign(**times).sort_values("milliseconds"), exact
+
+
+def choose(frame: pd.DataFrame, max_kl: float | None = None, scale: pd.DataFrame | None = None) -> pd.Series:
+    """The fastest row whose KL is at most `max_kl`; without a limit, the one nearest to the best of both.
+
+    Nearest: time, and the logarithm of KL, as shares of the ranges of what is not beaten; the smallest sum.
+
+    Args:
+        scale: rows whose ranges these are, where `frame` is only a part of them; None takes `frame`.
+
+    Raises:
+        ConfigError: no row reaches `max_kl`.
+    """
+    found = _allowed(not_beaten(frame), max_kl)
+    if max_kl is not None:
+        return found.iloc[0]
+    return found.loc[_score(found, found if scale is None else not_beaten(scale)).idxmin()]
+
+
+def _allowed(rows: pd.DataFrame, max_kl: float | None) -> pd.DataFrame:
+    if max_kl is None:
+        return rows
+    good = rows[rows.kl <= max_kl]
+    if not len(good):
+        raise ConfigError(f"no setting reaches KL {max_kl:g}; the best is {rows.kl.min():.2g}: allow that, or more "
+                          "memory, bits or trials")  # fmt: skip
+    return good
+
+
+def _score(rows: pd.DataFrame, scale: pd.DataFrame) -> pd.Series:
+    """Of every row, smaller is better; only differences mean something."""
+    time, kl = (lambda frame: frame.milliseconds), (lambda frame: np.log(frame.kl.clip(lower=1e-9)))
+    return sum(of(rows) / ((of(scale).max() - of(scale).min()) or 1.0) for of in (time, kl))
