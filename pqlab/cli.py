@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -57,10 +58,14 @@ def _run(argv: Sequence[str] | None) -> int:
 def _output_is_broken() -> bool:
     """Whether it is standard output that nobody reads; then it goes nowhere, for Python writes the rest at its end."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return True
-    return False
+        output = sys.stdout.fileno()
+        watch = select.poll()
+    except (OSError, AttributeError):  # no file, or a system without poll
+        return False
+    watch.register(output, 0)  # errors are told in any case
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
