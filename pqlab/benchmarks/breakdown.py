@@ -20,6 +20,7 @@ from .. import kernels
 from ..cache import PagedPQCache
 from ..config import CacheConfig
 from ..errors import ConfigError
+from ..kernels import ops
 from ..kernels.backend import decode_part
 from ..quantization import Codebooks
 from .decode_steps import SDPA, Step, captured, decode_step
@@ -197,15 +198,15 @@ def _split_fused(parts: dict[str, float], calls: list[tuple], watch: Watch) -> N
     without storing; in place."""
     if not calls:
         return
-    backend = calls[0][2]
-    at = (9, 10) if backend.fuses_step else (4,)  # where the lengths are
+    whole_step = calls[0][0] is ops.step_
+    at = (9, 10) if whole_step else (4,)  # where the lengths are
     exact_only = torch.tensor([1, 0, 1], dtype=torch.int32, device=calls[0][1][at[0]].device)
-    less = [(run, [x * exact_only if i in at else x for i, x in enumerate(args)]) for run, args, _ in calls]
-    kinds = {FUSED: [call[:2] for call in calls]}
-    if backend.fuses_step:
-        plain = [(run, (*args[:17], *(None,) * 4)) for run, args in less]
+    less = [(run, [x * exact_only if i in at else x for i, x in enumerate(args)]) for run, args in calls]
+    kinds = {FUSED: calls}
+    if whole_step:
+        plain = [(run, args[:17]) for run, args in less]
         kinds |= {"maps": less, "store": plain}
-        less = [(backend.decode, decode_part(args)) for _, args in plain]
+        less = [(ops.decode, decode_part(args)) for _, args in plain]
     kinds["exact tokens"] = less
     times = [_all_calls(these, watch) for these in kinds.values()]
     scale, left = parts[FUSED] / times[0], times[0]

@@ -38,7 +38,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import PagedPQCache
 from ..kernels import ops, reference
-from ..kernels.backend import Backend
 
 PARTS = (
     "embedding", "norms", "projection", "rotary", "maps", "store", "flush", "codes", "exact tokens", "attention",
@@ -166,15 +165,31 @@ def cuts(model: PreTrainedModel, cache: Cache, attention: str, watch: Watch, cal
         for backend in ops.backends().values():
             _replace(stack, backend, "append_", watch, "store")
             _replace(stack, backend, "encode_pages_", watch, "flush")
-            name = "step_" if backend.fuses_step else "decode"
-            run = getattr(backend, name)
+            if backend.fuses_step:
+                _replace(stack, backend, "_attend", watch, FUSED)
+                continue
+            decode = backend.decode
 
-            def kept(*args: Any, run: Callable = run, backend: Backend = backend, **kwargs: Any) -> Any:
+            def kept(*args: Any, decode: Callable = decode, **kwargs: Any) -> Any:
                 if watch.on and len(calls) < len(cache.quantized_layers):
-                    calls.append((run, args, backend))
-                return run(*args, **kwargs)
+                    calls.append((decode, args))
+                return decode(*args, **kwargs)
 
-            _replace(stack, backend, name, watch, FUSED, kept)
+            _replace(stack, backend, "decode", watch, FUSED, kept)
+        step = ops.step_
+
+        def kept_step(*args: Any) -> Any:
+            results = step(*args)
+            if (
+                watch.on
+                and len(calls) < len(cache.quantized_layers)
+                and ops.backends()[ops.last("step_")[0]].fuses_step
+            ):
+                calls.append((step, args))
+            return results
+
+        stack.callback(setattr, ops, "step_", step)
+        ops.step_ = kept_step
         yield
 
 

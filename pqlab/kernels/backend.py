@@ -10,6 +10,7 @@ attention but "pqlab"; "exact" forces it under that one, too, and "-exact" has t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,12 @@ class Backend:
 
         Called before every operation with the operation's positional arguments, so it has to be cheap.
         """
+        return None
+
+    def again(self, op: str, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any] | None:
+        """After a call: a function that does the same for other arguments, of which those that stay from step to step
+        (`ops._LASTING`) are the same objects, without the checks of `ops`. It returns None where the arguments are not
+        alike, having done nothing. None: every call is to be checked."""
         return None
 
     def wait(self, timeout: float | None = None) -> bool:

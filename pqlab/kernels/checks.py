@@ -102,7 +102,7 @@ def append(
     _explain_table("append_", page_table, batch)
 
 
-def step(args: tuple[Any, ...]) -> None:
+def step(*args: Any) -> None:
     """Raises ValueError for what `ops.step_` cannot take; args are all of its arguments."""
     append(*append_part(args))
     decode(*decode_part(args))

@@ -7,10 +7,14 @@ version; handing over the arguments costs a few microseconds.
 from __future__ import annotations
 
 import ctypes
+import operator
 import platform
 import struct
 import sys
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +41,32 @@ _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append
 _IDENTITY = "the identity codec (nbits 32) runs on the reference only"
 
 
-class _Held(NamedTuple):
+class _Places(NamedTuple):
+    """Which arguments of an operation are what the kernel takes."""
+
+    held: Callable[..., tuple[Tensor | None, ...]]  # of `_hold`
+    nbits: Callable[..., tuple[int, int]]
+    vectors: Callable[..., tuple[Tensor, ...]]  # of `_attend`
+    tables: Callable[..., tuple[Tensor, ...]]
+    scale: int
+
+
+_DECODE_PLACES = _Places(
+    lambda args: (*args[1:3], *args[5:11], *_NO_MAPS), itemgetter(11, 12), itemgetter(slice(1)), itemgetter(3, 4), 13
+)
+_STEP_PLACES = _Places(
+    itemgetter(4, 5, 11, 12, 0, 1, 2, 3, 17, 18, 19, 20), itemgetter(13, 14), itemgetter(15, 6, 7),
+    itemgetter(8, 10, 9), 16,
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class _Held:
     packed: bytes  # the second part of struct pq_decode_args
     state: tuple[int, ...]
     owners: tuple[Any, ...]  # of the memory that it points to, or weak references to them
     in_place: bool  # it points to the given sinks and windows, not to copies of them
+    alive: bool = True  # all the tensors that it is of are
 
 
 class CpuBackend(Backend):
@@ -56,6 +81,7 @@ class CpuBackend(Backend):
         self._books: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}  # prepared codebooks, with the tensors they are of
         self._held: dict[tuple[int, ...], _Held] = {}
         self._like_lse: dict[tuple[int, ...], Tensor] = {}
+        self._seen: tuple[Tensor, ...] = ()  # page table and lengths of the last call
         sources = sorted(SOURCES.glob("*.cpp"))
         flags = compile_flags(machine)
         self.extension = Extension("pqlab_cpu", sources, self._load, cflags=flags, ldflags=link_flags())
@@ -97,7 +123,7 @@ class CpuBackend(Backend):
         held = self._hold(
             (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v, *_NO_MAPS), k_nbits, v_nbits
         )
-        out, lse, code = self._attend(held, q, page_table, lengths, scale)
+        out, lse, code = self._attend(held, scale, (_plain(q),), (_plain(page_table), _plain(lengths)))
         if code:
             _fail("decode", code, f"lengths {lengths.tolist()}, {page_table.shape[1]} pages a row of {len(k_pages)}")
         return out, lse
@@ -113,11 +139,12 @@ class CpuBackend(Backend):
         )
         if not held.in_place:
             _in_place("step_", sink_k=sink_k, sink_v=sink_v, window_k=window_k, window_v=window_v)
-        out, lse, code = self._attend(held, q, page_table, after, scale, k, v, before)
+        q, tables = _plain(q), (_plain(page_table), _plain(after))
+        out, lse, code = self._attend(held, scale, (q, _plain(k), _plain(v)), (*tables, _plain(before)))
         if code == _FLUSH:
             self._flush(window_k, k_pages, page_table, before, after, k_books, k_nbits)
             self._flush(window_v, v_pages, page_table, before, after, v_books, v_nbits)
-            out, lse, code = self._attend(held, q, page_table, after, scale)
+            out, lse, code = self._attend(held, scale, (q,), tables)
         if code:
             about = f"{page_table.shape[1]} pages a row of {len(k_pages)}, {window_k.shape[2]} window slots"
             _fail("step_", code, f"lengths {before.tolist()} to {after.tolist()}, {about}, {sink_k.shape[2]} sinks")
@@ -130,20 +157,24 @@ class CpuBackend(Backend):
         reference.flush_(window, pages, page_table, before.tolist(), after.tolist(), books, nbits, self.encode_pages_)
 
     def _attend(
-        self, held: _Held, q: Tensor, page_table: Tensor, lengths: Tensor, scale: float,
-        k: Tensor | None = None, v: Tensor | None = None, before: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-        """(out, lse, result of the kernel); with k, v and `before` it stores them first."""
-        q, page_table, lengths = _plain(q), _plain(page_table), _plain(lengths)
-        new = () if k is None else (_plain(k), _plain(v), _plain(before))
-        batch, query_heads, steps, _ = q.shape
-        shape = (batch, query_heads, steps)
-        if shape not in self._like_lse:
-            self._like_lse[shape] = torch.empty(shape)
-        out, lse = torch.empty_like(q), torch.empty_like(self._like_lse[shape])  # the same call twice is the quickest
+        self, held: _Held, scale: float, vectors: tuple[Tensor, ...], tables: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, int]:
+        """(out, lse, result of the kernel) of contiguous tensors.
+
+        Args:
+            vectors: q; for a step also the new k and v.
+            tables: page table and lengths; for a step also the lengths before.
+        """
+        q, page_table = vectors[0], tables[0]
+        shape = q.shape[:3]
+        like = self._like_lse.get(shape)
+        if like is None:
+            like = self._like_lse[shape] = torch.empty(shape)
+        out, lse = torch.empty_like(q), torch.empty_like(like)  # the same call twice is the quickest
+        new = (*[x.data_ptr() for x in vectors[1:]], *[x.data_ptr() for x in tables[2:]]) or (0, 0, 0)
         call = _DECODE_CALL.pack(
-            q.data_ptr(), page_table.data_ptr(), lengths.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            *([t.data_ptr() for t in new] or (0, 0, 0)), *shape, page_table.shape[1], _DTYPES[q.dtype], scale,
+            q.data_ptr(), page_table.data_ptr(), tables[1].data_ptr(), out.data_ptr(), lse.data_ptr(), *new,
+            *shape, page_table.shape[1], _DTYPES[q.dtype], scale,
         )  # fmt: skip
         return out, lse, self._library.pq_decode(call + held.packed)
 
@@ -170,11 +201,55 @@ class CpuBackend(Backend):
         if all(x is y for x, y in zip(plain, tensors, strict=True)):
 
             def forget(_: Any) -> None:
-                self._held.pop(key, None)
+                held.alive = False
+                if self._held.get(key) is held:
+                    del self._held[key]
 
-            watched = [weakref.ref(t, forget) for t in tensors if t is not None]
-            self._held[key] = held._replace(owners=(*images, *watched))
+            self._held[key] = held
+            held.owners = (*images, *[weakref.ref(t, forget) for t in tensors if t is not None])
         return held
+
+    def again(self, op: str, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any] | None:
+        if op == "step_":
+            return self._again(args, self.step_, _STEP_PLACES)
+        return self._again(args, self.decode, _DECODE_PLACES) if op == "decode" else None
+
+    def _again(
+        self, like: tuple[Any, ...], whole: Callable[..., Any], places: _Places
+    ) -> Callable[[tuple[Any, ...]], Any] | None:
+        held = self._held.get((*places.nbits(like), *map(id, places.held(like))))
+        if held is None or not held.in_place:
+            return None
+        q, *new = places.vectors(like)
+        dtype, shapes = q.dtype, [x.shape for x in (q, *new)]
+
+        def again(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+            vectors, tables = places.vectors(args), places.tables(args)
+            for x, shape in zip(vectors, shapes, strict=True):
+                if not (x.shape == shape and x.dtype is dtype and x.is_cpu and x.is_contiguous()):
+                    return None
+            if not (held.alive and self._fit(tables, shapes[0][0]) and _state(places.held(args)) == held.state):
+                return None
+            out, lse, code = self._attend(held, args[places.scale], vectors, tables)
+            return whole(*args) if code else (out, lse)  # with a flush, or an error
+
+        return again
+
+    def _fit(self, tables: tuple[Tensor, ...], batch: int) -> bool:
+        """Whether page table and lengths are right: the last ones are, and all layers of a step share them."""
+        if (
+            len(tables) == len(self._seen)
+            and all(map(operator.is_, tables, self._seen))
+            and tables[1].shape[0] == batch
+        ):
+            return True
+        for x in tables:
+            if not (x.dtype == torch.int32 and x.is_cpu and x.is_contiguous() and x.dim() == 2 and x.shape[0] == batch):
+                return False
+        if any(x.shape[1] != 3 for x in tables[1:]):
+            return False
+        self._seen = tables
+        return True
 
     def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:
         """The books as the kernel reads them, made once for a tensor; empty when it reads them as they are."""

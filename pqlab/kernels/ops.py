@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelMissingError, PQCacheError
 from . import checks
-from .backend import Backend, ReferenceBackend, append_part, current_setting, decode_part
+from .backend import Backend, ReferenceBackend, Setting, append_part, current_setting, decode_part
 
 log = logging.getLogger("pqlab")
 
@@ -37,6 +39,20 @@ _absent: dict[str, str] = {}  # backend -> why it was never registered
 _runs: Counter[tuple[str, str, str]] = Counter()  # (op, backend, reason) -> calls
 _last: dict[str, tuple[str, str]] = {}  # op -> (backend, reason) of the latest call
 _failed: dict[tuple[str, str], str] = {}  # (op, backend) -> what it raised when it ran; not tried again
+
+
+class _Known(NamedTuple):
+    """How a call ran: what checks and choice come to again for the same lasting tensors under the same setting."""
+
+    setting: Setting
+    again: Callable[..., Any]  # `Backend.again`
+    key: tuple[str, str, str]
+
+
+_LASTING = {"decode": itemgetter(1, 2, *range(5, 13)), "step_": itemgetter(*range(6), *range(11, 15), *range(17, 21))}
+"""The arguments of an operation that stay from step to step of a sequence: pages, codebooks, exact tokens, maps."""
+
+_known: dict[tuple[int, ...], _Known] = {}  # by identity; a backend that is asked again knows whether it still holds
 
 
 def decode(
@@ -189,6 +205,7 @@ def step_(
 def register_backend(backend: Backend) -> None:
     """Put a backend in the place of its name; what one of that name failed at before is tried again."""
     _backends[backend.name] = backend
+    _known.clear()
     for key in [key for key in _failed if key[1] == backend.name]:
         del _failed[key]
 
@@ -293,7 +310,35 @@ def _run(op: str, device_type: str, args: tuple[Any, ...]) -> Any:
         if not _may_fall_back(backend.name, error):
             raise
         _failed[op, backend.name] = f"it failed when it ran ({type(error).__name__}: {' '.join(str(error).split())})"
+        _known.clear()
         return _run(op, device_type, args)
+
+
+def _run_again(op: str, check: Callable[..., None], device_type: str, args: tuple[Any, ...]) -> Any:
+    """`check` and `_run`, or neither when this is a call like an earlier one.
+
+    Between two calls a model streams all of its weights, and whatever Python touches then comes from memory: the checks
+    and the choice take as long as attention over a thousand tokens.
+    """
+    lasting = tuple(map(id, _LASTING[op](args)))
+    known = _known.get(lasting)
+    setting = current_setting()
+    if known is not None and known.setting is setting:
+        try:
+            results = known.again(args)
+        except (RuntimeError, MemoryError):
+            results = None  # it is to fail where the next level can be chosen
+        if results is not None:
+            _runs[known.key] += 1
+            _last[op] = known.key[1:]
+            return results
+    check(*args)
+    results = _run(op, device_type, args)
+    name, reason = _last[op]
+    again = _backends[name].again(op, args)
+    if again is not None:
+        _known[lasting] = _Known(setting, again, (op, name, reason))
+    return results
 
 
 def _may_fall_back(name: str, error: Exception) -> bool:
@@ -331,8 +376,7 @@ _library.define(
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
-    checks.decode(*args)
-    return _run("decode", args[0].device.type, args)
+    return _run_again("decode", checks.decode, args[0].device.type, args)
 
 
 def _encode(*args: Any) -> Tensor:
@@ -352,8 +396,7 @@ def _append(*args: Any) -> None:
 
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
     args = (*args, *(None,) * (_STEP_ARGS - len(args)))  # the dispatcher leaves out what is the default
-    checks.step(args)
-    return _run("step_", args[6].device.type, args)
+    return _run_again("step_", checks.step, args[6].device.type, args)
 
 
 # Plain `impl` costs 4 us a call where torch.library.custom_op costs several times that.
@@ -393,5 +436,5 @@ def _append_fake(*args: Any) -> None:
 
 @torch.library.register_fake("pqlab::step_", lib=_library)
 def _step_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    checks.step((*args, *(None,) * (_STEP_ARGS - len(args))))
+    checks.step(*args, *(None,) * (_STEP_ARGS - len(args)))
     return _decode_results(args[15])

@@ -58,7 +58,9 @@ class PageRows:
         """int32 [num_rows, page capacity]: the live tensor on a CPU, else the device's copy, brought up to date."""
         device = torch.device(device)
         if device.type == "cpu":
-            return self._host[:num_rows]
+            if self._live.shape[0] != num_rows:
+                self._live = self._host[:num_rows]
+            return self._live
         copy, version = self._copies.get(device, (None, -1))
         with torch.inference_mode(False):  # made inside inference mode, it could not be updated outside of it
             if copy is None or copy.shape != self._host.shape:
@@ -70,4 +72,4 @@ class PageRows:
 
     def _replace(self, array: np.ndarray) -> None:
         self._array = array  # all changes go through numpy: faster for single entries
-        self._host = torch.from_numpy(array)  # the same memory
+        self._host = self._live = torch.from_numpy(array)  # the same memory; `_live`: the rows last asked for
