@@ -1,6 +1,6 @@
 """What each part of the calibration buys: samples, maps, weights, and how many heads share a codebook.
 
-calibrations(model, tokenizer, load_text("emma"), load_text("pride"))  # a row a variant
+calibrations(model, tokenizer, calibration_text("mixed"), load_text("pride"))  # a row a variant
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,7 +16,7 @@ import pandas as pd
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
 from ..memory import MIB
-from ..models import fingerprint, load_model, load_text
+from ..models import calibration_text, fingerprint, load_model, load_text
 from ..models.defaults import CALIBRATION_TEXT
 from ..quantization import attention_geometry, calibrate
 from ..results.provenance import commit, device_name, text_record, today, versions
@@ -25,10 +25,9 @@ from .teacher_forced import from_codebooks
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "1024 tokens": {"num_tokens": 1024, "window": 256},
-    "2048 tokens": {"num_tokens": 2048, "window": 512},
-    "4096 tokens": {"num_tokens": 4096, "window": 1024},
-    "16384 tokens": {"num_tokens": 16384},
+    **{f"{tokens} tokens": {"num_tokens": tokens} for tokens in (1536, 3072, 6144, 24576, 49152)},
+    "4 iterations": {"iterations": 4},
+    "16 iterations": {"iterations": 16},
     "no weights": {"weighted": False},
     "no map": {"maps": False},
     "no map, no weights": {"maps": False, "weighted": False},
@@ -42,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def calibrations(
     model,
     tokenizer,
-    text: str,
+    text: str | Sequence[str],
     measured: str,
     variants: Mapping[str, Mapping[str, Any]] | None = None,
     pq: PQConfig = PQConfig(),
@@ -56,7 +55,8 @@ def calibrations(
     """KL of codebooks that differ in how they were calibrated.
 
     Args:
-        text: what is calibrated on; measured: what the divergence is measured on, in `windows` of `length` tokens.
+        text: what is calibrated on, one text or several.
+        measured: what the divergence is measured on, in `windows` of `length` tokens.
         variants: name -> arguments of `calibrate`; None takes `VARIANTS`.
         pq: M and nbits of all.
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         if len(heads) > 1:
             raise ConfigError(f"heads of {sorted(heads)} elements have no common M; measure one layer's kind at a time")
         pq = PQConfig(M=heads.pop() * args.bits // 8)
-        texts = load_text(args.calibration), load_text(args.text)
+        texts = calibration_text(args.calibration), load_text(args.text)
         options = {"windows": args.windows, "length": args.length, "progress": True}
         frame = calibrations(model, tokenizer, *texts, {name: VARIANTS[name] for name in chosen}, pq, **options)
     except (ValueError, OSError) as error:

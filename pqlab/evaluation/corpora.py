@@ -16,8 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError
-from ..models import load_text, texts
+from ..models import calibration_text, load_text, texts
 from ..models.defaults import CALIBRATION_TEXT
+from ..models.texts import MIXES, members
 
 SYNTHETIC = "_synthetic"
 
@@ -71,8 +72,8 @@ class Corpus:
     Args:
         name: of the data set, or the path of a text file.
         data: folder that holds a hub data set's files; None asks the hub.
-        calibration: text for training: a shipped one or a file; None takes the data set's own train split, or a
-            shipped novel that is not evaluated on.
+        calibration: text for training: a shipped one, a mix or a file; None takes the data set's own train split, or
+            shipped texts that are not evaluated on.
         seed: of `_synthetic`.
 
     Raises:
@@ -88,12 +89,13 @@ class Corpus:
         check_name(self.name)
         if self.data is not None and not self.from_hub:
             raise ConfigError(f"{self.name} is read from no data folder; leave --data out")
-        if self.calibration == self.name:
+        if self.calibration and self.name in members(self.calibration):
             raise ConfigError(
-                f"calibration on {self.name}, which is evaluated on, would flatter the result; choose another text"
+                f"calibration on {self.calibration} would flatter the result, since {self.name} is evaluated on; "
+                "choose another text"
             )
-        if self.calibration and not _is_text(self.calibration):
-            raise ConfigError(f"there is no text {self.calibration}; shipped are {', '.join(texts())}")
+        if self.calibration and self.calibration not in MIXES and not _is_text(self.calibration):
+            raise ConfigError(f"there is no text {self.calibration}; shipped are {', '.join((*texts(), *MIXES))}")
 
     @property
     def means_something(self) -> bool:
@@ -112,7 +114,7 @@ class Corpus:
             return self.calibration
         if self.from_hub or self.name == SYNTHETIC:
             return f"{self.name} train"
-        return "pride" if self.name == CALIBRATION_TEXT else CALIBRATION_TEXT
+        return "pride" if self.name in members(CALIBRATION_TEXT) else CALIBRATION_TEXT
 
     @cached_property
     def test_text(self) -> str:
@@ -122,10 +124,10 @@ class Corpus:
         return synthetic_text(self.seed) if self.name == SYNTHETIC else load_text(self.name)
 
     @cached_property
-    def train_text(self) -> str:
-        """The text that codebooks are trained on. Raises `DatasetError` when it cannot be read."""
+    def train_text(self) -> str | list[str]:
+        """The text that codebooks are trained on, or those of a mix. Raises `DatasetError` when it cannot be read."""
         if self.calibration or not (self.from_hub or self.name == SYNTHETIC):
-            return load_text(self.train_name)
+            return calibration_text(self.train_name)
         return read_split(self.name, "train", self.data) if self.from_hub else synthetic_text(self.seed + 1)
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError, UnsupportedModelError
-from ..models import load_model, load_text
+from ..models import calibration_text, load_model
 from ..models.defaults import CALIBRATION_TEXT
 from ..quantization import Codebooks, LayerCodec, attention_geometry, collect_kv, origin_of, train
 from ..quantization.codebook_file import read
@@ -95,7 +95,7 @@ class Plan:
 def plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: str | Sequence[str],
     *,
     bits: float | None = None,
     kl: float | None = None,
@@ -114,12 +114,12 @@ class Planner:
     """Candidates for every layer and side, trained, and what each would cost: plans for any budget follow at once.
 
     Args:
-        text: its first four fifths are calibrated on, the rest is measured on.
+        text: one or several; the first four fifths of each are calibrated on, the rest is measured on.
         config: sinks, residual length and page size that the measurements are to hold for.
         choices: bits per element that a side can get, of `BITS`; 8 only in the quarter of the layers that lose most by
             the next smaller choice.
         num_tokens: to calibrate on.
-        windows, length: of text, in tokens, for `costs`, and as many again for certificates.
+        windows, length: of every text, in tokens, for `costs`, and as many again for certificates.
 
     Attributes:
         costs: `predict_kl`.
@@ -132,7 +132,7 @@ class Planner:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        text: str,
+        text: str | Sequence[str],
         *,
         config: CacheConfig | None = None,
         choices: Sequence[int] = DEFAULT_BITS,
@@ -145,15 +145,22 @@ class Planner:
         choices = sorted(set(choices))
         if not choices or not set(choices) <= set(BITS):
             raise ConfigError(f"choices = {choices} are not of {BITS}")
-        cut = int(len(text) * (1 - _HELD_OUT))
-        held_out = text_windows(tokenizer, text[cut:], length, 2 * windows)  # says so when the text is too short
+        every = [text] if isinstance(text, str) else list(text)
+        ends = [int(len(one) * (1 - _HELD_OUT)) for one in every]
+        # text_windows says so when a text is too short
+        held_out = [
+            text_windows(tokenizer, one[end:], length, 2 * windows) for one, end in zip(every, ends, strict=True)
+        ]
+        weighed = [ids for of_one in held_out for ids in of_one[:windows]]
+        text = [one[:end] for one, end in zip(every, ends, strict=True)]
         self.model, self.config = model, config or CacheConfig()
-        self._measured_on = f"{windows} x {length} tokens of the end of {text_name or 'the text'}"
-        self._windows = held_out[windows:]
-        samples = collect_kv(model, tokenizer, text[:cut], num_tokens=num_tokens)
+        where = "the end of" if len(every) == 1 else f"the end of each of the {len(every)} texts of"
+        self._measured_on = f"{windows} x {length} tokens of {where} {text_name or 'the text'}"
+        self._windows = [ids for of_one in held_out for ids in of_one[windows:]]
+        samples = collect_kv(model, tokenizer, text, num_tokens=num_tokens)
         metrics = value_metrics(model)
         geometry = attention_geometry(model)
-        self.origin = origin_of(model, text[:cut], samples, text_name)
+        self.origin = origin_of(model, text, samples, text_name)
         self.candidates: dict[int, dict[int, LayerCodec]] = {}
         narrow = [choice for choice in choices if choice != _WIDE]
         costs = []
@@ -165,7 +172,7 @@ class Planner:
                 settings = {i: (PQConfig(M=d * choice // 8, nbits=8),) * 2 for i, (_, d) in geometry.items()}
                 made[choice] = train(samples, settings, value_metrics=metrics)
             self.candidates |= made
-            costs.append(predict_kl(model, held_out[:windows], made, self.config))
+            costs.append(predict_kl(model, weighed, made, self.config))
         self.costs = pd.concat(costs, ignore_index=True)
 
     def plan(self, *, bits: float | None = None, kl: float | None = None) -> Plan:
@@ -277,7 +284,7 @@ def allocate(costs: pd.DataFrame, bits: float) -> dict[tuple[int, str], int]:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
     parser.add_argument("--device", default="cpu", help="torch device that the model runs on")
-    parser.add_argument("--text", default=CALIBRATION_TEXT, help="name of a shipped text, or a file")
+    parser.add_argument("--text", default=CALIBRATION_TEXT, help="name of a shipped text or mix, or a file")
     parser.add_argument("--bits", nargs="+", type=float, default=[], help="budgets, bits per element")
     parser.add_argument("--kl", nargs="+", type=float, default=[], help="budgets, nats")
     parser.add_argument("--choices", nargs="+", type=int, default=list(DEFAULT_BITS), help=f"of {BITS}")
@@ -296,7 +303,7 @@ def run(args: argparse.Namespace) -> int:
         config = CacheConfig(residual_length=args.residual, num_sinks=args.sinks)
         model, tokenizer = load_model(args.model, device=args.device)
         named = {"choices": args.choices, "config": config, "text_name": Path(args.text).name}
-        planner = Planner(model, tokenizer, load_text(args.text), **named)
+        planner = Planner(model, tokenizer, calibration_text(args.text), **named)
         for name, budget in [*(("bits", b) for b in args.bits), *(("kl", k) for k in args.kl)]:
             found = planner.plan(**{name: budget})
             path = args.out / f"plan-{name}-{budget:g}.safetensors"

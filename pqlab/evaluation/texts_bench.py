@@ -14,7 +14,8 @@ from dataclasses import asdict
 import pandas as pd
 
 from ..config import CacheConfig, PQConfig
-from ..models import fingerprint, load_model, load_text
+from ..models import calibration_text, fingerprint, load_model, load_text
+from ..models.defaults import CALIBRATION_TEXT
 from ..models.texts import STDLIB
 from ..quantization import Codebooks, calibrate
 from ..quantization.samples import NUM_TOKENS
@@ -23,13 +24,13 @@ from . import fidelity
 from .teacher_forced import from_codebooks
 
 NOVEL, OTHER_NOVEL, SPANISH = "emma", "pride", "genesis-es"
-_MIX_WINDOW = 1024  # tokens: short enough for several windows of every text of a mix
 
 
 def texts() -> tuple[dict[str, str | list[str]], dict[str, str]]:
     """Texts to calibrate on and texts to measure on, by what they are.
 
-    Code and Spanish are one text each: its second half is calibrated on, its first half is measured on.
+    Code and Spanish are one text each: its second half is calibrated on, its first half is measured on. The default's
+    mix has other code and no Spanish.
     """
     code, spanish = load_text(STDLIB), load_text(SPANISH)
     calibration: dict[str, str | list[str]] = {
@@ -37,7 +38,7 @@ def texts() -> tuple[dict[str, str | list[str]], dict[str, str]]:
         "source code": code[len(code) // 2 :],
         "Spanish": spanish[len(spanish) // 2 :],
     }
-    calibration["all three"] = list(calibration.values())
+    calibration |= {"all three": list(calibration.values()), CALIBRATION_TEXT: calibration_text(CALIBRATION_TEXT)}
     measured = {
         "novel": load_text(OTHER_NOVEL),
         "source code": code[: len(code) // 2],
@@ -73,10 +74,8 @@ def transfer(
     """
     books = {}
     for name, text in calibration.items():
-        window = {} if isinstance(text, str) else {"window": _MIX_WINDOW}
-        books[name] = calibrate(
-            model, tokenizer, text, pq, num_tokens=num_tokens, text_name=name, progress=progress, **window
-        )
+        options = {"num_tokens": num_tokens, "text_name": name, "progress": progress}
+        books[name] = calibrate(model, tokenizer, text, pq, **options)
     books |= codebooks or {}
     methods = {name: from_codebooks(book.to(model.device)) for name, book in books.items()}
     parts = []
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         about = {"benchmark": "texts", "date": today(), "commit": commit(), "versions": versions()}
         about |= {"model": fingerprint(model), "device": device_name(args.device), "cache": asdict(CacheConfig())}
-        about |= {"texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH)]}
+        about |= {"texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH, CALIBRATION_TEXT)]}
         about |= {"windows": args.windows, "length": args.length, "tokens": args.tokens}
         print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))
     return 0

@@ -6,7 +6,7 @@ from .fetch import FetchError
 from .fingerprint import fingerprint
 from .load import ModelLoadError, ensure_default_model, load_model
 from .packaged import PACKAGED, PackagedModel
-from .texts import Text, load_text, texts
+from .texts import Text, calibration_text, load_text, texts
 
 __all__ = [
     "PACKAGED",
@@ -16,6 +16,7 @@ __all__ = [
     "PackagedModel",
     "Text",
     "cache_dir",
+    "calibration_text",
     "default_codebooks",
     "default_codebooks_path",
     "ensure_default_model",

@@ -1,4 +1,4 @@
-"""Texts to measure on: public-domain ones that travel with the package, Python's own source code, and one's own."""
+"""Texts to calibrate and to measure on: shipped ones, Python's own source code, and files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,16 @@ _SHIPPED = {
         Text("emma", "Emma", "Jane Austen", 882_851),
         Text("moby-dick", "Moby Dick; or, The Whale", "Herman Melville", 1_213_025),
         Text("genesis-es", "Génesis", "Reina-Valera", 181_172, "Spanish"),
+        Text("code", "Modules of pqlab", "the authors of pqlab", 306_657, "Python and C++"),
+        Text("numbers", "Sentences with numbers", "drawn at random", 160_038),
     )
 }
+
+MIXES = {"mixed": ("emma", "code", "numbers")}
+"""Names of several texts together. What codebooks never saw they store badly: digits and code are rare in a novel."""
+
+BETWEEN = "\n\n"
+"""Between texts that are made one: for hashes, and for who wants a mix as one string."""
 
 STDLIB = "stdlib"
 """Source code: modules of the Python that runs, so the text is another one in every version of Python."""
@@ -43,8 +51,21 @@ def texts() -> dict[str, Text]:
     return dict(_SHIPPED)
 
 
+def members(name: str | Path) -> tuple[str | Path, ...]:
+    """The names of a mix's texts; any other name alone."""
+    return MIXES.get(name, (name,))
+
+
+def calibration_text(name: str | Path) -> str | list[str]:
+    """What `calibrate` takes: the text of this name, or the texts of a mix. Raises like `load_text`."""
+    found = [load_text(one) for one in members(name)]
+    return found if len(found) > 1 else found[0]
+
+
 def load_text(name: str | Path = "pride") -> str:
     """A shipped text by its name (see `texts`), "stdlib", or a UTF-8 text file by its path (.xz files are unpacked).
+
+    The texts of a mix ("mixed") come one behind the other, with `BETWEEN` between them.
 
     Raises:
         FileNotFoundError: neither a shipped text nor a file.
@@ -52,11 +73,13 @@ def load_text(name: str | Path = "pride") -> str:
     if name in _SHIPPED:
         packed = files("pqlab").joinpath("data", f"{name}.txt.xz").read_bytes()
         return lzma.decompress(packed).decode("utf-8")
+    if name in MIXES:
+        return BETWEEN.join(map(load_text, members(name)))
     if name == STDLIB:
         return _stdlib()
     path = Path(name).expanduser()
     if not path.is_file():
-        named = ", ".join((*_SHIPPED, STDLIB))
+        named = ", ".join((*_SHIPPED, *MIXES, STDLIB))
         raise FileNotFoundError(f"there is no text file {path}; the texts with a name are {named}")
     if path.suffix == ".xz":
         return lzma.decompress(path.read_bytes()).decode("utf-8")

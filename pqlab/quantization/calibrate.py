@@ -25,7 +25,7 @@ from .codec import PQCodec, to_float, to_half
 from .geometry import PQSpec, attention_geometry, num_layers, setting
 from .kmeans import ITERATIONS, product_kmeans
 from .maps import alike, balanced_map, in_eight_bits
-from .samples import NUM_SINKS, NUM_TOKENS, WINDOW, Samples, collect_kv
+from .samples import NUM_SINKS, NUM_TOKENS, Samples, collect_kv, window_for
 from .sensitivity import value_metrics
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def calibrate(
     config: PQSpec = _DEFAULT,
     *,
     num_tokens: int = NUM_TOKENS,
-    window: int = WINDOW,
+    window: int | None = None,
     num_sinks: int = NUM_SINKS,
     maps: bool = True,
     weighted: bool = True,
@@ -70,7 +70,7 @@ def calibrate(
     Args:
         text: one text or several; see `collect_kv` for what is taken of it.
         config: M and nbits for all, as a pair for K and V, or as such a pair by layer index.
-        num_tokens: tokens of the text that are read, in windows of `window` tokens.
+        num_tokens: tokens of the text that are read, in windows of `window` tokens; see `collect_kv`.
         num_sinks: first tokens of every window that are no samples.
         maps: put the map of `maps.balanced_map` in front of every quantizer.
         weighted: count a token's error by the attention it got (`Sensitivity.weights`). Keys are mapped and both sides
@@ -113,7 +113,7 @@ def calibrate(
     origin = replace(
         origin_of(model, text, samples, text_name),
         num_sinks=num_sinks,
-        window=window,
+        window=window or window_for(text),
         maps=maps,
         weighted=weighted and bool(samples.sensitivity),
         scope=scope,
@@ -126,8 +126,9 @@ def calibrate(
 def origin_of(model: PreTrainedModel, text: str | Sequence[str], samples: Samples, text_name: str = "") -> Origin:
     """Where codebooks for `model` come from that are trained on `samples` of a text with the default settings."""
     from ..models import fingerprint
+    from ..models.texts import BETWEEN
 
-    joined = text if isinstance(text, str) else "\0".join(text)
+    joined = text if isinstance(text, str) else BETWEEN.join(text)
     return Origin(
         model=Path(getattr(model.config, "_name_or_path", "")).name or type(model).__name__,
         fingerprint=fingerprint(model),
@@ -136,7 +137,7 @@ def origin_of(model: PreTrainedModel, text: str | Sequence[str], samples: Sample
         text_sha256=sha256(joined.encode()).hexdigest(),
         num_samples=samples.num_samples,
         num_sinks=NUM_SINKS,
-        window=WINDOW,
+        window=window_for(text),
         maps=True,
         weighted=bool(samples.sensitivity),
         iterations=ITERATIONS,

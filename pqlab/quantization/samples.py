@@ -21,8 +21,9 @@ from .sensitivity import Sensitivity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NUM_TOKENS = 8192
-WINDOW = 2048
+NUM_TOKENS = 12288
+WINDOW, SHORT_WINDOW = 2048, 1024
+"""Of one text, and where several share the tokens: each then gives several windows, at several positions."""
 NUM_SINKS = 4
 
 MAX_POSITION = 32768
@@ -62,7 +63,7 @@ def collect_kv(
     text: str | Sequence[str],
     *,
     num_tokens: int = NUM_TOKENS,
-    window: int = WINDOW,
+    window: int | None = None,
     num_sinks: int = NUM_SINKS,
     progress: Progress | None = None,
 ) -> Samples:
@@ -77,13 +78,15 @@ def collect_kv(
         text: one text, of which windows are taken evenly from beginning to end, or several, which share the tokens
             evenly and whose windows take turns, so that each of them is seen at early and at late positions.
         num_tokens: tokens to run through the model, sinks included; fewer if the text is shorter.
-        window: tokens of a sequence, at most (the model's own limit holds too).
+        window: tokens of a sequence, at most (the model's own limit holds too); None takes `WINDOW` for one text and
+            `SHORT_WINDOW` for several.
         progress: called with (tokens done, tokens to do).
 
     Raises:
         ValueError: the text gives no sample.
         UnsupportedModelError: the model has no full-attention layer, or its cache does not hold plain keys and values.
     """
+    window = window or window_for(text)
     limit = getattr(text_config(model), "max_position_embeddings", None) or window
     windows = split_text(tokenizer, text, num_tokens, min(window, limit))
     if all(len(ids) <= num_sinks for ids in windows):
@@ -216,6 +219,11 @@ def _first_positions(config, count: int, length: int) -> list[int]:
         return [0] * count
     room = max(0, min(context, MAX_POSITION) - length)
     return [i * room // max(1, count - 1) for i in range(count)]
+
+
+def window_for(text: str | Sequence[str]) -> int:
+    """Tokens of a window that `collect_kv` takes by default."""
+    return WINDOW if isinstance(text, str) else SHORT_WINDOW
 
 
 def split_text(

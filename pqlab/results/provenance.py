@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..models import load_text
+from ..models.texts import BETWEEN
 
 PACKAGES = ("pqlab", "torch", "transformers", "numpy", "pandas", "optimum-quanto", "hqq")
 
@@ -42,13 +44,14 @@ def commit() -> str:
         return ""
 
 
-def text_record(name: str, text: str | None = None) -> dict[str, str]:
+def text_record(name: str, text: str | Sequence[str] | None = None) -> dict[str, str]:
     """A text's name (of a file, without its folder) and the sha256 of its characters in UTF-8.
 
     Args:
-        text: its characters, where `load_text` does not know it.
+        text: its characters, where `load_text` does not know it; several texts are one with `BETWEEN` between them.
     """
     text = load_text(name) if text is None else text
+    text = text if isinstance(text, str) else BETWEEN.join(text)
     return {"name": Path(name).name, "sha256": sha256(text.encode()).hexdigest()}
 
 

@@ -11,12 +11,13 @@ from dataclasses import replace
 from functools import partial
 
 from ...config import PQConfig
-from ...models import load_text
+from ...models import calibration_text
 from ...quantization import Codebooks, collect_kv, merged_head_dim, train_merged
+from ...quantization.samples import NUM_TOKENS
 from ..methods import Method, Setting, from_codebooks, register
 
 
-def merged_codebooks(setting: Setting, pq: PQConfig, *, num_tokens: int = 8192, seed: int = 0) -> Codebooks:
+def merged_codebooks(setting: Setting, pq: PQConfig, *, num_tokens: int = NUM_TOKENS, seed: int = 0) -> Codebooks:
     """One codebook for K and one for V, shared by every layer and kv head.
 
     Args:
@@ -29,7 +30,7 @@ def merged_codebooks(setting: Setting, pq: PQConfig, *, num_tokens: int = 8192, 
     """
     pq.num_subspaces(merged_head_dim(setting.geometry))  # raises before the text is read
     samples = collect_kv(
-        setting.model, setting.tokenizer, load_text(setting.calibration), num_tokens=num_tokens, num_sinks=0
+        setting.model, setting.tokenizer, calibration_text(setting.calibration), num_tokens=num_tokens, num_sinks=0
     )
     return Codebooks(train_merged(samples, pq, seed=seed))
 
