@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 CONTEXTS = (2048, 8192, 32768)
 """Tokens for which a table gives bytes."""
 
+RANGE = 512
+"""Positions of a range in tables of KL along the text."""
+
 EXACT = "exact"
 """The first row of every table: the fp16 cache that the others are compared with."""
 
@@ -97,7 +100,7 @@ class Evaluation:
         measured = measured.reindex(columns=fidelity.SUMMARY)
         return stored.merge(measured, on="method", how="left").assign(note=notes)
 
-    def by_position(self, width: int = 512) -> pd.DataFrame:
+    def by_position(self, width: int = RANGE) -> pd.DataFrame:
         """KL in ranges of `width` positions; see `fidelity.by_position`."""
         return fidelity.by_position(self.frame, width)
 
@@ -109,6 +112,10 @@ class Evaluation:
         """Settings, versions and tables as JSON types; numbers that do not exist (one window's error) are null."""
         ranges = plain_records(self.by_position()) if len(self.frame) else []
         by_window = self.frame.groupby(["method", "window"], sort=False).kl.mean() if len(self.frame) else {}
+        if ranges:
+            cells = self.frame.groupby(["method", self.frame.position // RANGE, "window"]).kl.mean()
+            for part in ranges:
+                part["kl_by_window"] = [plain(kl) for kl in cells[part["method"], part["start"] // RANGE]]
         rows = plain_records(self.table())
         for row in rows:
             row["error"] = self.failures.get(row["method"])
