@@ -1,4 +1,5 @@
-"""A search for settings: time against divergence, the front, the report's grid, and what was chosen."""
+"""A search for settings: time against divergence, the front, the report's grid, what was chosen; and what page sizes
+and residuals do by themselves."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import plotly.graph_objects as go
 
 from ..memory import readable_bytes
 from .sheet import Sheet
-from .theme import AMOUNTS, GREY, VERMILLION, Theme
+from .theme import AMOUNTS, GREY, PAGED, VERMILLION, Theme, sequence_colour
 
+_MARKS = ("circle", "square", "diamond", "x", "triangle-up")
 _LOWEST = 1e-7  # nats that a logarithmic axis still shows
 
 
@@ -78,6 +80,54 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
             cliponaxis=False,
         )
     return sheet.figure(theme, min_width=620, height=520, margin={"t": 40, "b": 110, "l": 70, "r": 60})
+
+
+def evidence_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
+    """Left, the divergence by exact newest tokens, a line a page size; right, the time of every page size.
+
+    Args:
+        frame: page_size, residual_length, kl (nats), milliseconds, milliseconds_error: `tune.derive.evidence`.
+    """
+    sheet = Sheet([3, 2], gap_x=0.12)
+    residuals = sorted(frame.residual_length.unique())
+    kl = sheet.plot(
+        0,
+        0,
+        "KL to exact, nats",
+        x={"title": {"text": "residual: newest tokens that stay exact"}, "type": "log", "tickvals": residuals},
+        y={"rangemode": "tozero"},
+    )
+    for index, (page, part) in enumerate(frame.groupby("page_size")):
+        sheet.add(
+            kl,
+            "scatter",
+            x=part.residual_length,
+            y=part.kl,
+            mode="lines+markers",
+            line={"color": sequence_colour(index)},
+            marker={"symbol": _MARKS[index % len(_MARKS)], "size": 8},
+            name=f"pages of {page}",
+            hovertemplate=f"page {page}, R %{{x}}: KL %{{y:.5f}}<extra></extra>",
+        )
+    times = frame.drop_duplicates("page_size").sort_values("page_size")
+    plot = sheet.plot(
+        0,
+        1,
+        "milliseconds a token, at the default residual",
+        x={"title": {"text": "page size"}, "type": "category"},
+        y={"rangemode": "tozero"},
+    )
+    sheet.add(
+        plot,
+        "bar",
+        x=times.page_size.astype(str),
+        y=times.milliseconds,
+        error_y={"type": "data", "array": times.milliseconds_error, "thickness": 1.5},
+        marker={"color": PAGED},
+        showlegend=False,
+        hovertemplate="pages of %{x}: %{y:.2f} ms<extra></extra>",
+    )
+    return sheet.figure(theme, min_width=720, height=400, margin={"t": 40, "b": 110, "l": 60, "r": 20})
 
 
 def _said(row) -> str:
