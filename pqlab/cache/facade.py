@@ -221,7 +221,8 @@ class PagedPQCache(Cache):
             pages = fit_max_pages(
                 layouts, self.settings, context=context, batch=max_batch, device=device, shrink=shrink
             )
-        return PagePool(pages, PoolLayout(layouts, pages), device=device, policy=self.settings.policy)
+        sparse = shrink or self.settings.max_pages is not None  # not made for just the tokens that will come
+        return PagePool(pages, PoolLayout(layouts, pages), device=device, policy=self.settings.policy, sparse=sparse)
 
     def _check_pool(self) -> None:
         layouts = self.codebooks.layouts(self.settings.page_size)
