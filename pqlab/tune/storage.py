@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
     import optuna
+    from sqlalchemy import Engine
 
 
 def need_optuna() -> None:
@@ -49,13 +50,36 @@ def _database(url: str, attempts: int = 6) -> optuna.storages.RDBStorage:
     import optuna
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # another process may be writing
+    is_sqlite = url.startswith("sqlite")
+    engine = {"connect_args": {"timeout": 60}} if is_sqlite else {}  # another process may be writing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.storages.RDBStorage(url, engine_kwargs=engine, heartbeat_interval=60)
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=engine, heartbeat_interval=60)
+        if is_sqlite:
+            _take_turns(storage.engine)
+        return storage
     except (optuna.exceptions.StorageInternalError, IntegrityError, OperationalError, ProgrammingError):
         if attempts == 1:
             raise
     time.sleep(0.5)
     return _database(url, attempts - 1)
+
+
+def _take_turns(engine: Engine) -> None:
+    """One transaction at a time, from its first question on.
+
+    SQLite knows no locked rows: two processes that ask for the next waiting trial would both be given it, and the
+    second could not tell its result.
+    """
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "connect")
+    def leave_transactions_to_us(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # connections of before

@@ -166,7 +166,7 @@ class Search:
             if bytes_needed > self.memory:
                 self._skip(trial, f"needs more than {readable_bytes(self.memory)}")
                 raise optuna.TrialPruned
-        if setting in self._measured():
+        if self._is_taken(setting, trial.number):
             self._skip(trial, "measured before")
             raise optuna.TrialPruned
         begin = time.perf_counter()
@@ -205,6 +205,15 @@ class Search:
 
         return {Setting(**t.params) for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
 
+    def _is_taken(self, setting: Setting, number: int) -> bool:
+        """Whether it was measured, or another process is at it and began earlier."""
+        from optuna.trial import TrialState
+
+        return any(
+            trial.params == setting.params() and (trial.state == TrialState.COMPLETE or trial.number < number)
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+        )
+
     def _known(self) -> set[Setting]:
         """Settings that were measured, are being measured, or wait."""
         from optuna.trial import TrialState
@@ -238,7 +247,7 @@ class Search:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             where, _, pid = trial.user_attrs.get("worker", "").rpartition(":")
             if where == host and pid.isdigit() and not _is_alive(int(pid)):
-                self.study.tell(trial.number, state=TrialState.FAIL)
+                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 self.say(f"trial {trial.number} was left by a process that ended; its setting can be tried again")
 
 
