@@ -10,7 +10,9 @@ import pytest
 
 from pqlab import CacheConfig, Codebooks, ConfigError, PQConfig, cli
 from pqlab.cost import SHARE_OF_DEFAULT, CacheCost
+from pqlab.figures.tuning import evidence_figure
 from pqlab.presets import PRESETS
+from pqlab.results.shipped import shipped
 from pqlab.shapes import SHAPES
 from pqlab.tune import Workload
 from pqlab.tune.derive import CONTEXTS, PARAMETERS, RESIDUALS, by_context, by_memory, evidence
@@ -87,3 +89,14 @@ def test_the_command(capsys):
     assert cli.main(["presets", "--shape", "Lama"]) == 2
     assert "Llama-2-7B" in capsys.readouterr().out
     assert cli.main(["presets", "--no-measure", "--shape", "Gemma-3-270M", "--parameters", "2.7e8"]) == 0
+
+
+def test_the_shipped_tables_follow_from_the_shipped_evidence():
+    result = shipped("presets-smollm2")
+    frame = pd.DataFrame(result["evidence"])
+    assert len(frame) == len(PAGE_SIZES) * len(RESIDUALS)
+    shape = SHAPES[result["shape"]]
+    for name, table in (("by_context", by_context(shape, frame)), ("by_memory", by_memory(shape))):
+        assert json.loads(table.to_json(orient="records")) == result[name]
+    figure = evidence_figure(frame)
+    assert [len(trace.x) for trace in figure.data] == [len(RESIDUALS)] * len(PAGE_SIZES) + [len(PAGE_SIZES)]

@@ -51,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
         about |= {"command": "presets", "date": today(), "commit": commit(), "versions": versions()}
         about |= {"device": device_name(args.device), "shape": args.shape}
         tables = {"by_context": context, "by_memory": memory, "evidence": measured}
-        rows = {name: None if t is None else json.loads(t.to_json(orient="records")) for name, t in tables.items()}
+        rows = {
+            name: None if t is None else json.loads(t.to_json(orient="records", double_precision=6))
+            for name, t in tables.items()
+        }
         print(json.dumps({**about, **rows}))
     return 0
 
