@@ -161,36 +161,29 @@ def cuts(model: PreTrainedModel, cache: Cache, attention: str, watch: Watch, cal
             _replace(stack, cache, "update", watch, "store")
             yield
             return
+
+        def kept(function: Callable) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if watch.on and len(calls) < len(cache.quantized_layers):
+                    calls.append((function, args))
+                return function(*args, **kwargs)
+
+            return call
+
         _replace(stack, reference, "apply_map", watch, "maps")
         for backend in ops.backends().values():
             _replace(stack, backend, "append_", watch, "store")
             _replace(stack, backend, "encode_pages_", watch, "flush")
-            if backend.fuses_step:
-                _replace(stack, backend, "_attend", watch, FUSED)
-                continue
-            decode = backend.decode
-
-            def kept(*args: Any, decode: Callable = decode, **kwargs: Any) -> Any:
-                if watch.on and len(calls) < len(cache.quantized_layers):
-                    calls.append((decode, args))
-                return decode(*args, **kwargs)
-
-            _replace(stack, backend, "decode", watch, FUSED, kept)
-        step = ops.step_
-
-        def kept_step(*args: Any) -> Any:
-            results = step(*args)
-            if (
-                watch.on
-                and len(calls) < len(cache.quantized_layers)
-                and ops.backends()[ops.last("step_")[0]].fuses_step
-            ):
-                calls.append((step, args))
-            return results
-
-        stack.callback(setattr, ops, "step_", step)
-        ops.step_ = kept_step
+            if not whole_step(model):
+                _replace(stack, backend, "decode", watch, FUSED, kept(backend.decode))
+        if whole_step(model):
+            _replace(stack, ops, "step_", watch, FUSED, kept(ops.step_))
         yield
+
+
+def whole_step(model: PreTrainedModel) -> bool:
+    """Whether the backend of this model's device does a step in one kernel, which cannot be cut."""
+    return ops.backends()[ops.chosen("step_", model.device.type)[0]].fuses_step
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, watch: Watch, part: str, inner: Callable | None = None) -> None:

@@ -64,10 +64,13 @@ class Backend:
         """
         return None
 
-    def again(self, op: str, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any] | None:
-        """After a call: a function that does the same for other arguments, of which those that stay from step to step
-        (`ops._LASTING`) are the same objects, without the checks of `ops`. It returns None where the arguments are not
-        alike, having done nothing. None: every call is to be checked."""
+    def again(self, op: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """After a call with all checks: a function that does the same for arguments like these, without the checks.
+
+        It is asked when the pages and the window are the same objects, and has to find out about everything else that
+        would make it read or write foreign memory. It returns None where it does not know, and may then have stored the
+        step's tokens. None: every call is to be checked.
+        """
         return None
 
     def wait(self, timeout: float | None = None) -> bool:

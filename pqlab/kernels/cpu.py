@@ -7,16 +7,14 @@ version; handing over the arguments costs a few microseconds.
 from __future__ import annotations
 
 import ctypes
-import operator
 import platform
 import struct
 import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +23,12 @@ from . import reference
 from .backend import Backend, BuildStatus
 from .build import Extension
 from .checks import BOOK_DTYPES
+from .cpu_again import CALL, repeat
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-_DECODE_CALL = struct.Struct("=8Q5qd")  # struct pq_decode_args of csrc/cpu/api.h, 8 bytes a field: what calls differ in
-_DECODE_HELD = struct.Struct("=14Q16q")  # the rest of it
+_DECODE_HELD = struct.Struct("=14Q16q")  # the second part of struct pq_decode_args of csrc/cpu/api.h, after `CALL`
 _ENCODE_ARGS = struct.Struct("=4Q11q")  # struct pq_encode_args
 _FLUSH = 4  # pq_result: stored, and some row flushes now
 _VECTORS = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,29 +39,13 @@ _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append
 _IDENTITY = "the identity codec (nbits 32) runs on the reference only"
 
 
-class _Places(NamedTuple):
-    """Which arguments of an operation are what the kernel takes."""
-
-    held: Callable[..., tuple[Tensor | None, ...]]  # of `_hold`
-    nbits: Callable[..., tuple[int, int]]
-    vectors: Callable[..., tuple[Tensor, ...]]  # of `_attend`
-    tables: Callable[..., tuple[Tensor, ...]]
-    scale: int
-
-
-_DECODE_PLACES = _Places(
-    lambda args: (*args[1:3], *args[5:11], *_NO_MAPS), itemgetter(11, 12), itemgetter(slice(1)), itemgetter(3, 4), 13
-)
-_STEP_PLACES = _Places(
-    itemgetter(4, 5, 11, 12, 0, 1, 2, 3, 17, 18, 19, 20), itemgetter(13, 14), itemgetter(15, 6, 7),
-    itemgetter(8, 10, 9), 16,
-)  # fmt: skip
-
-
 @dataclass(eq=False)
-class _Held:
+class Held:
+    """What decode takes of the tensors that stay from call to call."""
+
     packed: bytes  # the second part of struct pq_decode_args
-    state: tuple[int, ...]
+    addresses: tuple[int, ...]  # of those tensors, without maps that are None
+    versions: tuple[int, int]  # of the codebooks
     owners: tuple[Any, ...]  # of the memory that it points to, or weak references to them
     in_place: bool  # it points to the given sinks and windows, not to copies of them
     alive: bool = True  # all the tensors that it is of are
@@ -79,9 +61,8 @@ class CpuBackend(Backend):
     def __init__(self, machine: str = "native") -> None:
         self._library: Any = None
         self._books: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}  # prepared codebooks, with the tensors they are of
-        self._held: dict[tuple[int, ...], _Held] = {}
+        self._held: dict[tuple[int, ...], Held] = {}
         self._like_lse: dict[tuple[int, ...], Tensor] = {}
-        self._seen: tuple[Tensor, ...] = ()  # page table and lengths of the last call
         sources = sorted(SOURCES.glob("*.cpp"))
         flags = compile_flags(machine)
         self.extension = Extension("pqlab_cpu", sources, self._load, cflags=flags, ldflags=link_flags())
@@ -91,8 +72,8 @@ class CpuBackend(Backend):
         for function in (library.pq_decode, library.pq_encode, library.pq_append):
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         library.pq_isa.restype = ctypes.c_char_p
-        library.pq_book_bytes.argtypes, library.pq_book_bytes.restype = [ctypes.c_int64] * 3, ctypes.c_int64
-        library.pq_prepare_book.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
+        library.pq_book_bytes.argtypes, library.pq_book_bytes.restype = [ctypes.c_int64] * 4, ctypes.c_int64
+        library.pq_prepare_book.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 6
         library.pq_prepare_book.restype = None
         self._library = library
 
@@ -157,7 +138,7 @@ class CpuBackend(Backend):
         reference.flush_(window, pages, page_table, before.tolist(), after.tolist(), books, nbits, self.encode_pages_)
 
     def _attend(
-        self, held: _Held, scale: float, vectors: tuple[Tensor, ...], tables: tuple[Tensor, ...]
+        self, held: Held, scale: float, vectors: tuple[Tensor, ...], tables: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, int]:
         """(out, lse, result of the kernel) of contiguous tensors.
 
@@ -172,20 +153,22 @@ class CpuBackend(Backend):
             like = self._like_lse[shape] = torch.empty(shape)
         out, lse = torch.empty_like(q), torch.empty_like(like)  # the same call twice is the quickest
         new = (*[x.data_ptr() for x in vectors[1:]], *[x.data_ptr() for x in tables[2:]]) or (0, 0, 0)
-        call = _DECODE_CALL.pack(
+        call = CALL.pack(
             q.data_ptr(), page_table.data_ptr(), tables[1].data_ptr(), out.data_ptr(), lse.data_ptr(), *new,
             *shape, page_table.shape[1], _DTYPES[q.dtype], scale,
         )  # fmt: skip
         return out, lse, self._library.pq_decode(call + held.packed)
 
-    def _hold(self, tensors: tuple[Tensor | None, ...], k_nbits: int, v_nbits: int) -> _Held:
+    def _hold(self, tensors: tuple[Tensor | None, ...], k_nbits: int, v_nbits: int) -> Held:
         """What decode takes of the tensors that stay from call to call, noted at the first one. The last four: maps.
 
         Between two calls a model streams all of its weights, and then every question to a tensor costs a microsecond.
         """
         key = (k_nbits, v_nbits, *map(id, tensors))
         held = self._held.get(key)
-        if held is not None and held.state == _state(tensors):
+        addresses = tuple(t.data_ptr() for t in tensors if t is not None)
+        versions = _version(tensors[2]), _version(tensors[3])
+        if held is not None and held.addresses == addresses and held.versions == versions:
             return held
         k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _, *maps = tensors
         _, heads, tiles, k_m, _ = k_pages.shape
@@ -197,11 +180,11 @@ class CpuBackend(Backend):
             *[0 if t is None else _DTYPES[t.dtype] for t in (k_books, v_books, *maps)],
         )  # fmt: skip
         in_place = all(x is y for x, y in zip(plain[4:8], tensors[4:8], strict=True))
-        held = _Held(packed, _state(tensors), (*plain, *images), in_place)
+        held = Held(packed, addresses, versions, (*plain, *images), in_place)
         if all(x is y for x, y in zip(plain, tensors, strict=True)):
 
             def forget(_: Any) -> None:
-                held.alive = False
+                held.alive, held.owners = False, ()
                 if self._held.get(key) is held:
                     del self._held[key]
 
@@ -209,47 +192,16 @@ class CpuBackend(Backend):
             held.owners = (*images, *[weakref.ref(t, forget) for t in tensors if t is not None])
         return held
 
-    def again(self, op: str, args: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any] | None:
-        if op == "step_":
-            return self._again(args, self.step_, _STEP_PLACES)
-        return self._again(args, self.decode, _DECODE_PLACES) if op == "decode" else None
-
-    def _again(
-        self, like: tuple[Any, ...], whole: Callable[..., Any], places: _Places
-    ) -> Callable[[tuple[Any, ...]], Any] | None:
-        held = self._held.get((*places.nbits(like), *map(id, places.held(like))))
-        if held is None or not held.in_place:
+    def again(self, op: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        if op == "decode":
+            q, new_shape, tensors, nbits = args[0], None, (*args[1:3], *args[5:11], *_NO_MAPS), args[11:13]
+        elif op == "step_":
+            q, new_shape, nbits = args[15], args[6].shape, args[13:15]
+            tensors = (*args[4:6], *args[11:13], *args[:4], *args[17:])
+        else:
             return None
-        q, *new = places.vectors(like)
-        dtype, shapes = q.dtype, [x.shape for x in (q, *new)]
-
-        def again(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
-            vectors, tables = places.vectors(args), places.tables(args)
-            for x, shape in zip(vectors, shapes, strict=True):
-                if not (x.shape == shape and x.dtype is dtype and x.is_cpu and x.is_contiguous()):
-                    return None
-            if not (held.alive and self._fit(tables, shapes[0][0]) and _state(places.held(args)) == held.state):
-                return None
-            out, lse, code = self._attend(held, args[places.scale], vectors, tables)
-            return whole(*args) if code else (out, lse)  # with a flush, or an error
-
-        return again
-
-    def _fit(self, tables: tuple[Tensor, ...], batch: int) -> bool:
-        """Whether page table and lengths are right: the last ones are, and all layers of a step share them."""
-        if (
-            len(tables) == len(self._seen)
-            and all(map(operator.is_, tables, self._seen))
-            and tables[1].shape[0] == batch
-        ):
-            return True
-        for x in tables:
-            if not (x.dtype == torch.int32 and x.is_cpu and x.is_contiguous() and x.dim() == 2 and x.shape[0] == batch):
-                return False
-        if any(x.shape[1] != 3 for x in tables[1:]):
-            return False
-        self._seen = tables
-        return True
+        held = self._held.get((*nbits, *map(id, tensors)))
+        return held and repeat(held, self._library.pq_decode, op, q, new_shape, _DTYPES[q.dtype])
 
     def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:
         """The books as the kernel reads them, made once for a tensor; empty when it reads them as they are."""
@@ -258,11 +210,12 @@ class CpuBackend(Backend):
         if kept is not None and kept[0]() is books:
             return kept[1]
         heads, m, _, dm = books.shape
-        each = self._library.pq_book_bytes(m * dm, nbits, values)
+        dtype = _DTYPES[books.dtype]
+        each = self._library.pq_book_bytes(m * dm, nbits, values, dtype)
         image = torch.empty(heads * each, dtype=torch.uint8)
         if each:
             plain = _plain(books.float())
-            self._library.pq_prepare_book(plain.data_ptr(), image.data_ptr(), heads, m, nbits, dm, values)
+            self._library.pq_prepare_book(plain.data_ptr(), image.data_ptr(), heads, m, nbits, dm, values, dtype)
 
         def stays(other: tuple[Any, ...]) -> bool:
             tensor = self._books[other][0]()
@@ -329,11 +282,6 @@ class CpuBackend(Backend):
 def _version(x: Tensor) -> int:
     """Counts changes in place; a tensor of inference mode does not, and is taken not to change."""
     return -1 if x.is_inference() else x._version
-
-
-def _state(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-    """Of the tensors of `_hold`: where they lie, and whether the books (2, 3) are what they were."""
-    return (*[0 if t is None else t.data_ptr() for t in tensors], _version(tensors[2]), _version(tensors[3]))
 
 
 def _in_place(op: str, **tensors: Tensor) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -45,14 +44,14 @@ class _Known(NamedTuple):
     """How a call ran: what checks and choice come to again for the same lasting tensors under the same setting."""
 
     setting: Setting
-    again: Callable[..., Any]  # `Backend.again`
-    key: tuple[str, str, str]
+    again: Callable[..., Any]  # of `Backend.again`
+    key: tuple[str, str, str]  # of `_runs`
+    last: tuple[str, str]
 
 
-_LASTING = {"decode": itemgetter(1, 2, *range(5, 13)), "step_": itemgetter(*range(6), *range(11, 15), *range(17, 21))}
-"""The arguments of an operation that stay from step to step of a sequence: pages, codebooks, exact tokens, maps."""
-
-_known: dict[tuple[int, ...], _Known] = {}  # by identity; a backend that is asked again knows whether it still holds
+_MOST_KNOWN = 4096
+_known: dict[tuple[Any, ...], _Known] = {}
+"""By operation, identity of pages and window, and nbits. `again` itself knows whether the rest is as it was."""
 
 
 def decode(
@@ -94,11 +93,14 @@ def decode(
     Raises:
         ValueError: shapes that do not fit each other. KernelMissingError: a forced backend cannot run.
     """
-    op = _decode if _is_plain(q) else torch.ops.pqlab.decode.default
-    return op(
+    args = (
         q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
         k_nbits, v_nbits, scale,
     )  # fmt: skip
+    if type(q) is not Tensor or _is_traced():
+        return torch.ops.pqlab.decode.default(*args)
+    like = ("decode", id(k_pages), id(window_k), k_nbits, v_nbits)
+    return _again(like, args) or _first("decode", like, checks.decode, q, args)
 
 
 def encode(x: Tensor, books: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ def append_(
         before, after: int32 [B, 3]: sinks, coded, window of each row before and after; a row whose sum does not
             change brings no token (a pad).
     """
-    op = _append if _is_plain(k) else torch.ops.pqlab.append_.default
+    op = torch.ops.pqlab.append_.default if type(k) is not Tensor or _is_traced() else _append
     op(
         sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
         k_nbits, v_nbits,
@@ -195,11 +197,14 @@ def step_(
     Returns:
         out [B, Hq, S, d] and lse [B, Hq, S] of `decode`.
     """
-    op = _step if _is_plain(q) else torch.ops.pqlab.step_.default
-    return op(
+    args = (
         sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
         k_nbits, v_nbits, q, scale, k_forward, k_backward, v_forward, v_backward,
     )  # fmt: skip
+    if type(q) is not Tensor or _is_traced():
+        return torch.ops.pqlab.step_.default(*args)
+    like = ("step_", id(k_pages), id(window_k), k_nbits, v_nbits)
+    return _again(like, args) or _first("step_", like, checks.step, k, args)
 
 
 def register_backend(backend: Backend) -> None:
@@ -247,9 +252,8 @@ def chosen(op: str, device_type: str) -> tuple[str, str]:
     return backend.name, reason
 
 
-def _is_plain(x: Tensor) -> bool:
-    """An ordinary tensor in ordinary Python: torch's dispatcher, 15 us for a dozen tensors, has nothing to add."""
-    return type(x) is Tensor and not torch.compiler.is_compiling()
+_is_traced = torch.compiler.is_dynamo_compiling
+"""Else an ordinary tensor needs nothing of torch's dispatcher, which takes 15 us for a dozen tensors."""
 
 
 # -- choice ----------------------------------------------------------------------------------------------------------
@@ -314,30 +318,30 @@ def _run(op: str, device_type: str, args: tuple[Any, ...]) -> Any:
         return _run(op, device_type, args)
 
 
-def _run_again(op: str, check: Callable[..., None], device_type: str, args: tuple[Any, ...]) -> Any:
-    """`check` and `_run`, or neither when this is a call like an earlier one.
+def _again(like: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """Results of a call like an earlier one, without its checks; None when there was none, or this one is different."""
+    known = _known.get(like)
+    if known is None or known.setting is not current_setting():
+        return None
+    try:
+        results = known.again(*args)
+    except (RuntimeError, MemoryError):
+        return None  # it will fail again where another backend can be chosen
+    if results is not None:
+        _runs[known.key] += 1
+        _last[like[0]] = known.last
+    return results
 
-    Between two calls a model streams all of its weights, and whatever Python touches then comes from memory: the checks
-    and the choice take as long as attention over a thousand tokens.
-    """
-    lasting = tuple(map(id, _LASTING[op](args)))
-    known = _known.get(lasting)
-    setting = current_setting()
-    if known is not None and known.setting is setting:
-        try:
-            results = known.again(args)
-        except (RuntimeError, MemoryError):
-            results = None  # it is to fail where the next level can be chosen
-        if results is not None:
-            _runs[known.key] += 1
-            _last[op] = known.key[1:]
-            return results
+
+def _first(op: str, like: tuple[Any, ...], check: Callable[..., None], x: Tensor, args: tuple[Any, ...]) -> Any:
+    """A call with all checks; what the backend knows to do without them is kept for the next one."""
     check(*args)
-    results = _run(op, device_type, args)
-    name, reason = _last[op]
-    again = _backends[name].again(op, args)
+    results = _run(op, x.device.type, args)
+    again = _backends[_last[op][0]].again(op, args)
     if again is not None:
-        _known[lasting] = _Known(setting, again, (op, name, reason))
+        if len(_known) >= _MOST_KNOWN:  # of tensors that are gone
+            _known.clear()
+        _known[like] = _Known(current_setting(), again, (op, *_last[op]), _last[op])
     return results
 
 
@@ -376,7 +380,8 @@ _library.define(
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
-    return _run_again("decode", checks.decode, args[0].device.type, args)
+    checks.decode(*args)
+    return _run("decode", args[0].device.type, args)
 
 
 def _encode(*args: Any) -> Tensor:
@@ -396,7 +401,8 @@ def _append(*args: Any) -> None:
 
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
     args = (*args, *(None,) * (_STEP_ARGS - len(args)))  # the dispatcher leaves out what is the default
-    return _run_again("step_", checks.step, args[6].device.type, args)
+    checks.step(*args)
+    return _run("step_", args[6].device.type, args)
 
 
 # Plain `impl` costs 4 us a call where torch.library.custom_op costs several times that.

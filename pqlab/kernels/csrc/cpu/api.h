@@ -69,8 +69,9 @@ int pq_encode(const pq_encode_args* args);
 const char* pq_isa();
 
 // Bytes of one kv head's codebook as this library's decode reads it; 0: as it lies, there is nothing to prepare.
-int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t values);
-// book [heads][m][2^nbits][dm] to prepared [heads][pq_book_bytes], 64-byte aligned; `values`: 0 for keys, 1 for values.
+// `values`: 0 for keys, 1 for values; `dtype`: what the codebook has that is given to decode.
+int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t values, int64_t dtype);
+// book [heads][m][2^nbits][dm], in float32 whatever its dtype, to prepared [heads][pq_book_bytes], 64-byte aligned.
 void pq_prepare_book(const float* book, void* prepared, int64_t heads, int64_t m, int64_t nbits, int64_t dm,
-                     int64_t values);
+                     int64_t values, int64_t dtype);
 }

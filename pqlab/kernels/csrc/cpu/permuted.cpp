@@ -53,7 +53,7 @@ struct Coming {
         if (!next || next->first_tile == next->last_tile) return;
         const KeyBook k = job.key_book(next->pair);
         const ValueBook v = job.value_book(next->pair);
-        add(k.middle, KeyBook::bytes(a.head_dim, a.k_nbits));
+        add(k.middle, KeyBook::bytes(a.head_dim, a.k_nbits, k.half));
         add(v.step, ValueBook::bytes(a.head_dim, a.v_nbits));
     }
     void add(const void* from, int64_t bytes) {
@@ -88,7 +88,9 @@ void attend(const Decode& job, const Segment& segment, const Coming& coming, con
         return {s.k_tiles.data(), int64_t(s.k_tiles.size()), a.k_m * 2 * a.k_nbits};
     };
     const Ahead first_keys = find_keys(segment.first_tile);
-    make_key_tables<ROWS>(job.key_book(segment.pair), a.k_m, d / a.k_m, k_stored, q, s.keys, first_keys);
+    const KeyBook keys = job.key_book(segment.pair);
+    const auto make_tables = keys.half ? make_key_tables<ROWS, true> : make_key_tables<ROWS, false>;
+    make_tables(keys, a.k_m, d / a.k_m, k_stored, q, s.keys, first_keys);
     float m[ROWS], l[ROWS] = {};
     for (int r = 0; r < ROWS; r++) m[r] = -INFINITY;
     for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += BLOCK_TILES) {

@@ -15,8 +15,17 @@ struct KeyTables {
     float step[4], offset[4];  // of a row; offset: the score of all middles
 };
 
+// 16 coordinates from the middle, of column `dim` from entry `at` on.
+template <bool HALF>
+PQ_INLINE __m512 coordinates(const KeyBook& book, int64_t dim, int64_t stored, int64_t at) {
+    const int64_t entry = dim * stored + at;
+    if constexpr (!HALF) return _mm512_load_ps((const float*)book.columns + entry);
+    const __m512 x = _mm512_cvtph_ps(_mm256_load_si256((const __m256i*)(book.columns + entry * 2)));
+    return _mm512_sub_ps(x, _mm512_set1_ps(book.middle[dim]));
+}
+
 // q [ROWS][d], scaled. `next`: what will be read after these, fetched meanwhile.
-template <int ROWS>
+template <int ROWS, bool HALF>
 PQ_NOINLINE void make_key_tables(const KeyBook& book, int64_t m, int64_t dm, int64_t stored, const float* q,
                                  KeyTables& tables, Ahead next) {
     constexpr float STEPS = float((1 << 24) - 64);  // from the least to the most entry, with room for rounding
@@ -40,8 +49,9 @@ PQ_NOINLINE void make_key_tables(const KeyBook& book, int64_t m, int64_t dm, int
     }
     for (int64_t s = 0; s < m; s++) {
         next.fetch(lines);
-        const float* columns = book.columns + s * dm * stored;
-        for (int64_t line = 0; line < dm * stored; line += 16) __builtin_prefetch(columns + dm * stored + line, 0, 2);
+        const int64_t bytes = dm * stored * (HALF ? 2 : 4);
+        const char* next_columns = book.columns + (s + 1) * bytes;
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(next_columns + line, 0, 2);
         uint8_t* planes = tables.planes.data() + s * PLANES * stored;
         for (int64_t c = 0; c < stored; c += GROUP) {
             __m512 sum[ROWS][4];
@@ -52,7 +62,7 @@ PQ_NOINLINE void make_key_tables(const KeyBook& book, int64_t m, int64_t dm, int
             for (int64_t i = 0; i < dm; i++) {
                 __m512 x[4];
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) x[j] = _mm512_load_ps(columns + i * stored + c + 16 * j);
+                for (int j = 0; j < 4; j++) x[j] = coordinates<HALF>(book, s * dm + i, stored, c + 16 * j);
 #pragma GCC unroll 4
                 for (int r = 0; r < ROWS; r++) {
                     const __m512 y = _mm512_set1_ps(q[r * d + s * dm + i] * inverse[r]);

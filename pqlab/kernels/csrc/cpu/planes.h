@@ -103,14 +103,19 @@ PQ_INLINE void split_bytes(const __m512i x[4], __m512i bytes[3]) {
 inline int64_t stored_of(int64_t nbits) { return GROUP * parts_of(nbits); }
 
 struct KeyBook {
-    float* middle;   // [d]: between the least and the most coordinate
-    float* reach;    // [d]: from there to either
-    float* columns;  // [d][stored]: coordinates less the middle; of 64 centroids, number 16 j + i is centroid 4 i + j
+    float* middle;  // [d]: between the least and the most coordinate
+    float* reach;   // [d]: from there to either
+    // [d][stored]: float32 coordinates less the middle, or, of a float16 codebook (`half`), those that it has, in half
+    // the memory: a kernel call on a short sequence reads little else. Of 64 centroids, number 16 j + i is 4 i + j.
+    char* columns;
+    bool half;
 
-    static int64_t bytes(int64_t d, int64_t nbits) { return aligned(d) * 2 + d * stored_of(nbits) * 4; }
-    KeyBook(void* memory, int64_t d)
-        : middle((float*)memory), reach((float*)((char*)memory + aligned(d))),
-          columns((float*)((char*)memory + 2 * aligned(d))) {}
+    static int64_t bytes(int64_t d, int64_t nbits, bool half) {
+        return aligned(d) * 2 + d * stored_of(nbits) * (half ? 2 : 4);
+    }
+    KeyBook(void* memory, int64_t d, bool half)
+        : middle((float*)memory), reach((float*)((char*)memory + aligned(d))), columns((char*)memory + 2 * aligned(d)),
+          half(half) {}
     static int64_t aligned(int64_t d) { return (d * 4 + 63) / 64 * 64; }
 };
 

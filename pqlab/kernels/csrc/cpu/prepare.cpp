@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "api.h"
+#include "convert.h"
 #include "planes.h"
 
 #ifdef PQ_PERMUTE
@@ -34,8 +35,11 @@ struct Column {
 void prepare_key(const Column& from, int64_t dim, int64_t stored, const KeyBook& to) {
     to.middle[dim] = from.middle;
     to.reach[dim] = from.reach;
-    for (int64_t c = 0; c < from.count; c++)
-        to.columns[dim * stored + c / GROUP * GROUP + c % 4 * 16 + c % GROUP / 4] = from.at(c);
+    for (int64_t c = 0; c < from.count; c++) {
+        const int64_t place = dim * stored + c / GROUP * GROUP + c % 4 * 16 + c % GROUP / 4;
+        if (to.half) ((uint16_t*)to.columns)[place] = float_to_half(from.x[c * from.stride]);
+        else ((float*)to.columns)[place] = from.at(c);
+    }
 }
 
 void prepare_value(const Column& from, int64_t dim, int64_t stored, const ValueBook& to) {
@@ -52,14 +56,14 @@ void prepare_value(const Column& from, int64_t dim, int64_t stored, const ValueB
 }  // namespace
 }  // namespace pq
 
-extern "C" int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t values) {
-    return values ? pq::ValueBook::bytes(head_dim, nbits) : pq::KeyBook::bytes(head_dim, nbits);
+extern "C" int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t values, int64_t dtype) {
+    return values ? pq::ValueBook::bytes(head_dim, nbits) : pq::KeyBook::bytes(head_dim, nbits, dtype == PQ_FLOAT16);
 }
 
 extern "C" void pq_prepare_book(const float* book, void* prepared, int64_t heads, int64_t m, int64_t nbits, int64_t dm,
-                                int64_t values) {
+                                int64_t values, int64_t dtype) {
     const int64_t d = m * dm, count = int64_t(1) << nbits, stored = pq::stored_of(nbits);
-    const int64_t bytes = pq_book_bytes(d, nbits, values);
+    const int64_t bytes = pq_book_bytes(d, nbits, values, dtype);
     std::fill_n((char*)prepared, heads * bytes, char(0));
     for (int64_t head = 0; head < heads; head++) {
         char* memory = (char*)prepared + head * bytes;
@@ -67,14 +71,14 @@ extern "C" void pq_prepare_book(const float* book, void* prepared, int64_t heads
             const float* first = book + ((head * m + dim / dm) * count) * dm + dim % dm;
             const pq::Column column(first, count, dm);
             if (values) pq::prepare_value(column, dim, stored, pq::ValueBook(memory, d));
-            else pq::prepare_key(column, dim, stored, pq::KeyBook(memory, d));
+            else pq::prepare_key(column, dim, stored, pq::KeyBook(memory, d, dtype == PQ_FLOAT16));
         }
     }
 }
 
 #else
 
-extern "C" int64_t pq_book_bytes(int64_t, int64_t, int64_t) { return 0; }
-extern "C" void pq_prepare_book(const float*, void*, int64_t, int64_t, int64_t, int64_t, int64_t) {}
+extern "C" int64_t pq_book_bytes(int64_t, int64_t, int64_t, int64_t) { return 0; }
+extern "C" void pq_prepare_book(const float*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) {}
 
 #endif

@@ -117,7 +117,8 @@ struct Decode {
     }
 #ifdef PQ_PERMUTE
     KeyBook key_book(int64_t pair) const {
-        return {(char*)a.k_prepared + pair % a.heads * KeyBook::bytes(a.head_dim, a.k_nbits), a.head_dim};
+        const bool half = a.k_book_dtype == PQ_FLOAT16;
+        return {(char*)a.k_prepared + pair % a.heads * KeyBook::bytes(a.head_dim, a.k_nbits, half), a.head_dim, half};
     }
     ValueBook value_book(int64_t pair) const {
         return {(char*)a.v_prepared + pair % a.heads * ValueBook::bytes(a.head_dim, a.v_nbits), a.head_dim};
