@@ -126,7 +126,7 @@ void attend(const Decode& job, const Segment& segment, const Coming& coming, con
             l[r] = l[r] * old[r] + sum * now[r];
             m[r] = next;
         }
-        const Aheads after_values(find_keys(tile + tiles), coming.half(1, last_block), (ROWS + 1) / 2 * d * groups);
+        const Aheads after_values(find_keys(tile + tiles), coming.half(1, last_block), d * groups);
         const Codes v_codes = codes_for(s.v_tiles, a.v_m, a.v_nbits, s);
         const auto add = parts_of(a.v_nbits) == 4 ? add_values<ROWS, 4> : add_values<ROWS, 1>;
         add(v_codes.tiles, v_codes.pitch, groups, a.v_m, d / a.v_m, book, weights, old, now, sums, after_values);

@@ -67,45 +67,51 @@ PQ_INLINE void multiply_add(__m512i& sum, __m512i bytes, __m512i digits) {
 }
 
 // sums[row] = sums * old[row] + now[row] * sum of weight * entry over the tokens of a block, by lane, for a dimension.
-// Its planes stay in registers, and every product has a sum of its own, since one takes four cycles: so two rows at
-// most. `next` is fetched on the way.
+// Its planes stay in registers. A product takes four cycles, so few rows have a sum for each of the six and many share
+// three or four, as registers allow. `next` is fetched on the way.
 //   codes [groups]; planes [PLANES][64 * PARTS].
 template <int ROWS, int PARTS>
 PQ_NOINLINE void add_dimension(const __m512i* codes, int64_t groups, const uint8_t* planes, const Weights* weights,
                                const float* old, const float* now, __m512* sums, Aheads& next) {
     constexpr int64_t PLANE = GROUP * PARTS;
-    constexpr int PRODUCTS = 6;
+    constexpr int SUMS = ROWS < 3 ? 6 : ROWS == 3 ? 4 : 3;
+    // Sums of the products high * digit 2, 1, 0, middle * digit 2, 1 and low * digit 2.
+    constexpr int H2 = 0, H1 = 1, H0 = 2;
+    constexpr int M2 = SUMS == 6 ? 3 : H1, M1 = SUMS == 6 ? 4 : H0, L2 = SUMS == 3 ? H0 : SUMS - 1;
     const Plane<PARTS> low(planes), middle(planes + PLANE), high(planes + 2 * PLANE);
     Aheads ahead = next;
-    __m512i sum[ROWS][PRODUCTS] = {};
+    __m512i sum[ROWS][SUMS] = {};
     for (int64_t g = 0; g < groups; g++) {
         ahead.fetch();
         __builtin_prefetch(planes + PLANES * PLANE + g % (PLANES * PARTS) * 64, 0, 3);
         const __m512i c = codes[g];
         const Where w = where<PARTS>(c);
         const __m512i h = high.at(c, w), m = middle.at(c, w), l = low.at(c, w);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
             __m512i d2 = weights[r].digits[2][g], d1 = weights[r].digits[1][g];
             asm("" : "+v"(d2), "+v"(d1));  // or they are loaded for every product, and loads are what bounds this loop
-            multiply_add(sum[r][0], h, d2);
-            multiply_add(sum[r][3], m, d2);
-            multiply_add(sum[r][5], l, d2);
-            multiply_add(sum[r][1], h, d1);
-            multiply_add(sum[r][4], m, d1);
-            multiply_add(sum[r][2], h, weights[r].digits[0][g]);
+            multiply_add(sum[r][H2], h, d2);
+            multiply_add(sum[r][M2], m, d2);
+            multiply_add(sum[r][L2], l, d2);
+            multiply_add(sum[r][H1], h, d1);
+            multiply_add(sum[r][M1], m, d1);
+            multiply_add(sum[r][H0], h, weights[r].digits[0][g]);
         }
     }
     next = ahead;
     const __m512 byte = _mm512_set1_ps(1.f / 256.f);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
         const __m512i* centre = weights[r].centre;
-        const __m512i units =
-            _mm512_add_epi32(_mm512_add_epi32(sum[r][2], sum[r][4]), _mm512_add_epi32(sum[r][5], centre[0]));
-        const __m512i bytes = _mm512_add_epi32(_mm512_add_epi32(sum[r][1], sum[r][3]), centre[1]);
+        __m512i units = _mm512_add_epi32(sum[r][H0], centre[0]), bytes = _mm512_add_epi32(sum[r][H1], centre[1]);
+        if constexpr (SUMS > 3) units = _mm512_add_epi32(units, sum[r][L2]);
+        if constexpr (SUMS > 4) {
+            units = _mm512_add_epi32(units, sum[r][M1]);
+            bytes = _mm512_add_epi32(bytes, sum[r][M2]);
+        }
         __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(units), byte, _mm512_cvtepi32_ps(bytes));
-        x = _mm512_fmadd_ps(x, byte, _mm512_cvtepi32_ps(_mm512_add_epi32(sum[r][0], centre[2])));
+        x = _mm512_fmadd_ps(x, byte, _mm512_cvtepi32_ps(_mm512_add_epi32(sum[r][H2], centre[2])));
         sums[r] = _mm512_fmadd_ps(x, _mm512_set1_ps(now[r]), _mm512_mul_ps(sums[r], _mm512_set1_ps(old[r])));
     }
 }
@@ -124,13 +130,8 @@ void add_values(const uint8_t* const* tiles, int64_t pitch, int64_t groups, int6
             __builtin_prefetch(planes + dm * SUBSPACE + line, 0, 2);
         if (s % AT_ONCE == 0) gather_codes(tiles, pitch, groups, s, std::min(s + AT_ONCE, m), codes);
         const __m512i* here = codes + s % AT_ONCE * groups;
-        for (int64_t i = s * dm; i < (s + 1) * dm; i++, planes += SUBSPACE) {
-            for (int r = 0; r + 2 <= ROWS; r += 2)
-                add_dimension<2, PARTS>(here, groups, planes, weights + r, old + r, now + r, sums + i * ROWS + r, next);
-            if (ROWS % 2)
-                add_dimension<1, PARTS>(here, groups, planes, weights + ROWS - 1, old + ROWS - 1, now + ROWS - 1,
-                                        sums + i * ROWS + ROWS - 1, next);
-        }
+        for (int64_t i = s * dm; i < (s + 1) * dm; i++, planes += SUBSPACE)
+            add_dimension<ROWS, PARTS>(here, groups, planes, weights, old, now, sums + i * ROWS, next);
     }
 }
 

@@ -64,7 +64,10 @@ struct Plane {
 
     PQ_INLINE explicit Plane(const uint8_t* plane) {
 #pragma GCC unroll 4
-        for (int i = 0; i < PARTS; i++) part[i] = _mm512_load_si512(plane + i * 64);
+        for (int i = 0; i < PARTS; i++) {
+            part[i] = _mm512_load_si512(plane + i * 64);
+            asm("" : "+v"(part[i]));  // or GCC loads it for every use, and of loads there are two a cycle
+        }
     }
     // Its bytes at 64 codes.
     PQ_INLINE __m512i at(__m512i codes, const Where& w) const {
