@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pqlab import errors, kernels
-from pqlab.kernels import ops, reference
+from pqlab.kernels import checks, ops, reference
 from pqlab.kernels.cpu import CpuBackend
 from pqlab.paging.layout import PageLayout, pack_codes, read_pages
 
@@ -465,6 +465,41 @@ def test_opcheck(backend):
     maps = (torch.ones(2, 8, 8, dtype=torch.int8), *torch.randn(3, 2, 8, 8).half())
     torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3, *maps))
     torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3, None, None, *maps[2:]))
+
+
+def test_calls_like_earlier_ones_are_not_checked_and_others_are(cpu, monkeypatch):
+    checked, check = [], checks.decode
+    monkeypatch.setattr(checks, "decode", lambda *args: checked.append(args) or check(*args))
+    case = list(decode_case(group=3))
+
+    def run(same: bool, **changes) -> None:
+        """One more call, with arguments replaced by their place: not checked when it is the `same` as before."""
+        call = [changes.get(f"_{i}", x) for i, x in enumerate(case)]
+        before, runs = len(checked), sum(ops.runs().values())
+        out, lse = ops.decode(*call)
+        assert (len(checked) == before) is same and sum(ops.runs().values()) == runs + 1
+        for got, want in zip((out, lse), reference.decode(*call), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+    with kernels.use_backend("cpu"):
+        run(False)
+        run(True)
+        run(True, _0=torch.randn_like(case[0]), _3=case[3].clone(), _4=case[4].clone(), _13=0.3)
+        run(False, _0=case[0][:, :4].contiguous())  # fewer query heads
+        run(True, _0=case[0][:, :4].contiguous())
+        run(False)
+        run(False, _0=torch.cat([case[0], case[0]], -1)[..., ::2])  # with strides
+        for change in (lambda: case[5].mul_(2), lambda: setattr(case[10], "data", torch.randn_like(case[10]))):
+            change()
+            run(False)
+            run(True)
+        for place, wrong in ((0, case[0].half()), (4, case[4].long()), (3, case[3][:1]), (4, case[4][:, :2])):
+            with pytest.raises(ValueError, match=r"pqlab\.decode"):
+                run(False, **{f"_{place}": wrong})
+        with pytest.raises(ValueError, match="lengths exceed"):
+            run(False, _4=case[4] + 1000)
+    with kernels.use_backend("reference"):
+        run(False)
 
 
 def test_maps_that_do_not_fit_are_named():

@@ -44,9 +44,12 @@ Plan make_plan(const Decode& job, int64_t pairs, int64_t threads, const std::vec
                 // Half of an equal share of what is left; where that is little, all of it.
                 const int64_t equal = (total - at + threads - 1) / threads;
                 share_end = at + (equal < 3 * MIN_SHARE ? equal : equal / 2);
+                // Rather whole pairs, while enough is left for the others to go on with: every segment reads codebooks.
                 const auto after = std::lower_bound(start.begin() + 1, start.end() - 1, share_end);
-                if (*after - share_end < MIN_SHARE / 2) share_end = *after;  // rather whole pairs
-                else if (after[-1] > at && share_end - after[-1] < MIN_SHARE / 2) share_end = after[-1];
+                const int64_t pair_tiles = *after - after[-1];
+                const int64_t near = total - share_end < threads * pair_tiles ? MIN_SHARE / 2 : (pair_tiles + 1) / 2;
+                if (*after - share_end < near) share_end = *after;
+                else if (after[-1] > at && share_end - after[-1] <= near) share_end = after[-1];
             }
             const int64_t end = std::max(std::min(share_end, pair_end), coded_start);  // exact tokens are not split
             const bool exact = at == start[size_t(p)];
