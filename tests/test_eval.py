@@ -191,7 +191,13 @@ def test_command(tiny, monkeypatch, tmp_path, capsys):
     assert main(["eval", *common, "--methods", "kivi-2", "--out", str(out), "--append"]) == 0
     together = json.loads(out.read_text())["methods"]
     assert [row["method"] for row in together] == ["exact", "kivi-4", "small", "kivi-2"]
-    assert together[1:3] == record["methods"][1:]
+    assert together[1:3] == record["methods"][1:] and not any("measured" in row for row in together)
+    out.write_text(json.dumps({**json.loads(out.read_text()), "device": "another"}))
+    assert main(["eval", *common, "--methods", "kivi-3", "--out", str(out), "--append"]) == 0
+    found = json.loads(out.read_text())
+    assert found["device"] == "another" and found["methods"][:4] == together
+    assert found["methods"][4]["method"] == "kivi-3" and found["methods"][4]["measured"] == {"device": device_name()}
+    together = found["methods"]
     assert main(["eval", *common, "--skip", "5", "--methods", "kivi-2", "--out", str(out), "--append"]) == 2
     assert "left as it is: the records differ in skip: 0 and 5" in capsys.readouterr().out
     assert json.loads(out.read_text())["methods"] == together

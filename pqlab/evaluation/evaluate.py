@@ -224,7 +224,7 @@ def evaluate(
 def _from_given(name: str, books: Codebooks | str | Path, setting: Setting) -> Method:
     if not isinstance(books, Codebooks):
         books = Codebooks.load(books, setting.model)
-    return methods.from_codebooks(name, books.to(setting.model.device), setting)
+    return methods.from_codebooks(name, books, setting)
 
 
 def check_window(windows: int, length: int, prompt: int, skip: int, config: CacheConfig, model: Any) -> None:

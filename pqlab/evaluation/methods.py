@@ -144,13 +144,15 @@ def from_codebooks(
 ) -> Method:
     """Product quantization with these codebooks; `config` is the method's own cache, if it is not the setting's.
 
+    Model constants are counted on the codebooks as they are given: a GPU's copy is wider than what is stored.
+
     Raises `CodebookError` when the codebooks are not for the model's layers and heads.
     """
     codebooks.check_fits(setting.model, name)
     config = config or setting.config
     return Method(
         name=name,
-        quantize=teacher_forced.from_codebooks(codebooks),
+        quantize=teacher_forced.from_codebooks(codebooks.to(setting.model.device)),
         config=config,
         token_elements=token_elements(setting.geometry),
         page_bytes=sum(k.page_bytes + v.page_bytes for k, v in codebooks.layouts(config.page_size)),
@@ -173,7 +175,7 @@ def _default_codebooks(setting: Setting, bits: int, scope: str = "head") -> Meth
         raise ConfigError(f"pq-2 has one M for all layers; heads of {sizes} elements need codebooks of their own")
     pq = {4: PQConfig(), 3: PQConfig(nbits=6), 2: PQConfig(M=max(1, sizes[0] // 4))}[bits]
     options = {"text": setting.calibration, "scope": scope, "progress": setting.progress}
-    books = default_codebooks(setting.model, setting.tokenizer, pq, **options).to(setting.model.device)
+    books = default_codebooks(setting.model, setting.tokenizer, pq, **options)
     if scope == "head":
         return from_codebooks(f"pq-{bits}", books, setting)
     return from_codebooks(f"pq-{bits}-per-{scope}", books, setting, note=f"the kv heads of a {scope} share a codebook")
