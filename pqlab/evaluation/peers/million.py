@@ -32,7 +32,7 @@ def merged_codebooks(setting: Setting, pq: PQConfig, *, num_tokens: int = NUM_TO
     samples = collect_kv(
         setting.model, setting.tokenizer, calibration_text(setting.calibration), num_tokens=num_tokens, num_sinks=0
     )
-    return Codebooks(train_merged(samples, pq, seed=seed)).to(setting.model.device)
+    return Codebooks(train_merged(samples, pq, seed=seed))
 
 
 def make(setting: Setting, bits: int) -> Method:
