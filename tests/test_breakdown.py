@@ -155,5 +155,5 @@ def test_in_a_graph_parts_are_most_of_a_step(kind):
     model = random_model("smollm2", 2048, torch.float16, "cuda")
     frame = breakdown(model, kind, 1000, config=PAGE)
     assert frame.attrs["how"] == "CUDA graph, events"
-    assert {"codes", "maps", "store"} <= set(frame.part) if kind == "paged" else "attention" in set(frame.part)
+    assert {"codes", "store"} <= set(frame.part) if kind == "paged" else "attention" in set(frame.part)
     assert 0.7 < frame.attrs["sum_milliseconds"] / frame.attrs["step_milliseconds"] < 1.5

@@ -28,10 +28,10 @@ def generate(model, cache, attention: str, **settings):
     )  # fmt: skip
 
 
-@pytest.fixture
-def setting(make_model):
+@pytest.fixture(params=[False, True], ids=["plain", "maps"])
+def setting(make_model, request):
     model = make_model("llama", head_dim=64).cuda().half()
-    books = Codebooks.random(model, config=PQConfig(M=32, nbits=8))
+    books = Codebooks.random(model, config=PQConfig(M=32, nbits=8), maps=request.param)
     mask = torch.ones(2, 90, dtype=torch.bool)
     mask[1, :25] = False
     plain = generate(model, plain_pq_cache(model, books.to("cuda"), EAGER, mask), "sdpa")

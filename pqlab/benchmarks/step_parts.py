@@ -8,7 +8,7 @@ every moment belongs to the innermost part that is open, so the parts add up to 
     rotary         cosines and sines, and their application to q and k
     store          the new token's K and V into the cache (exact: concatenation or a buffer; paged: the window)
     flush          encoding of a page that leaves the window; on a GPU it is a part of the same kernel as `store`
-    maps           into the codebooks' space and back
+    maps           into the codebooks' space and back; on a GPU parts of the kernels of `store` and of the attention
     codes          attention over codes
     exact tokens   sinks and window, combining, and what a call costs by itself: the share of the attention's time that
                    calls without any codes take (they are one kernel, so this is a second measurement). Where a step

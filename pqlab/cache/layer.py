@@ -306,7 +306,8 @@ class PagedPQLayer(CacheLayerMixin):
             fresh = slice(0, max(0, end - first))
             parts_k = [k[:, fresh]] if from_ring is None else [self._ring(self.window_k, from_ring), k[:, fresh]]
             parts_v = [v[:, fresh]] if from_ring is None else [self._ring(self.window_v, from_ring), v[:, fresh]]
-            self._encode(flush, torch.cat(parts_k, 1), torch.cat(parts_v, 1))
+            k_part, v_part = (p[0] if len(p) == 1 else torch.cat(p, 1) for p in (parts_k, parts_v))
+            self._encode(flush, k_part, v_part)
             keep_from = max(first, end)
         slots = torch.arange(keep_from, first + k.shape[1], device=k.device) % ring
         self.window_k[row, :, slots] = k[:, keep_from - first :]
@@ -369,6 +370,10 @@ def _chunk_mask(mask: torch.Tensor | None, start: int, keys: torch.Tensor) -> to
 def _attend_chunk(query, keys, values, mask, scaling) -> torch.Tensor:
     """Exact attention [B, Hq, S, d], computed as transformers' sdpa path does: a first chunk is bit-equal to it."""
     groups = query.shape[1] // keys.shape[1]
+    if mask is None and keys.shape[-1] == values.shape[-1] <= 256:  # then no attention needs heads to be copied
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, scale=scaling, is_causal=True, enable_gqa=groups > 1
+        )
     if mask is not None:  # a pad sees nothing: let it see everything instead of dividing by zero
         mask = mask | ~mask.any(-1, keepdim=True)
     return torch.nn.functional.scaled_dot_product_attention(

@@ -176,6 +176,8 @@ class StaticPagedPQLayer(PagedPQLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if query_length > 1 and not self.is_initialized:  # the first prompt, whose mask is mostly needless at this size
+            return query_length, 0
         return self.group.capacity, 0
 
     def get_seq_length(self):

@@ -121,6 +121,11 @@ def decode_part(step: tuple[Any, ...]) -> tuple[Any, ...]:
             k_nbits, v_nbits, scale)  # fmt: skip
 
 
+def version(x: Tensor) -> int:
+    """Counts changes in place; a tensor of inference mode does not, and is taken not to change."""
+    return -1 if x.is_inference() else x._version
+
+
 class ReferenceBackend(Backend):
     """Plain torch: any device, any dtype, always there."""
 

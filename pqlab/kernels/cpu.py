@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import Backend, BuildStatus
+from .backend import Backend, BuildStatus, version
 from .build import Extension
 from .checks import BOOK_DTYPES
 from .cpu_again import CALL, repeat
@@ -167,7 +167,7 @@ class CpuBackend(Backend):
         key = (k_nbits, v_nbits, *map(id, tensors))
         held = self._held.get(key)
         addresses = tuple(t.data_ptr() for t in tensors if t is not None)
-        versions = _version(tensors[2]), _version(tensors[3])
+        versions = version(tensors[2]), version(tensors[3])
         if held is not None and held.addresses == addresses and held.versions == versions:
             return held
         k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _, *maps = tensors
@@ -205,7 +205,7 @@ class CpuBackend(Backend):
 
     def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:
         """The books as the kernel reads them, made once for a tensor; empty when it reads them as they are."""
-        key = (books.data_ptr(), values, books.shape, _version(books))
+        key = (books.data_ptr(), values, books.shape, version(books))
         kept = self._books.get(key)
         if kept is not None and kept[0]() is books:
             return kept[1]
@@ -277,11 +277,6 @@ class CpuBackend(Backend):
             self._flush(window_v, v_pages, page_table, before, after, v_books, v_nbits)
         elif code:
             _fail("append_", code, f"before {before.tolist()}, {sink_k.shape[2]} sinks, {slots} window slots")
-
-
-def _version(x: Tensor) -> int:
-    """Counts changes in place; a tensor of inference mode does not, and is taken not to change."""
-    return -1 if x.is_inference() else x._version
 
 
 def _in_place(op: str, **tensors: Tensor) -> None:

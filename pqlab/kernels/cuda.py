@@ -11,9 +11,6 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +22,12 @@ from . import reference
 from .backend import Backend, BuildStatus, append_part, decode_part, in_code_space
 from .build import Extension
 from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
+from .cuda_memory import PreparedBooks, Workspaces, check
 
-_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQ5iIif2I")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
+_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQQQ5iIif2I")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
 _ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
-_APPEND_SIDE = struct.Struct("<QQQ2qQQ")  # struct AppendSide of csrc/cuda/pq_append.cuh
-_APPEND = struct.Struct("<QQQ10iQ")  # struct AppendParams, after its two sides
+_APPEND_SIDE = struct.Struct("<QQQ2qQQQi4x")  # struct AppendSide of csrc/cuda/pq_append.cuh
+_APPEND = struct.Struct("<QQQ10iQQ3qQQ6i7f4x")  # struct AppendParams, after its two sides
 _BOOKS_AT = {"decode": (5, 6), "encode": (1,), "encode_pages_": (2,), "append_": (11, 12)}  # of the arguments
 _MAX_STEPS = 16  # query vectors a kv head: above, reading the codes once for four of them does not pay
 _MAX_TOKENS = 65000 * 32  # of a row: the kernel shares a row's chunks in 32-bit arithmetic
@@ -81,6 +79,19 @@ class _Held(NamedTuple):
     partial: Tensor  # parts of rows that several blocks share
     tickets: Tensor  # int32, zero before and after
     splits: int  # blocks that share the rows of a kv head and a group of query vectors
+    mapped_q: int = 0  # where queries lie in code space, dense, if append_ has mapped them
+    unmapped: int = 0  # room for results in code space
+    home: Tensor | None = None  # the map of the results
+
+
+class _Maps(NamedTuple):
+    """What append_ maps, beside the tokens that it stores."""
+
+    k: Tensor | None
+    v: Tensor | None
+    query: Tensor | None  # transposed
+    q: Tensor
+    to: int
 
 
 class CudaBackend(Backend):
@@ -90,9 +101,7 @@ class CudaBackend(Backend):
     def __init__(self) -> None:
         self._kernels: dict[Configuration, _Kernel] = {}
         self._devices: dict[int, tuple[int, int, int]] = {}  # compute capability, shared memory, multiprocessors
-        self._books: dict[tuple[Any, ...], tuple[Any, Any, Tensor]] = {}
-        self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._retired: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write to them
+        self._books, self._workspaces = PreparedBooks(), Workspaces()
 
     # -- builds ----------------------------------------------------------------------------------------------------
 
@@ -167,12 +176,18 @@ class CudaBackend(Backend):
 
     def step_(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Append sets decode's tickets to zero: in a graph that saves a kernel a layer."""
-        step, home = in_code_space(args)
-        call = decode_part(step)
-        held = self._hold(call, zero_tickets=False)
-        self.append_(*append_part(step), tickets=held.tickets)
-        out, lse = self.decode(*call, held=held)
-        return (out if home is None else reference.apply_map(out, home)), lse
+        maps = args[17:]
+        if any(x is not None and x.dtype == torch.float32 for x in maps):  # kept so only where float16 overflows
+            step, home = in_code_space(args)
+            out, lse = self.step_(*step, None, None, None, None)
+            return (out if home is None else reference.apply_map(out, home)), lse
+        k_forward, k_backward, v_forward, v_backward = (None if x is None else x.contiguous() for x in maps)
+        call, q = decode_part(args), args[15]
+        held = self._hold(call, zero_tickets=False, maps=True)._replace(home=v_backward)
+        held = held if k_backward is not None else held._replace(mapped_q=0)
+        todo = _Maps(k_forward, v_forward, k_backward, _dense_last(q), held.mapped_q)
+        self.append_(*append_part(args), tickets=held.tickets, maps=todo)
+        return self.decode(*call, held=held)
 
     def decode(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
@@ -187,23 +202,27 @@ class CudaBackend(Backend):
         _, heads, tiles, _, _ = k_pages.shape
         group = query_heads // heads
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        q, lengths, page_table = _dense_rows(q), lengths.contiguous(), _dense_last(page_table)
+        lengths, page_table = lengths.contiguous(), _dense_last(page_table)
         sink_k, sink_v = _alike(sink_k, sink_v)
         window_k, window_v = _alike(window_k, window_v)
-        books, partial, tickets, splits = held or self._hold(args)
+        books, partial, tickets, splits, mapped_q, unmapped, home = held or self._hold(args)
+        asked = (mapped_q, query_heads * steps * head_dim, steps * head_dim, head_dim)
+        if not mapped_q:
+            q = _dense_rows(q)
+            asked = (q.data_ptr(), *q.stride()[:3])
         out = torch.empty((batch, query_heads, steps, head_dim), dtype=q.dtype, device=q.device)
         lse = torch.empty((batch, query_heads, steps), dtype=torch.float32, device=q.device)
         params = _DECODE.pack(
-            q.data_ptr(), *q.stride()[:3], k_pages.data_ptr(), v_pages.data_ptr(),
+            *asked, k_pages.data_ptr(), v_pages.data_ptr(),
             page_table.data_ptr(), page_table.stride(0), lengths.data_ptr(), books.data_ptr(),
             sink_k.data_ptr(), sink_v.data_ptr(), *sink_k.stride()[:3],
             window_k.data_ptr(), window_v.data_ptr(), *window_k.stride()[:3], max(1, window_k.shape[2]),
-            out.data_ptr(), lse.data_ptr(), partial.data_ptr(), tickets.data_ptr(),
+            out.data_ptr(), lse.data_ptr(), partial.data_ptr(), tickets.data_ptr(), _pointer(home), unmapped,
             batch, heads, group, steps, tiles, 0 if tiles == 1 else -(-(2**32) // tiles), splits,
             scale * math.log2(math.e), 0, 0,
         )  # fmt: skip
         with torch.cuda.device(q.device):
-            _check("decode", library.pqlab_decode(params, ctypes.c_void_p(stream)))
+            check("decode", library.pqlab_decode(params, ctypes.c_void_p(stream)))
         return out, lse
 
     def encode(self, x: Tensor, books: Tensor) -> Tensor:
@@ -233,38 +252,44 @@ class CudaBackend(Backend):
         with torch.cuda.device(x.device):
             room = torch.empty(library.pqlab_encode_room(params), dtype=torch.uint8, device=x.device)
             message = library.pqlab_encode(params, ctypes.c_void_p(room.data_ptr()), ctypes.c_void_p(stream))
-            _check("encode", message)
+            check("encode", message)
 
     def append_(
         self, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor, k_pages: Tensor, v_pages: Tensor,
         k: Tensor, v: Tensor, page_table: Tensor, before: Tensor, after: Tensor, k_books: Tensor, v_books: Tensor,
-        k_nbits: int, v_nbits: int, tickets: Tensor | None = None,
+        k_nbits: int, v_nbits: int, tickets: Tensor | None = None, maps: _Maps | None = None,
     ) -> None:  # fmt: skip
         batch, heads, slots, head_dim = window_k.shape
         k, v = _dense_last(k), _dense_last(v)
         k_books, v_books, before, after = (x.contiguous() for x in (k_books, v_books, before, after))
         page_table = _dense_last(page_table)
+        k_map, v_map, query_map, q, mapped_q = maps or _Maps(None, None, None, k, 0)
+        group, steps = q.shape[1] // heads, q.shape[2]
+        asked = (q.data_ptr(), *q.stride()[:3], _pointer(query_map), mapped_q, group, steps)
         sides = [
             (_APPEND_SIDE.pack(sink.data_ptr(), window.data_ptr(), x.data_ptr(), *x.stride()[:2], books.data_ptr(),
-                               pages.data_ptr()), pages.shape[3], nbits)
-            for sink, window, x, books, pages, nbits in (
-                (sink_k, window_k, k, k_books, k_pages, k_nbits), (sink_v, window_v, v, v_books, v_pages, v_nbits)
+                               pages.data_ptr(), _pointer(matrix), matrix is not None and matrix.dtype == torch.int8),
+             pages.shape[3], nbits)
+            for sink, window, x, books, pages, nbits, matrix in (
+                (sink_k, window_k, k, k_books, k_pages, k_nbits, k_map),
+                (sink_v, window_v, v, v_books, v_pages, v_nbits, v_map),
             )
         ]  # fmt: skip
         (k_side, k_m, _), (v_side, v_m, _) = sides
         together = (k_m, k_nbits) == (v_m, v_nbits)  # one launch for both
         stream = torch.cuda.current_stream(k.device).cuda_stream
-        for first, second, m, nbits in [(k_side, v_side, k_m, k_nbits), (v_side, v_side, v_m, v_nbits)][: 2 - together]:
+        launches = [(k_side, v_side, k_m, k_nbits, True), (v_side, v_side, v_m, v_nbits, False)]
+        for first, second, m, nbits, mapping in launches[: 2 - together]:
             params = first + second + _APPEND.pack(
                 page_table.data_ptr(), before.data_ptr(), after.data_ptr(), page_table.stride(0), 1 + together,
                 batch, heads, head_dim, m, sink_k.shape[2], slots, k_pages.shape[2],
-                0 if tickets is None else tickets.numel(), 0 if tickets is None else tickets.data_ptr(),
+                0 if tickets is None else tickets.numel(), _pointer(tickets), *asked, mapping, *(0,) * 10,
             )  # fmt: skip
             library = self._encode_kernel(k, m, nbits).library
             with torch.cuda.device(k.device):
-                _check("append_", library.pqlab_append(params, ctypes.c_void_p(stream)))
+                check("append_", library.pqlab_append(params, ctypes.c_void_p(stream)))
 
-    def _hold(self, args: tuple[Any, ...], zero_tickets: bool = True) -> _Held:
+    def _hold(self, args: tuple[Any, ...], zero_tickets: bool = True, maps: bool = False) -> _Held:
         """What a call of decode needs beside its arguments."""
         q, k_pages, k_books, v_books = args[0], args[1], args[5], args[6]
         library = self._decode_kernel(args).library
@@ -273,73 +298,17 @@ class CudaBackend(Backend):
         blocks = -(-query_heads // heads * steps // library.vectors)
         splits = max(1, self._device(q)[2] // (heads * blocks))
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        books = self._prepared(library, k_books, v_books, stream)
+        books = self._books.of(library, k_books, v_books, stream)
         floats = heads * blocks * (splits + batch) * library.vectors * (head_dim + 4)
-        partial, tickets = self._workspace(q, floats, batch * heads * blocks, stream, zero_tickets)
-        return _Held(books, partial, tickets, splits)
-
-    # -- kept between calls ----------------------------------------------------------------------------------------
-
-    def _prepared(self, library: Any, k_books: Tensor, v_books: Tensor, stream: int) -> Tensor:
-        """Both codebooks as the kernel keeps them in shared memory, made once for every pair of tensors."""
-        key = (id(library), k_books.data_ptr(), v_books.data_ptr(), k_books._version, v_books._version, k_books.shape)
-        kept = self._books.get(key)
-        if kept is not None and kept[0]() is not None and kept[1]() is not None:
-            return kept[2]
-        heads = k_books.shape[0]
-        capturing = torch.cuda.is_current_stream_capturing()  # a graph's memory is not ours to keep
-
-        def make() -> Tensor:
-            return torch.empty(heads * library.book_bytes, dtype=torch.uint8, device=k_books.device)
-
-        image = make() if capturing else _outside_of_pools(make, k_books.device)
-        k, v = k_books.contiguous(), v_books.contiguous()
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (k, v, image)]
-        with torch.cuda.device(k.device):
-            _check("decode", library.pqlab_prepare_books(*pointers, heads, ctypes.c_void_p(stream)))
-        if not capturing:
-            self._books = {k: kept for k, kept in self._books.items() if kept[0]() is not None}
-            self._books[key] = (weakref.ref(k_books), weakref.ref(v_books), image)
-        return image
-
-    def _workspace(
-        self, q: Tensor, floats: int, tickets: int, stream: int, zero_tickets: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Room for the parts of rows that several blocks share, and their tickets: zero before and after a call.
-
-        A graph gets its own for every call. Setting tickets to zero is a kernel there; `append_` can do it instead.
-        """
-        kept = self._workspaces.get((q.device.index, stream))
-        if kept is not None and kept[0].numel() >= floats and kept[1].numel() >= tickets:
-            return kept
-
-        def make(zero: bool = True) -> tuple[Tensor, Tensor]:
-            new = (torch.zeros if zero else torch.empty)(tickets, dtype=torch.int32, device=q.device)
-            return torch.empty(floats, device=q.device), new
-
-        if torch.cuda.is_current_stream_capturing():
-            return make(zero_tickets)
-        if kept is not None:
-            self._retired.append(kept)
-        room = self._workspaces[(q.device.index, stream)] = _outside_of_pools(make, q.device)
-        return room
+        each = q.numel() * q.element_size() if maps else 0  # of queries and of results in code space
+        partial, tickets = self._workspaces.of(q, floats + each // 2, batch * heads * blocks, stream, zero_tickets)
+        after = partial.data_ptr() + 4 * floats
+        room = (after, after + each) if maps else (0, 0)
+        return _Held(books, partial, tickets, splits, *room)
 
 
-def _outside_of_pools(make: Callable[[], Any], device: torch.device) -> Any:
-    """What `make` allocates on the device, in memory that can be kept.
-
-    A compiled model warms up in a memory pool of its graph, in which nothing may outlive the call. Such a pool takes
-    the allocations of one thread, so another one makes them.
-    """
-
-    def run() -> Any:
-        with torch.cuda.device(device):
-            made = make()
-            torch.cuda.current_stream().synchronize()
-            return made
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -356,8 +325,3 @@ def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with the same strides."""
     k, v = _dense_rows(k), _dense_rows(v)
     return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
-
-
-def _check(op: str, message: bytes | None) -> None:
-    if message:
-        raise RuntimeError(f"pqlab.{op} on CUDA: {message.decode()}")

@@ -188,7 +188,7 @@ class PQCodec(_Spaces):
 
     def to(self, device: torch.device | str) -> PQCodec:
         """The codec on a device. On CUDA its centroids are float32: the kernels there read them so."""
-        moved = self._each(lambda tensor: tensor.to(device))
+        moved = self._each(lambda tensor: tensor.to(device).contiguous())
         return moved._each(to_float, maps=False) if torch.device(device).type == "cuda" else moved
 
     def half(self) -> PQCodec:

@@ -62,7 +62,7 @@ def in_eight_bits(forward: Tensor, num_subspaces: int) -> tuple[Tensor, Tensor]:
     columns = forward.double().unflatten(-1, (num_subspaces, -1))
     largest = columns.abs().amax((1, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (columns / largest * 127).round().flatten(-2)
-    return rounded.to(torch.int8), torch.linalg.inv(rounded / 127).float()
+    return rounded.to(torch.int8).contiguous(), torch.linalg.inv(rounded / 127).float().contiguous()
 
 
 def alike(x: Tensor, forward: Tensor, backward: Tensor, num_subspaces: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
-// One new token a row, and the codes of what leaves the window in the same step. No torch, sm_80 and newer.
+// One new token a row, and the codes of what leaves the window in the same step; with maps also the queries, for the
+// pq_decode that follows. No torch, sm_80 and newer.
 #pragma once
 #include "pq_encode.cuh"
+#include "pq_maps.cuh"
 
 namespace pqlab {
 
@@ -11,6 +13,8 @@ struct AppendSide {
   int64_t x_stride[2];
   const float* books;   // [H, M, C, DM]
   uint8_t* pages;       // [max_pages][H][T][M][2 * NBITS]
+  const void* map;      // [H, D, D] of fp16, or of int8 in units of 1/127: what is stored is x map[h]; null: x
+  int eight;            // whether it is int8
 };
 
 struct AppendParams {
@@ -22,45 +26,131 @@ struct AppendParams {
   int sides, B, H, D, M, num_sinks, slots, tiles_per_page;
   int num_tickets;
   int* tickets;  // set to zero for the pq_decode that follows, if any
+  const void* q;         // [B, H * G, S, D] of T, last dimension dense
+  int64_t q_stride[3];
+  const __half* q_map;   // [H, D, D]: queries are asked as q q_map[h]^T; null: as they are
+  void* mapped_q;        // [B, H * G, S, D] of T, dense
+  int G, S;
+  int maps;              // whether this launch is the one that maps
+  // Filled in by the launcher:
+  int query_blocks, map_blocks;  // the first blocks map queries, those up to map_blocks tokens
+  int shares;                    // blocks that share the flush of a side, row and head
+  float slices_inverse, heads_inverse, rows_inverse, shares_inverse, slots_inverse, each_inverse, steps_inverse;
 };
 
 // Mostly no row flushes and all blocks end at once, so what counts is how many there are and how many fit: small ones
 // of few registers, each of which has two rounds to go when there is something to encode.
 constexpr int kAppendWarps = 4, kAppendRounds = 2, kAppendBlocksAnSm = 5;
 template <int DM, int C>
-constexpr int kAppendSmem = kAppendWarps * C * (DM + 1) * 4;
+constexpr int kAppendSmem =
+    kAppendWarps * C * (DM + 1) * 4 > kMapSmem ? kAppendWarps * C * (DM + 1) * 4 : kMapSmem;
+static_assert(kMapThreads == kAppendWarps * 32, "the same blocks");
+
+// Where a row's new token goes; read first and asked for later, so that what is between does not wait for the lengths.
+struct TokenLengths {
+  int before[3], after[3];
+  __device__ __forceinline__ TokenLengths() {}
+  __device__ __forceinline__ TokenLengths(const AppendParams& p, int b) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) before[i] = p.before[3 * b + i], after[i] = p.after[3 * b + i];
+  }
+  // Null if the row has no new token. row: of batch and heads.
+  template <typename T>
+  __device__ __forceinline__ T* place(const AppendParams& p, const AppendSide& side, int row) const {
+    const int token = before[0] + before[1] + before[2], turn = token - p.num_sinks;
+    if (after[0] + after[1] + after[2] == token) return nullptr;
+    if (turn < 0) return static_cast<T*>(side.sink) + (static_cast<int64_t>(row) * p.num_sinks + token) * p.D;
+    const int slot = turn - divide(turn, p.slots_inverse) * p.slots;
+    return static_cast<T*>(side.window) + (static_cast<int64_t>(row) * p.slots + slot) * p.D;
+  }
+};
+
+// Blocks that map: slices of a head's map, heads, vectors of keys, of values, of queries.
+
+template <typename T>
+__device__ __forceinline__ void map_tokens(const AppendParams& p, int block, float* smem) {
+  const int slices = p.D / kMapSlice, rest = divide(block, p.slices_inverse), slice = block - rest * slices;
+  int chunk = divide(rest, p.heads_inverse);
+  const int h = rest - chunk * p.H, each = map_chunks(p.B);
+  const bool second = p.side[0].map == nullptr || chunk >= each;
+  const AppendSide& side = p.side[second];
+  if (second && p.side[0].map != nullptr) chunk -= each;
+  const int b = chunk * kMapVectors, n = min(kMapVectors, p.B - b);
+  const T* const x = static_cast<const T*>(side.x) + b * side.x_stride[0] + h * side.x_stride[1];
+  const auto at = [&](int v) { return x + v * side.x_stride[0]; };
+  struct Tokens {
+    const AppendParams& p;
+    const AppendSide& side;
+    int b, h, row[2];
+    TokenLengths lengths[2];
+    __device__ __forceinline__ void read(int j, int v) { lengths[j] = TokenLengths(p, b + v), row[j] = (b + v) * p.H + h; }
+    __device__ __forceinline__ T* place(int j) const { return lengths[j].template place<T>(p, side, row[j]); }
+  } tokens{p, side, b, h};
+  const int64_t head = static_cast<int64_t>(h) * p.D * p.D;
+  const auto* const eight = static_cast<const int8_t*>(side.map) + head;
+  const auto* const half = static_cast<const __half*>(side.map) + head;
+  if (n == 1) {
+    side.eight ? map_rows<1, int8_t, T>(eight, p.D, slice, n, smem, at, tokens)
+               : map_rows<1, __half, T>(half, p.D, slice, n, smem, at, tokens);
+  } else {
+    side.eight ? map_rows<4, int8_t, T>(eight, p.D, slice, n, smem, at, tokens)
+               : map_rows<4, __half, T>(half, p.D, slice, n, smem, at, tokens);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void map_queries(const AppendParams& p, int block, float* smem) {
+  const int slices = p.D / kTransposedSlice, rest = divide(block, 0.5f * p.slices_inverse);
+  const int slice = block - rest * slices, chunk = divide(rest, p.heads_inverse), h = rest - chunk * p.H;
+  const int each = p.G * p.S, first = chunk * kMapVectors, n = min(kMapVectors, p.B * each - first);
+  const auto at = [&](int v) {
+    const int b = divide(first + v, p.each_inverse), r = first + v - b * each, g = divide(r, p.steps_inverse);
+    return static_cast<const T*>(p.q) + b * p.q_stride[0] + (h * p.G + g) * p.q_stride[1] +
+           (r - g * p.S) * p.q_stride[2];
+  };
+  const auto to = [&](int v) {
+    const int b = divide(first + v, p.each_inverse);
+    return static_cast<T*>(p.mapped_q) + (static_cast<int64_t>(b * p.H + h) * each + (first + v - b * each)) * p.D;
+  };
+  const __half* const map = p.q_map + static_cast<int64_t>(h) * p.D * p.D;
+  if (n == 1)
+    map_transposed<1, T>(map, p.D, slice, n, smem, at, to);
+  else
+    map_transposed<4, T>(map, p.D, slice, n, smem, at, to);
+}
 
 // One new token a row to its sink or its slot of the ring, and, where a row flushes, the codes of ring tokens
 // [before.coded, after.coded). The newest token is never among them: the window keeps one at least. All decisions are
 // made here, from the lengths: the host knows nothing, so a graph can replay it. Blocks of rows that do not flush end
-// at once. blockIdx.x is a side, a row of the batch and a kv head; the blocks along y share its subspaces and tiles.
+// at once. A block is one of those that map, or belongs to a side, a row of the batch and a kv head; `shares` blocks
+// share its subspaces and tiles.
 template <typename T, int DM, int NBITS, int SPLIT>
 __global__ void __launch_bounds__(kAppendWarps * 32, kAppendBlocksAnSm)
     pq_append_kernel(const __grid_constant__ AppendParams p) {
   constexpr int C = 1 << NBITS, kThreads = kAppendWarps * 32;
   extern __shared__ float smem[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = lane % SPLIT;
-  const int row = blockIdx.x % (p.B * p.H), b = row / p.H, h = row % p.H;
-  const AppendSide& side = p.side[blockIdx.x / (p.B * p.H)];
-  const int* const before = p.before + 3 * b;
-  const int* const after = p.after + 3 * b;
-  if (blockIdx.x == 0 && blockIdx.y == 0)
+  if (static_cast<int>(blockIdx.x) < p.query_blocks) return map_queries<T>(p, blockIdx.x, smem);
+  if (static_cast<int>(blockIdx.x) < p.map_blocks) return map_tokens<T>(p, blockIdx.x - p.query_blocks, smem);
+  const int block = blockIdx.x - p.map_blocks, at = divide(block, p.shares_inverse), share = block - at * p.shares;
+  const int which = divide(at, p.rows_inverse), row = at - which * p.B * p.H;
+  const int b = divide(row, p.heads_inverse), h = row - b * p.H;
+  const AppendSide& side = p.side[which];
+  if (block == 0)
     for (int i = threadIdx.x; i < p.num_tickets; i += kThreads) p.tickets[i] = 0;
-  const int first = before[1], token = before[0] + first + before[2], n = after[1] - first;
-  if (blockIdx.y == 0 && after[0] + after[1] + after[2] != token) {
+  const int first = p.before[3 * b + 1], n = p.after[3 * b + 1] - first;
+  if (share == 0 && side.map == nullptr) {
     const T* const x = static_cast<const T*>(side.x) + b * side.x_stride[0] + h * side.x_stride[1];
-    T* const to = token < p.num_sinks
-                      ? static_cast<T*>(side.sink) + (static_cast<int64_t>(row) * p.num_sinks + token) * p.D
-                      : static_cast<T*>(side.window) +
-                            (static_cast<int64_t>(row) * p.slots + (token - p.num_sinks) % p.slots) * p.D;
-    for (int i = threadIdx.x; i < p.D; i += kThreads) to[i] = x[i];
+    T* const to = TokenLengths(p, b).place<T>(p, side, row);
+    if (to != nullptr)
+      for (int i = threadIdx.x; i < p.D; i += kThreads) to[i] = x[i];
   }
   if (n <= 0) return;
   float* const entries = smem + warp * C * (DM + 1);
   const T* const ring = static_cast<const T*>(side.window) + static_cast<int64_t>(row) * p.slots * p.D;
   constexpr int kTiles = 32 / SPLIT;  // that a warp takes at a time
   const int tiles = (first % 16 + n + 15) / 16, items = p.M * ((tiles + kTiles - 1) / kTiles);
-  for (int item = blockIdx.y * kAppendWarps + warp; item < items; item += gridDim.y * kAppendWarps) {
+  for (int item = share * kAppendWarps + warp; item < items; item += p.shares * kAppendWarps) {
     const int m = item % p.M, tile = item / p.M * kTiles + lane / SPLIT, t0 = tile * 16 - first % 16;
     __syncwarp();  // all have read the entries of the last item
     load_entries<DM, C>(entries, side.books + (static_cast<int64_t>(h) * p.M + m) * C * DM, lane);

@@ -50,13 +50,20 @@ PQ_API const char* pqlab_decode(const pqlab::DecodeParams* params, void* stream)
   if (const char* m = check_device()) return m;
   if (!(p.scale_log2 > 0.f)) return "the scale of the scores must be positive";
   if ((reinterpret_cast<uintptr_t>(p.k_pages) | reinterpret_cast<uintptr_t>(p.v_pages) |
-       reinterpret_cast<uintptr_t>(p.books)) & 15)
-    return "pages and books must be aligned to 16 bytes";
+       reinterpret_cast<uintptr_t>(p.books) | reinterpret_cast<uintptr_t>(p.map)) & 15)
+    return "pages, books and maps must be aligned to 16 bytes";
   if (p.B == 0 || p.G * p.S == 0) return nullptr;
   if (p.G * p.S > 64) return "too many query vectors a kv head";
   p.turn_magic = static_cast<uint32_t>((1ull << 32) / (p.splits * Cfg::NP)) + 1;
   p.step_magic = (1 << 16) / p.S + 1;
   const dim3 grid(p.splits, p.H, (p.G * p.S + Cfg::HG - 1) / Cfg::HG);
-  auto* const kernel = p.B == 1 ? pqlab::pq_decode_kernel<Cfg, true> : pqlab::pq_decode_kernel<Cfg, false>;
-  return pqlab::launch(kernel, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
+  if (p.B == 1) return pqlab::launch(pqlab::pq_decode_kernel<Cfg, true>, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
+  void* const out = p.out;
+  if (p.map != nullptr) p.out = p.unmapped;
+  const auto kernel = pqlab::pq_decode_kernel<Cfg, false>;
+  const char* const m = pqlab::launch(kernel, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
+  if (m != nullptr || p.map == nullptr) return m;
+  p.out = out;
+  const dim3 blocks(p.H * (Cfg::D / pqlab::kMapSlice), pqlab::map_chunks(p.B * p.G * p.S));
+  return pqlab::launch(pqlab::pq_home_kernel<Cfg>, blocks, pqlab::kMapThreads, 0, stream, p);
 }

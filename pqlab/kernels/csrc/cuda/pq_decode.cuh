@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
         key_warp<Cfg>(p, at, 0, row, share, stream, turn, early);
       else
         value_warp<Cfg>(p, at, 0, row, share, stream, turn, early);
-      finish_row<Cfg>(p, at, share, 0);
+      finish_row<Cfg, ONE>(p, at, share, 0);
     } else if (row.units == 0 && blockIdx.x == 0) {
       store_nothing<Cfg>(p, at, 0);
     }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
       } else {
         value_warp<Cfg>(p, at, b, plan->row(), plan->shared(), stream, turn, nullptr);
       }
-      finish_row<Cfg>(p, at, plan->shared(), plan->uniform(plan->b));
+      finish_row<Cfg, ONE>(p, at, plan->shared(), plan->uniform(plan->b));
       worked = true;
       fence_async();  // the rings are free again, for the copy engine too
       __syncthreads();

@@ -55,9 +55,21 @@ PQ_API const char* pqlab_encode(const pqlab::EncodeParams* params, void* room, v
 }
 
 PQ_API const char* pqlab_append(const pqlab::AppendParams* params, void* stream) {
-  const pqlab::AppendParams& p = *params;
+  pqlab::AppendParams p = *params;
   if (p.B == 0) return nullptr;
-  const dim3 grid(p.sides * p.B * p.H, ceil_div(p.M, pqlab::kAppendWarps * pqlab::kAppendRounds));
+  if (p.maps && (p.D % pqlab::kMapSlice || p.D > pqlab::kMapMost)) return "maps are for head sizes 32, 64, 96 and 128";
+  for (const void* map : {p.side[0].map, p.side[1].map, static_cast<const void*>(p.q_map)})
+    if (reinterpret_cast<uintptr_t>(map) & 15) return "maps must be aligned to 16 bytes";
+  const int tokens = pqlab::map_chunks(p.B), queries = pqlab::map_chunks(p.B * p.G * p.S);
+  const int chunks = (p.side[0].map ? tokens : 0) + (p.side[1].map ? tokens : 0);
+  p.query_blocks = p.maps && p.q_map ? queries * p.H * (p.D / pqlab::kTransposedSlice) : 0;
+  p.map_blocks = p.query_blocks + (p.maps ? chunks * p.H * (p.D / pqlab::kMapSlice) : 0);
+  p.shares = ceil_div(p.M, pqlab::kAppendWarps * pqlab::kAppendRounds);
+  p.slices_inverse = static_cast<float>(pqlab::kMapSlice) / p.D, p.heads_inverse = 1.f / p.H;
+  p.rows_inverse = 1.f / (p.B * p.H), p.shares_inverse = 1.f / p.shares, p.slots_inverse = 1.f / p.slots;
+  p.each_inverse = 1.f / (p.G * p.S), p.steps_inverse = 1.f / p.S;
+  const dim3 grid(p.map_blocks + p.sides * p.B * p.H * p.shares);
+  if (grid.x >= 1u << 21) return "too many rows for one launch";  // of pqlab::divide
   const auto kernel = pqlab::pq_append_kernel<PQ_T, PQ_DM, PQ_NBITS, kFew>;
   constexpr int smem = pqlab::kAppendSmem<PQ_DM, kCentroids>;
   if (const char* m = pqlab::allow_smem(kernel, smem)) return m;

@@ -1,6 +1,7 @@
 // The end of a row: merge the warps of a block, then the blocks that share the row. No torch.
 #pragma once
 #include "pq_lookup.cuh"
+#include "pq_maps.cuh"
 
 namespace pqlab {
 
@@ -36,10 +37,76 @@ __device__ __forceinline__ void fetch_parts(const Place<Cfg>& at, const float* p
   }
 }
 
+// The map of the results, out of code space; see DecodeParams::map. A warp has every NW-th of the matrix's rows, a lane
+// four columns. Batches have no such thing: a block that finishes many short rows would do it for each of them, while the
+// others wait; theirs is pq_home_kernel.
+template <typename Cfg, bool HERE>
+struct HomeMap {
+  static constexpr int D = Cfg::D, NW = Cfg::NW, HG = Cfg::HG, DP = Cfg::DP, ROWS = (D + NW - 1) / NW;
+  static_assert(D * Cfg::HS * 4 <= Cfg::NP * Cfg::pair_bytes, "results wait where the pairs had their scores");
+  Four<__half> raw[ROWS];
+
+  static __device__ __forceinline__ bool wanted(const DecodeParams& p) { return HERE && p.map != nullptr; }
+  static __device__ __forceinline__ const __half* matrix(const DecodeParams& p, const Place<Cfg>& at) {
+    return p.map + static_cast<int64_t>(at.h) * D * D;
+  }
+  // To L2: some microseconds of codes have gone through it since the last step.
+  static __device__ __forceinline__ void prefetch(const DecodeParams& p, const Place<Cfg>& at) {
+    if (wanted(p))
+      for (int i = threadIdx.x; i < D * D * 2 / 128; i += NW * 32) prefetch_l2(matrix(p, at) + i * 64);
+  }
+  // To registers.
+  __device__ __forceinline__ void fetch(const DecodeParams& p, const Place<Cfg>& at) {
+    if (!wanted(p)) return;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int row = at.warp + NW * r;
+      if (row < D && at.lane * 4 < D) raw[r] = load_four(matrix(p, at) + row * D + at.lane * 4);
+    }
+  }
+  // What is to be mapped, float [D][HS].
+  static __device__ __forceinline__ float* results(const Place<Cfg>& at) {
+    return reinterpret_cast<float*>(at.smem + Cfg::pair_offset);
+  }
+  // Called by all threads when results are written.
+  __device__ __forceinline__ void store(const DecodeParams& p, const Place<Cfg>& at, int b) const {
+    using T = typename Cfg::T;
+    __syncthreads();
+    float4 sum[HG] = {};
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int row = at.warp + NW * r;
+      if (row >= D) continue;
+      const float4 w = raw[r].floats();
+      float x[HG];
+      load<HG>(results(at) + row * Cfg::HS, x);
+#pragma unroll
+      for (int g = 0; g < HG; ++g) {
+        sum[g].x = fmaf(x[g], w.x, sum[g].x), sum[g].y = fmaf(x[g], w.y, sum[g].y);
+        sum[g].z = fmaf(x[g], w.z, sum[g].z), sum[g].w = fmaf(x[g], w.w, sum[g].w);
+      }
+    }
+    if (at.lane * 4 < D)
+#pragma unroll
+      for (int g = 0; g < HG; ++g)
+        *reinterpret_cast<float4*>(at.sums(at.warp) + g * DP + at.lane * 4) = sum[g];
+    __syncthreads();
+    for (int i = threadIdx.x; i < HG * D; i += NW * 32) {
+      const int g = i / D, dim = i % D;
+      if (at.first_vector + g >= at.vectors) break;
+      float y = 0.f;
+#pragma unroll
+      for (int n = 0; n < NW; ++n) y += at.sums(n)[g * DP + dim];
+      const size_t vector = (static_cast<size_t>(b) * p.H + at.h) * at.vectors + at.first_vector + g;
+      static_cast<T*>(p.out)[vector * D + dim] = from_float<T>(y);
+    }
+  }
+};
+
 // Called by all threads of a block after its value warps left sums in their rings and (maximum, sum) in the totals. The
 // last of the blocks that share a row, found by drawing tickets, merges what they left in memory, by the same code: no
 // second kernel, no waiting.
-template <typename Cfg>
+template <typename Cfg, bool ONE>
 __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cfg>& at, const Share& share, int b) {
   using T = typename Cfg::T;
   constexpr int HG = Cfg::HG, NW = Cfg::NW, D = Cfg::D, DP = Cfg::DP;
@@ -50,6 +117,11 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cf
   float* const parts = p.partial + static_cast<size_t>(at.h * gridDim.z + blockIdx.z) * (p.splits + p.B) * HG * (D + 4);
   int first = Cfg::NP, end = NW;
   bool final = share.blocks == 1;
+  HomeMap<Cfg, ONE> home;
+  if (final)
+    home.fetch(p, at);
+  else
+    home.prefetch(p, at);
 #pragma unroll 1
   while (true) {
     __syncthreads();
@@ -81,12 +153,21 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cf
         const size_t vector = (static_cast<size_t>(b) * p.H + at.h) * at.vectors + at.first_vector + g;
         T* const to = static_cast<T*>(p.out) + vector * D + dim;
         const float one = __fdividef(1.f, all);
+        if (dim == 0) p.lse[vector] = (best + __log2f(all)) * kLn2;
+        if (home.wanted(p)) {
+          const float result[4] = {value.x * one, value.y * one, value.z * one, value.w * one};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) home.results(at)[(dim + i) * Cfg::HS + g] = result[i];
+          continue;
+        }
         to[0] = from_float<T>(value.x * one), to[1] = from_float<T>(value.y * one);
         to[2] = from_float<T>(value.z * one), to[3] = from_float<T>(value.w * one);
-        if (dim == 0) p.lse[vector] = (best + __log2f(all)) * kLn2;
       }
     }
-    if (final) break;
+    if (final) {
+      if (home.wanted(p)) home.store(p, at, b);
+      break;
+    }
     __syncthreads();  // all of the part is written before the ticket is drawn
     if (threadIdx.x == 0) {
       const bool is_last = draw_ticket(p.tickets + row_group) == share.blocks - 1;
@@ -95,9 +176,32 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cf
     }
     __syncthreads();
     if (!*last) break;
+    home.fetch(p, at);
     fetch_parts(at, parts + static_cast<size_t>(share.block0 + b) * HG * (D + 4), share.blocks);
     first = 0, end = min(share.blocks, NW), final = true;
   }
+}
+
+// The map of a batch's results. Blocks: slices of a head's map and heads; vectors, kMapVectors at a time.
+template <typename Cfg>
+__global__ void __launch_bounds__(kMapThreads) pq_home_kernel(const __grid_constant__ DecodeParams p) {
+  using T = typename Cfg::T;
+  constexpr int D = Cfg::D, slices = D / kMapSlice;
+  __shared__ float smem[kMapSmem / 4];
+  struct Places {
+    const DecodeParams& p;
+    int h, first, v[kMapVectors / kMapWarps];
+    __device__ __forceinline__ int64_t of(int v) const {
+      const int each = p.G * p.S, b = (first + v) / each;
+      return ((static_cast<int64_t>(b) * p.H + h) * each + (first + v - b * each)) * D;
+    }
+    __device__ __forceinline__ void read(int j, int of_v) { v[j] = of_v; }
+    __device__ __forceinline__ T* place(int j) const { return static_cast<T*>(p.out) + of(v[j]); }
+  } places{p, static_cast<int>(blockIdx.x / slices), static_cast<int>(blockIdx.y * kMapVectors)};
+  const int n = min(kMapVectors, p.B * p.G * p.S - places.first);
+  const auto at = [&](int v) { return static_cast<const T*>(p.unmapped) + places.of(v); };
+  const __half* const map = p.map + static_cast<int64_t>(places.h) * D * D;
+  map_rows<4, __half, T>(map, D, blockIdx.x % slices, n, smem, at, places);
 }
 
 }  // namespace pqlab

@@ -99,6 +99,8 @@ struct DecodeParams {
   float* lse;               // [B, H * G, S]
   float* partial;           // [H][groups][splits + B][HG][D + 4]
   int* tickets;             // [B * H * groups], zero before and after
+  const __half* map;        // [H, D, D]: the result is out map[h], in the head space; null: out
+  void* unmapped;           // with a map: room for as much as `out`, where B > 1
   int B, H, G, S;
   int tiles_per_page;
   uint32_t page_magic;      // tile / tiles_per_page == umulhi(tile, page_magic); 0: a page is a tile
