@@ -116,6 +116,7 @@ def test_what_may_be_the_best_comes_into_the_last_round():
         (30.0, 0.1, 0.009),  # 4: not beaten, and dear
     )
     assert set(not_beaten(frame).index) == {0, 3, 4} and choose(frame).name == 3
+    assert list(finalists(frame).index) == [3, 4, 0, 1, 2], "what was surely beaten comes last"
     assert list(finalists(frame, count=4).index) == [3, 4, 0, 1]
     assert list(finalists(frame, max_kl=0.1, count=3).index) == [0, 1, 3], "the fastest that are allowed"
     assert list(finalists(frame, max_kl=0.05).index) == [3, 4]

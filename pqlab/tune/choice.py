@@ -1,8 +1,7 @@
 """Which settings of a search come into its last round, and which of them is taken.
 
-First timings lie minutes apart, and in minutes a machine's speed drifts by more than settings differ. So whatever may
-be the best within the error of its first timing is timed again, all of them in turns (`Workload.in_turns`), and one is
-taken by these times.
+First timings lie minutes apart, and in minutes a machine's speed drifts by more than settings differ. So the settings
+that may be the best are timed again, all of them in turns (`Workload.in_turns`), and one is taken by these times.
 """
 
 from __future__ import annotations
@@ -42,13 +41,18 @@ def not_beaten(frame: pd.DataFrame, sure: float = 0.0) -> pd.DataFrame:
 def finalists(frame: pd.DataFrame, max_kl: float | None = None, count: int = FINALISTS) -> pd.DataFrame:
     """Rows that may be what `choose` would take if times were exact, the likeliest first.
 
+    First those that are not surely beaten. The others follow for as far as `count` reaches: what else ran on the
+    machine may have been in the way of one timing and not of another, and no error of a timing tells that.
+
     Args:
         max_kl, and what is raised: see `choose`.
         count: rows, at most.
     """
-    found = _allowed(not_beaten(frame, _SURE), max_kl)
-    order = found.milliseconds if max_kl is not None else _score(found, found)
-    return found.loc[order.sort_values(kind="stable").index].head(count)
+    found = _allowed(frame, max_kl)
+    order = found.milliseconds if max_kl is not None else _score(found, not_beaten(found))
+    ranked = found.loc[order.sort_values(kind="stable").index]
+    near = ranked.index.isin(not_beaten(frame, _SURE).index)
+    return pd.concat([ranked[near], ranked[~near]]).head(count)
 
 
 def timed_again(workload: Workload, rows: pd.DataFrame, rounds: int = 5) -> tuple[pd.DataFrame, float | None]:

@@ -27,8 +27,8 @@ once: KL over the tokens behind it, on the decode path; time per token by decodi
 counted in; bytes from the layout. Settings above --memory are told to the sampler and not measured, repeated ones are
 passed over; neither counts as a trial. Codebooks for a new M and nbits are calibrated once (minutes) and kept.
 The same command goes on where it was stopped. Several processes, or machines of one kind, may share a --storage.
-First timings lie minutes apart, and processes on one machine take each other's cores: at the end, what may be best
-within the error of its timing is timed again, all in turns, and chosen by that (have the last process run alone)."""
+First timings lie minutes apart, and processes on one machine take each other's cores: at the end the settings that may
+be the best are timed again, all in turns, and one is chosen by that (have the last process run alone)."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
