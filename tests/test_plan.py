@@ -10,11 +10,12 @@ import torch
 
 from pqlab import CacheConfig, Codebooks, PQConfig
 from pqlab.errors import ConfigError
-from pqlab.evaluation.fidelity import compare
+from pqlab.evaluation import methods
+from pqlab.evaluation.fidelity import compare, last_hidden
 from pqlab.evaluation.plan import Plan, Planner, allocate, plan
 from pqlab.evaluation.predicted_kl import predict_kl
-from pqlab.evaluation.teacher_forced import from_codebooks
-from pqlab.quantization import IdentityCodec, LayerCodec
+from pqlab.evaluation.teacher_forced import TeacherForcedCache, from_codebooks
+from pqlab.quantization import CodebookError, IdentityCodec, LayerCodec
 
 TEXT = " ".join(f"Chapter {i}: the {i * 7919 % 997}th whale was {i * 31 % 89} feet long, and sang." for i in range(400))
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
@@ -66,15 +67,15 @@ def test_sensitivity_is_the_measured_divergence(tiny, planner):
     """Each side alone, through the real decode path: the second-order prediction is right within a factor of two."""
     windows = [torch.randint(0, 200, (1, 300), generator=torch.Generator().manual_seed(s)) for s in range(2)]
     found = predict_kl(tiny, windows, planner.candidates, SMALL)
-    methods = {}
+    measured_by = {}
     for r in found.itertuples():
         exact = {i: IdentityCodec(*layer.geometry) for i, layer in planner.candidates[1].items()}
         layers = {i: LayerCodec(c, c) for i, c in exact.items()}
         codec = getattr(planner.candidates[r.bits][r.layer], r.side)
         pair = {"k": exact[r.layer], "v": exact[r.layer]} | {r.side: codec}
         layers[r.layer] = LayerCodec(**pair)
-        methods[f"{r.layer} {r.side} {r.bits}"] = from_codebooks(Codebooks(layers))
-    measured = compare(tiny, windows, methods, SMALL).groupby("method", sort=False).kl.mean()
+        measured_by[f"{r.layer} {r.side} {r.bits}"] = from_codebooks(Codebooks(layers))
+    measured = compare(tiny, windows, measured_by, SMALL).groupby("method", sort=False).kl.mean()
     ratio = found.kl.to_numpy() / measured.to_numpy()
     assert ((ratio > 0.4) & (ratio < 2.5)).all(), ratio
     ranks = found.kl.rank().corr(pd.Series(measured.to_numpy()).rank())
@@ -111,8 +112,39 @@ def test_a_divergence_as_budget_is_measured(planner):
     limit = planner.plan(bits=2).certificate["kl"]
     found = planner.plan(kl=limit)
     assert found.certificate["kl"] <= limit and found.bits <= 2.5
-    with pytest.raises(ConfigError, match="kl = 1e-09 is not reached: the plan of [34.25]+ bits measures"):
+    with pytest.raises(ConfigError, match="kl = 1e-09 is not reached: with all layers but one exact, the plan of"):
         planner.plan(kl=1e-9)
+
+
+def test_layers_are_left_exact_where_no_choice_holds(tiny, planner, tmp_path):
+    """Beyond what the largest choices reach; the plan is a file, and generation is that of the harness."""
+    best = planner.plan(bits=4)
+    made = planner.plan(kl=best.certificate["kl"] * 0.7)
+    assert 1 <= len(made.codebooks.exact) < len(planner.candidates[1])
+    fewer = planner._made(4, list(made.codebooks.exact)[:-1]) if len(made.codebooks.exact) > 1 else best
+    assert fewer.certificate["kl"] > made.certificate["kl"], "one exact layer less does not hold"
+    rows = made.choices[made.choices.bits == 16]
+    assert set(rows.layer) == set(made.codebooks.exact) and (rows.kl == 0).all()
+    elements = made.choices.elements
+    assert made.bits == pytest.approx((made.choices.bits * elements).sum() / elements.sum())
+    made.save(tmp_path / "plan")
+    back = Plan.load(tmp_path / "plan", tiny)
+    assert back.codebooks.exact == made.codebooks.exact and back.bits == made.bits
+    method = methods.from_codebooks("plan", back.codebooks, methods.Setting(tiny, None, SMALL))
+    assert method.token_bits == pytest.approx(made.bits)
+    with pytest.raises(CodebookError, match="is left exact and has no codec"):
+        back.codebooks.layer(next(iter(back.codebooks.exact)))
+
+    ids = torch.randint(0, 200, (1, 150), generator=torch.Generator().manual_seed(3))
+    tiny.set_attn_implementation("pqlab")
+    whole = last_hidden(tiny, ids, TeacherForcedCache(tiny, from_codebooks(back.codebooks), SMALL))
+    cache = back.cache(tiny)
+    assert [kind.startswith("exact") for kind in cache.layer_kinds()] == [i in back.codebooks.exact for i in range(2)]
+    steps = [last_hidden(tiny, ids[:, t : t + 1], cache) for t in range(ids.shape[1])]
+    tiny.set_attn_implementation("sdpa")
+    away = (torch.cat(steps) - whole).abs().max()  # exact tokens behind a map lie behind its rounded inverse
+    assert away < 5e-3
+    assert cache.nbytes()["exact_layers"] > 0
 
 
 def test_a_plan_is_a_file_that_the_cache_takes(tiny, planner, tmp_path):

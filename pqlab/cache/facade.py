@@ -27,9 +27,10 @@ class PagedPQCache(Cache):
     """KV cache with paged, product-quantized storage, for `model.generate(..., cache=cache)`.
 
     Full-attention layers keep their first tokens and the newest ones exact and everything between as codes in pages
-    (MILLION, DAC'25; its PagedPQCache extension). Other layers (sliding windows) keep transformers' own exact layer;
-    `layer_kinds()` says which is which. The model should run with `model.set_attn_implementation("pqlab")`, which
-    reads the codes; with any other attention the cache dequantizes itself at each step (correct, slow, and said).
+    (MILLION, DAC'25; its PagedPQCache extension). Other layers (sliding windows, those that `codebooks.exact` names)
+    keep transformers' own exact layer; `layer_kinds()` says which is which. The model should run with
+    `model.set_attn_implementation("pqlab")`, which reads the codes; with any other attention the cache dequantizes itself
+    at each step (correct, slow, and said).
 
     Args:
         model: the model, or its config (then the cache lives on the CPU).
@@ -64,8 +65,8 @@ class PagedPQCache(Cache):
         device = getattr(model, "device", torch.device("cpu"))
         text = whole.get_text_config(decoder=True)
         layers = _exact_layers(whole, text)
-        quantized = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        if not quantized:
+        quantized = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in codebooks.exact]
+        if not quantized and not codebooks.exact:
             raise UnsupportedModelError(
                 f"{whole.model_type} has no full-attention layer (all have sliding windows or other states): "
                 "there is nothing to quantize; use transformers' DynamicCache"

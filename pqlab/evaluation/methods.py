@@ -155,7 +155,8 @@ def from_codebooks(
         quantize=teacher_forced.from_codebooks(codebooks.to(setting.model.device)),
         config=config,
         token_elements=token_elements(setting.geometry),
-        page_bytes=sum(k.page_bytes + v.page_bytes for k, v in codebooks.layouts(config.page_size)),
+        page_bytes=sum(k.page_bytes + v.page_bytes for k, v in codebooks.layouts(config.page_size))
+        + token_elements(codebooks.exact) * config.page_size * EXACT_BYTES,
         constant_bytes=codebooks.nbytes,
         note=note,
     )

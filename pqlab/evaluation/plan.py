@@ -54,7 +54,8 @@ class Plan:
     Attributes:
         codebooks: a codec per (layer, side), with the M that was chosen.
         config: sinks, residual length and page size that the measurements hold for.
-        choices: layer, side, M, nbits, bits (per element), kl (nats; predicted, of this side alone).
+        choices: layer, side, M, nbits (both 0 for an exact layer), bits (per element), kl (nats; predicted, of this
+            side alone).
         certificate: what was measured, on what, with which error bars.
     """
 
@@ -181,6 +182,7 @@ class Planner:
         Args:
             bits: token bits that may be spent (codes per element, mean over layers and sides); or
             kl: nats that the next-token distributions may diverge, on average; the fewest bits that keep it, measured.
+                Where the largest choice of every side does not, the fewest layers are left exact with which it does.
 
         Raises:
             ConfigError: no budget or two, or one that no choice meets.
@@ -201,26 +203,45 @@ class Planner:
             before, ratio = ratio, found.certificate["kl"] / max(found.certificate["predicted_kl"], 1e-12)
             if abs(ratio / before - 1) < 0.03:
                 break
-        best = best or self._made(highest)
-        if (reached := best.certificate["kl"]) > kl:
+        return best or self._with_exact_layers(kl)
+
+    def _with_exact_layers(self, kl: float) -> Plan:
+        """The plan with the fewest exact layers that keeps `kl`: those that lose most, the others at their largest."""
+        highest = int(self.costs.bits.max())
+        chosen = allocate(self.costs, highest)
+        lost = pd.Series({key: r.kl for r in self.costs.itertuples() if chosen[key := (r.layer, r.side)] == r.bits})
+        order = list(lost.groupby(level=0).sum().sort_values(ascending=False).index)
+        low, high, best = 0, len(order) - 1, None  # one layer at least stays quantized
+        while low <= high:
+            count = (low + high) // 2
+            found = self._made(highest, order[:count])
+            if found.certificate["kl"] <= kl:
+                best, high = found, count - 1
+            else:
+                low, reached = count + 1, found
+        if best is None:
             raise ConfigError(
-                f"kl = {kl} is not reached: the plan of {best.bits:.3g} bits measures {reached:.2g}; allow that, give "
-                f"larger choices (of {BITS}), or a cache with a larger residual_length"
+                f"kl = {kl} is not reached: with all layers but one exact, the plan of {reached.bits:.3g} bits "
+                f"measures {reached.certificate['kl']:.2g}; allow that, give larger choices (of {BITS}), or a cache "
+                "with a larger residual_length"
             )
         return best
 
-    def _made(self, bits: float) -> Plan:
+    def _made(self, bits: float, exact: Sequence[int] = ()) -> Plan:
         chosen = allocate(self.costs, bits)
+        geometry = attention_geometry(self.model)
         layers = {
             i: LayerCodec(self.candidates[chosen[i, "k"]][i].k, self.candidates[chosen[i, "v"]][i].v)
-            for i in attention_geometry(self.model)
+            for i in geometry
+            if i not in exact
         }
-        books = Codebooks(layers, self.origin)
+        books = Codebooks(layers, self.origin, {i: geometry[i] for i in exact})
         methods = {"plan": from_codebooks(books.to(self.model.device))}
         frame = compare(self.model, self._windows, methods, self.config)
         row = summarize(frame).iloc[0]
         costs = self.costs
         table = costs[[chosen[r.layer, r.side] == r.bits for r in costs.itertuples()]].reset_index(drop=True)
+        table.loc[table.layer.isin(exact), ["M", "nbits", "bits", "kl"]] = (0, 0, 16, 0.0)
         certificate = {
             "on": self._measured_on,
             "predicted_kl": float(table.kl.sum()),

@@ -90,6 +90,8 @@ def from_codebooks(codebooks: Codebooks) -> Quantize:
     """Storage as codes of these codebooks."""
 
     def quantize(layer: int, k: torch.Tensor, v: torch.Tensor):
+        if layer in codebooks.exact:
+            return k, v
         codec = codebooks.layer(layer)
         return tuple(c.decode(c.encode(x)).to(x.dtype) for c, x in ((codec.k, k), (codec.v, v)))
 

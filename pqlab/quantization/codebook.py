@@ -65,15 +65,23 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Codebooks:
-    """Codecs of the full-attention layers of one model, by the model's layer index."""
+    """Codecs of the full-attention layers of one model, by the model's layer index.
+
+    Args:
+        exact: {layer: (kv heads, head size)} of full-attention layers that a cache leaves as they are, in fp16.
+    """
 
     layers: Mapping[int, LayerCodec]
     origin: Origin = field(default_factory=Origin)
+    exact: Geometry = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+        object.__setattr__(self, "exact", {i: tuple(shape) for i, shape in sorted(self.exact.items())})
         if not self.layers:
             raise CodebookError("codebooks of no layer at all")
+        if both := self.layers.keys() & self.exact.keys():
+            raise CodebookError(f"layers {sorted(both)} have codecs and are left exact; drop one of both")
         for i, layer in self.layers.items():
             if layer.geometry != (layer.v.num_heads, layer.v.head_dim):
                 raise CodebookError(f"layer {i}: K has (heads, d) = {layer.geometry}, V differs")
@@ -129,13 +137,16 @@ class Codebooks:
 
     @property
     def bits_per_element(self) -> float:
-        """Token bits (codes only), averaged over layers and sides."""
+        """Token bits (codes, and 16 of exact layers), averaged over layers and sides."""
         codecs = [codec for layer in self.layers.values() for codec in (layer.k, layer.v)]
+        exact = 2 * sum(heads * head_dim for heads, head_dim in self.exact.values())
         bits = sum(codec.num_heads * codec.num_subspaces * codec.nbits for codec in codecs)
-        return bits / sum(codec.num_heads * codec.head_dim for codec in codecs)
+        return (bits + 16 * exact) / (sum(codec.num_heads * codec.head_dim for codec in codecs) + exact)
 
     def layer(self, index: int) -> LayerCodec:
         """Codecs of a layer by the model's layer index."""
+        if index in self.exact:
+            raise CodebookError(f"layer {index} is left exact and has no codec")
         if index not in self.layers:
             raise CodebookError(f"no codebook for layer {index}; these are for {describe(self.geometry)}")
         return self.layers[index]
@@ -145,7 +156,7 @@ class Codebooks:
         return tuple((c.k.page_layout(page_size), c.v.page_layout(page_size)) for c in self.layers.values())
 
     def to(self, device: torch.device | str) -> Codebooks:
-        return Codebooks({i: layer.to(device) for i, layer in self.layers.items()}, self.origin)
+        return Codebooks({i: layer.to(device) for i, layer in self.layers.items()}, self.origin, self.exact)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every stored tensor by its name in the file."""
@@ -166,10 +177,11 @@ class Codebooks:
     def check_fits(self, model_or_config: Any, name: str = "codebooks") -> None:
         """Raise `CodebookError`, naming both sides, unless layers, kv heads and head size are those of the model."""
         wanted = attention_geometry(model_or_config)
-        if self.geometry != wanted:
+        have = dict(sorted((self.geometry | self.exact).items()))
+        if have != wanted:
             made_for = f" for {self.origin.model}" if self.origin.model else ""
             raise CodebookError(
-                f"{name} made{made_for} for {describe(self.geometry)}, but the model has {describe(wanted)}; "
+                f"{name} made{made_for} for {describe(have)}, but the model has {describe(wanted)}; "
                 "calibrate codebooks for this model"
             )
 
@@ -180,7 +192,8 @@ class Codebooks:
             heads, d = layer.geometry
             sides = {s: {"M": c.num_subspaces, "nbits": c.nbits} for s, c in (("k", layer.k), ("v", layer.v))}
             layers.append({"layer": i, "heads": heads, "head_dim": d, **sides})
-        return {"origin": asdict(self.origin), "layers": layers}
+        exact = [{"layer": i, "heads": heads, "head_dim": d} for i, (heads, d) in self.exact.items()]
+        return {"origin": asdict(self.origin), "layers": layers, **({"exact": exact} if exact else {})}
 
     def save(self, path: str | Path, more: Mapping[str, Any] | None = None) -> None:
         """Write one safetensors file; an existing file is replaced at once, never left half written.
@@ -208,7 +221,8 @@ class Codebooks:
         header, tensors = read(path)
         try:
             layers = {entry["layer"]: _layer(entry, tensors) for entry in header["layers"]}
-            books = cls(layers, Origin(**header["origin"]))
+            exact = {entry["layer"]: (entry["heads"], entry["head_dim"]) for entry in header.get("exact", ())}
+            books = cls(layers, Origin(**header["origin"]), exact)
         except (KeyError, TypeError, ValueError) as error:
             raise CodebookError(f"{name}: header and tensors do not belong together ({error!r})") from error
         if isinstance(model_or_fingerprint, str):
@@ -254,7 +268,8 @@ class Codebooks:
 
     def __repr__(self) -> str:
         bits = f"{self.bits_per_element:.3g} bits per element"
-        return f"Codebooks({describe(self.geometry)}, {bits}, {self.nbytes / 2**20:.1f} MiB of constants)"
+        left = f", layers {', '.join(map(str, self.exact))} exact" if self.exact else ""
+        return f"Codebooks({describe(self.geometry)}{left}, {bits}, {self.nbytes / 2**20:.1f} MiB of constants)"
 
 
 def _parts(codec: Codec) -> dict[str, torch.Tensor]:
