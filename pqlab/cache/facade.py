@@ -29,8 +29,8 @@ class PagedPQCache(Cache):
     Full-attention layers keep their first tokens and the newest ones exact and everything between as codes in pages
     (MILLION, DAC'25; its PagedPQCache extension). Other layers (sliding windows, those that `codebooks.exact` names)
     keep transformers' own exact layer; `layer_kinds()` says which is which. The model should run with
-    `model.set_attn_implementation("pqlab")`, which reads the codes; with any other attention the cache dequantizes itself
-    at each step (correct, slow, and said).
+    `model.set_attn_implementation("pqlab")`, which reads the codes; with any other attention the cache dequantizes
+    itself at each step (correct, slow, and said).
 
     Args:
         model: the model, or its config (then the cache lives on the CPU).
