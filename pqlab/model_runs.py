@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import ops
+from .kernels import dispatch
 from .transformers_api import cache_argument
 
 Runs = dict[tuple[str, str, str], int]
@@ -31,9 +31,9 @@ def attention(model, name: str) -> Iterator[None]:
 @contextmanager
 def counted() -> Iterator[Runs]:
     """The operations that ran inside the block, filled when it ends."""
-    before, runs = ops.runs(), {}
+    before, runs = dispatch.runs(), {}
     yield runs
-    runs |= {key: n - before.get(key, 0) for key, n in ops.runs().items() if n > before.get(key, 0)}
+    runs |= {key: n - before.get(key, 0) for key, n in dispatch.runs().items() if n > before.get(key, 0)}
 
 
 def generate(model, cache, prompt: Tensor, new_tokens: int) -> Tensor:

@@ -15,7 +15,7 @@ from pqlab.benchmarks.decode_steps import decode_step
 from pqlab.benchmarks.filled_caches import filled_paged
 from pqlab.benchmarks.step_parts import PARTS, Watch
 from pqlab.errors import ConfigError, UnsupportedModelError
-from pqlab.kernels import ops
+from pqlab.kernels import dispatch
 from pqlab.transformers_api import cache_argument
 
 PAGE = CacheConfig(page_size=16, residual_length=32)
@@ -98,7 +98,9 @@ def test_measuring_leaves_nothing_behind(make_model):
     assert dict(ALL_ATTENTION_FUNCTIONS) == functions
     assert __import__(type(model).__module__, fromlist=["x"]).apply_rotary_pos_emb is rotary
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any({"decode", "append_", "encode_pages_"} & set(vars(backend)) for backend in ops.backends().values())
+    assert not any(
+        {"decode", "append_", "encode_pages_"} & set(vars(backend)) for backend in dispatch.backends().values()
+    )
     assert model.config._attn_implementation == "pqlab" and torch.equal(model(ids).logits, before)
 
 

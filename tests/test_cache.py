@@ -186,7 +186,7 @@ def test_nine_query_heads_on_three_kv_heads(make_model):
 
 
 def test_the_fallback_says_that_it_happens_and_why(model, books):
-    from pqlab.kernels import ops
+    from pqlab.kernels import dispatch
 
     model.set_attn_implementation("sdpa")
     cache = PagedPQCache(model, books, SMALL)
@@ -195,7 +195,7 @@ def test_the_fallback_says_that_it_happens_and_why(model, books):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         feed(model, cache, tokens(1))
-    assert any(op == "attention" and "sdpa" in reason for op, _, reason in ops.runs())
+    assert any(op == "attention" and "sdpa" in reason for op, _, reason in dispatch.runs())
 
 
 def test_a_mask_that_hides_stored_tokens_is_refused(model, books):

@@ -11,7 +11,7 @@ import torch
 from pqlab import kernels
 from pqlab.benchmarks import cpu_bench
 from pqlab.benchmarks.decode_bench import Case
-from pqlab.kernels import ops
+from pqlab.kernels import dispatch
 
 TINY = Case(6, 2, (300,), m=8, head_dim=16)
 
@@ -41,7 +41,7 @@ def test_every_exact_contender_is_the_same_attention(monkeypatch):
 
 def test_the_command_prints_ratios_and_records(monkeypatch, capsys):
     kernels.wait()
-    if ops.backends()["cpu"].status().state != "ready":
+    if dispatch.backends()["cpu"].status().state != "ready":
         pytest.skip("no compiled CPU kernels here")
     monkeypatch.setattr(cpu_bench, "CASES", (TINY,) * 6)
     monkeypatch.setattr(cpu_bench, "_SECONDS", 0.001)

@@ -8,7 +8,7 @@ from plain_pq import plain_pq_cache
 from test_static_cache import assert_compiled_is_stepped
 
 from pqlab import CacheConfig, PagedPQCache, PQConfig, kernels
-from pqlab.kernels import ops
+from pqlab.kernels import dispatch
 from pqlab.quantization import Codebooks
 from pqlab.transformers_api import cache_argument
 
@@ -50,9 +50,9 @@ def assert_same(result, plain) -> None:
 @pytest.mark.parametrize("config", [EAGER, STATIC], ids=lambda config: config.mode)
 def test_generation_on_the_kernels(setting, config):
     model, books, plain = setting
-    before = ops.runs()
+    before = dispatch.runs()
     result = generate(model, PagedPQCache(model, books, config, context=200, max_batch=2), "pqlab")
-    new = {key: n - before.get(key, 0) for key, n in ops.runs().items() if n > before.get(key, 0)}
+    new = {key: n - before.get(key, 0) for key, n in dispatch.runs().items() if n > before.get(key, 0)}
     assert {backend for _, backend, _ in new} == {"cuda"}, new
     assert_same(result, plain)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pqlab import errors, kernels
-from pqlab.kernels import checks, ops, reference
+from pqlab.kernels import checks, dispatch, ops, reference
 from pqlab.kernels.cpu import CpuBackend
 from pqlab.paging.layout import PageLayout, pack_codes, read_pages
 
@@ -20,7 +20,7 @@ kernels.start()
 def cpu() -> str:
     """The C++ backend, or a skip that says why it is not there."""
     kernels.wait()
-    status = ops.backends()["cpu"].status()
+    status = dispatch.backends()["cpu"].status()
     if status.state != "ready":
         pytest.skip(f"no C++ kernels here: {status.detail}")
     return "cpu"
@@ -29,7 +29,7 @@ def cpu() -> str:
 @pytest.fixture(scope="module")
 def libraries(cpu) -> dict[str, CpuBackend]:
     """The library of this machine, and the one of machines with AVX2 and no more."""
-    found = {"native": ops.backends()["cpu"], "AVX2": CpuBackend("x86-64-v3")}
+    found = {"native": dispatch.backends()["cpu"], "AVX2": CpuBackend("x86-64-v3")}
     if found["native"].isa.startswith("avx512"):
         found["AVX2"].extension.start("eager")
     return found
@@ -440,7 +440,7 @@ def test_maps_of_a_step(library, dtype, head_dim, group, sides):
         return [out, lse, *exact]
 
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    for got, want in zip(step(library, dtype), step(ops.backends()["reference"], torch.float64), strict=True):
+    for got, want in zip(step(library, dtype), step(dispatch.backends()["reference"], torch.float64), strict=True):
         got, want = got.double().nan_to_num(0), want.double().nan_to_num(0)  # slots without a token
         torch.testing.assert_close(got, want, atol=tolerance * want.abs().max().item(), rtol=0)
 
@@ -475,9 +475,9 @@ def test_calls_like_earlier_ones_are_not_checked_and_others_are(cpu, monkeypatch
     def run(same: bool, **changes) -> None:
         """One more call, with arguments replaced by their place: not checked when it is the `same` as before."""
         call = [changes.get(f"_{i}", x) for i, x in enumerate(case)]
-        before, runs = len(checked), sum(ops.runs().values())
+        before, runs = len(checked), sum(dispatch.runs().values())
         out, lse = ops.decode(*call)
-        assert (len(checked) == before) is same and sum(ops.runs().values()) == runs + 1
+        assert (len(checked) == before) is same and sum(dispatch.runs().values()) == runs + 1
         for got, want in zip((out, lse), reference.decode(*call), strict=True):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
@@ -519,12 +519,12 @@ def test_maps_that_do_not_fit_are_named():
 
 def test_calls_are_counted_with_their_reason(cpu):
     x, books = torch.randn(1, 4, 4), torch.randn(1, 2, 16, 2)
-    before = ops.runs()
+    before = dispatch.runs()
     ops.encode(x, books)
     with kernels.use_backend("reference"):
         ops.encode(x, books)
     ops.encode(x.double(), books)
-    after = ops.runs()
+    after = dispatch.runs()
     rise = {key: count - before.get(key, 0) for key, count in after.items() if count != before.get(key, 0)}
     assert rise == {
         ("encode", "cpu", "first choice"): 1,
@@ -534,7 +534,7 @@ def test_calls_are_counted_with_their_reason(cpu):
 
 
 def test_a_fallback_is_said_once(cpu, caplog):
-    ops._runs.clear()
+    dispatch._runs.clear()
     x, books = torch.randn(1, 4, 4), torch.randn(1, 2, 16, 2)
     with caplog.at_level(logging.WARNING, logger="pqlab"), kernels.use_backend("-cpu"):
         ops.encode(x, books)

@@ -9,7 +9,7 @@ import torch
 
 import pqlab
 from pqlab import CacheConfig, Codebooks, KernelMissingError, PagedPQCache, PQConfig, UnsupportedModelError
-from pqlab.kernels import ops, reference, use_backend
+from pqlab.kernels import dispatch, reference, use_backend
 from pqlab.kernels.backend import Backend
 from pqlab.transformers_api import cache_argument
 
@@ -23,11 +23,11 @@ def books(model):
 
 @pytest.fixture
 def register():
-    before, runs = ops.backends()["cpu"], ops._runs.copy()
-    ops._runs.clear()
-    yield ops.register_backend
-    ops.register_backend(before)
-    ops._runs.update(runs)
+    before, runs = dispatch.backends()["cpu"], dispatch._runs.copy()
+    dispatch._runs.clear()
+    yield dispatch.register_backend
+    dispatch.register_backend(before)
+    dispatch._runs.update(runs)
 
 
 def generate(model, books, config: CacheConfig = CONFIG, **inputs) -> tuple[torch.Tensor, PagedPQCache]:
@@ -68,7 +68,7 @@ def test_a_kernel_that_fails_in_a_generation_does_not_end_it(error, model, books
     assert torch.equal(got, wanted) and torch.equal(again.lengths, cache.lengths)
     assert torch.equal(again.quantized_layers[1].codes(0)[1], cache.quantized_layers[1].codes(0)[1])
     why = f"cpu: it failed when it ran ({type(error).__name__}: {' '.join(str(error).split())})"
-    calls = {key: count for key, count in ops.runs().items() if key[0] == "step_"}
+    calls = {key: count for key, count in dispatch.runs().items() if key[0] == "step_"}
     assert calls["step_", "cpu", "first choice"] == 22, "the failed one is not tried again"
     assert calls["step_", "reference", why] == 2 * 39 - 21
     assert [r.getMessage() for r in caplog.records] == [f"step_ runs on the reference backend; {why}"], "said once"
@@ -76,7 +76,7 @@ def test_a_kernel_that_fails_in_a_generation_does_not_end_it(error, model, books
     assert (report["step_", "cpu"].backend, report["step_", "cpu"].reason) == ("reference", why)
     assert report["encode", "cpu"].backend == "cpu", "other operations keep it"
     register(Fails(error, after=10**9))
-    assert ops.chosen("step_", "cpu") == ("cpu", "first choice"), "another backend of that name is tried"
+    assert dispatch.chosen("step_", "cpu") == ("cpu", "first choice"), "another backend of that name is tried"
 
 
 def test_errors_of_arguments_and_of_forced_backends_are_raised(model, books, register):
@@ -94,13 +94,13 @@ def test_exact_attention_can_be_forced(padded, model, books, register, caplog):
     mask[0, : 13 * padded] = 0
     with use_backend("reference"):
         wanted, _ = generate(model, books, attention_mask=mask)
-    ops._runs.clear()
+    dispatch._runs.clear()
     with use_backend("exact"), caplog.at_level(logging.WARNING, logger="pqlab"):
         got, _ = generate(model, books, attention_mask=mask)
         report = pqlab.backend_report()
     assert torch.equal(got, wanted)
-    assert not any(op in ("decode", "step_") for op, _, _ in ops.runs()), "no kernel has read codes"
-    assert ops.runs()["attention", "dequantize", "forced"] == 2 * 40
+    assert not any(op in ("decode", "step_") for op, _, _ in dispatch.runs()), "no kernel has read codes"
+    assert dispatch.runs()["attention", "dequantize", "forced"] == 2 * 40
     assert "attention runs on the dequantize backend; forced" in caplog.text
     (choice,) = [c for c in report.choices if c.op == "attention"]
     assert (choice.backend, choice.reason) == ("dequantize", "forced") and "exact" in report.setting

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig, cli, kernels, selftest
 from pqlab.cache.contiguous import contiguous_cache, nearest
-from pqlab.kernels import ops, reference
+from pqlab.kernels import dispatch, reference
 from pqlab.kernels.backend import Backend
 from pqlab.model_runs import apart, attention, follow
 from pqlab.paging.policy import POLICIES, Lifo
@@ -146,7 +146,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_pages_and_kernels_pass_here(seed, capsys):
-    if ops.backends()["cpu"].status().state != "ready":
+    if dispatch.backends()["cpu"].status().state != "ready":
         pytest.skip("no C++ kernels here")
     code, said = run(capsys, "--phase1", "--phase2", "--seed", str(seed))
     assert code == 0, said
@@ -209,9 +209,9 @@ class ForgetsASink(WrongCpu):
 
 @pytest.fixture
 def register():
-    before = ops.backends()["cpu"]
-    yield ops.register_backend
-    ops.register_backend(before)
+    before = dispatch.backends()["cpu"]
+    yield dispatch.register_backend
+    dispatch.register_backend(before)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import ops, use_backend
+from ..kernels import dispatch, ops, use_backend
 from ..results.provenance import commit, today, versions
 from .decode_bench import Case, decode_arguments
 
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     kernels.wait()
-    backend = ops.backends()["cpu"]
+    backend = dispatch.backends()["cpu"]
     status = backend.status()
     if status.state != "ready":
         print(f"the C++ kernels are not there ({status.state}: {status.detail}); python -m pqlab doctor says more")

@@ -37,14 +37,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import PagedPQCache
-from ..kernels import ops, reference
+from ..kernels import dispatch, ops, reference
 
 PARTS = (
     "embedding", "norms", "projection", "rotary", "maps", "store", "flush", "codes", "exact tokens", "attention",
     "bookkeeping", "mlp", "lm head", "rest",
 )  # fmt: skip
 FUSED = "codes"
-"""What the fused kernel's time is called until the exact tokens are taken out of it."""
+"""What the fused kernel's time is called until the other parts that it does are taken out of it."""
 
 
 class Watch:
@@ -142,7 +142,7 @@ def cuts(model: PreTrainedModel, cache: Cache, attention: str, watch: Watch, cal
 
     Args:
         attention: name of the attention implementation that the step runs under.
-        calls: the fused kernel's calls of one step are put here: (function, arguments, backend).
+        calls: the fused kernel's calls of one step are put here: (function, arguments).
     """
     with ExitStack() as stack:
         for module, part in _modules(model):
@@ -171,7 +171,7 @@ def cuts(model: PreTrainedModel, cache: Cache, attention: str, watch: Watch, cal
             return call
 
         _replace(stack, reference, "apply_map", watch, "maps")
-        for backend in ops.backends().values():
+        for backend in dispatch.backends().values():
             _replace(stack, backend, "append_", watch, "store")
             _replace(stack, backend, "encode_pages_", watch, "flush")
             if not whole_step(model):
@@ -183,7 +183,7 @@ def cuts(model: PreTrainedModel, cache: Cache, attention: str, watch: Watch, cal
 
 def whole_step(model: PreTrainedModel) -> bool:
     """Whether the backend of this model's device does a step in one kernel, which cannot be cut."""
-    return ops.backends()[ops.chosen("step_", model.device.type)[0]].fuses_step
+    return dispatch.backends()[dispatch.chosen("step_", model.device.type)[0]].fuses_step
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, watch: Watch, part: str, inner: Callable | None = None) -> None:

@@ -1,4 +1,5 @@
-"""Fused operations: `ops` (what the cache calls), `reference` (plain torch), `build` (JIT), `csrc` (C++ and CUDA).
+"""Fused operations: `ops` (what the cache calls), `dispatch` (which backend runs), `reference` (plain torch), `build`
+(JIT), `csrc` (C++ and CUDA).
 
 `start()` runs once when pqlab is imported; it loads the compiled kernels or starts building them beside the import.
 """
@@ -10,11 +11,14 @@ import time
 
 import torch
 
-from . import ops
+from . import dispatch, ops
 from .backend import BuildStatus, current_setting, use_backend
 from .report import BackendReport, backend_report
 
-__all__ = ["BackendReport", "BuildStatus", "backend_report", "current_setting", "ops", "start", "use_backend", "wait"]
+__all__ = [
+    "BackendReport", "BuildStatus", "backend_report", "current_setting", "dispatch", "ops", "start", "use_backend",
+    "wait",
+]  # fmt: skip
 
 _started = False
 
@@ -28,22 +32,22 @@ def start() -> None:
     from .cpu import CpuBackend
 
     cpu = CpuBackend()
-    ops.register_backend(cpu)
+    dispatch.register_backend(cpu)
     cpu.extension.start()
     if not torch.cuda.is_available():
-        ops.register_absence("cuda", "torch sees no CUDA device")
+        dispatch.register_absence("cuda", "torch sees no CUDA device")
         return
     try:
         module = importlib.import_module(f"{__name__}.cuda")
-        ops.register_backend(module.backend())
+        dispatch.register_backend(module.backend())
     except Exception as error:  # a broken CUDA set-up must not take the package away; the report tells
-        ops.register_absence("cuda", f"{type(error).__name__}: {error}")
+        dispatch.register_absence("cuda", f"{type(error).__name__}: {error}")
 
 
 def wait(timeout: float | None = None) -> bool:
     """Block until every kernel build has ended, well or badly; False when `timeout` seconds ran out first."""
     end = None if timeout is None else time.monotonic() + timeout
-    left = [backend for backend in ops.backends().values() if not backend.wait(_until(end))]
+    left = [backend for backend in dispatch.backends().values() if not backend.wait(_until(end))]
     return not left
 
 

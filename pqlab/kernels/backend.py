@@ -42,7 +42,7 @@ class BuildStatus:
 
 
 class Backend:
-    """One implementation of the operations of `kernels.ops`. Subclass it, then `ops.register_backend(instance)`.
+    """One implementation of the operations of `kernels.ops`. Subclass it, then `dispatch.register_backend(instance)`.
 
     Attributes:
         name: one of NAMES.

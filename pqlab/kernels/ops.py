@@ -1,8 +1,7 @@
-"""The fused operations: schemas, checks, and the choice of a backend. Nothing else chooses one.
+"""The fused operations: what they compute, their schemas, and how a call gets to its backend (`dispatch`).
 
-They live in `torch.ops.pqlab` and are defined from Python, so that they exist without any compiler. Every call runs
-on the first backend of its device's levels that can run it (CUDA tensors: cuda, reference; CPU tensors: cpu,
-reference); which one ran and why is counted (`pqlab.backend_report()`), and a fallback is said once in the log.
+They live in `torch.ops.pqlab` and are defined from Python, so that they exist without any compiler. An ordinary call
+goes past torch's dispatcher, and one like an earlier one past the checks, too.
 
 Symbols: B sequences, Hq query heads, H kv heads (H divides Hq), S queries a head, d head size, M subspaces,
 C = 2**nbits centroids, dm = d / M, W slots of the window. A row's tokens lie in this order::
@@ -12,46 +11,22 @@ C = 2**nbits centroids, dm = d / M, W slots of the window. A row's tokens lie in
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import KernelMissingError, PQCacheError
 from . import checks
-from .backend import Backend, ReferenceBackend, Setting, append_part, current_setting, decode_part
+from .dispatch import record, run, run_again, run_first
 
-log = logging.getLogger("pqlab")
+__all__ = ["OPS", "append_", "decode", "encode", "encode_pages_", "record", "step_"]
 
 OPS = ("decode", "encode", "encode_pages_", "append_", "step_")
-LEVELS = {"cuda": ("cuda", "reference"), "cpu": ("cpu", "reference")}
-"""Backends by device type, best first; any other device has the reference."""
 
-FIRST_CHOICE = "first choice"
 _STEP_ARGS = 21  # of step_, maps included
 
-_backends: dict[str, Backend] = {"reference": ReferenceBackend()}
-_absent: dict[str, str] = {}  # backend -> why it was never registered
-_runs: Counter[tuple[str, str, str]] = Counter()  # (op, backend, reason) -> calls
-_last: dict[str, tuple[str, str]] = {}  # op -> (backend, reason) of the latest call
-_failed: dict[tuple[str, str], str] = {}  # (op, backend) -> what it raised when it ran; not tried again
-
-
-class _Known(NamedTuple):
-    """How a call ran: what checks and choice come to again for the same lasting tensors under the same setting."""
-
-    setting: Setting
-    again: Callable[..., Any]  # of `Backend.again`
-    key: tuple[str, str, str]  # of `_runs`
-    last: tuple[str, str]
-
-
-_MOST_KNOWN = 4096
-_known: dict[tuple[Any, ...], _Known] = {}
-"""By operation, identity of pages and window, and nbits. `again` itself knows whether the rest is as it was."""
+_is_traced = torch.compiler.is_dynamo_compiling
+"""Else an ordinary tensor needs nothing of torch's dispatcher, which takes 15 us for a dozen tensors."""
 
 
 def decode(
@@ -100,7 +75,7 @@ def decode(
     if type(q) is not Tensor or _is_traced():
         return torch.ops.pqlab.decode.default(*args)
     like = ("decode", id(k_pages), id(window_k), k_nbits, v_nbits)
-    return _again(like, args) or _first("decode", like, checks.decode, q, args)
+    return run_again(like, args) or run_first("decode", like, checks.decode, q, args)
 
 
 def encode(x: Tensor, books: Tensor) -> Tensor:
@@ -204,154 +179,7 @@ def step_(
     if type(q) is not Tensor or _is_traced():
         return torch.ops.pqlab.step_.default(*args)
     like = ("step_", id(k_pages), id(window_k), k_nbits, v_nbits)
-    return _again(like, args) or _first("step_", like, checks.step, k, args)
-
-
-def register_backend(backend: Backend) -> None:
-    """Put a backend in the place of its name; what one of that name failed at before is tried again."""
-    _backends[backend.name] = backend
-    _known.clear()
-    for key in [key for key in _failed if key[1] == backend.name]:
-        del _failed[key]
-
-
-def register_absence(name: str, reason: str) -> None:
-    """Say why a backend is not there, for reports and errors."""
-    _absent[name] = reason
-
-
-def backends() -> dict[str, Backend]:
-    return dict(_backends)
-
-
-def absences() -> dict[str, str]:
-    return dict(_absent)
-
-
-def runs() -> dict[tuple[str, str, str], int]:
-    """Calls so far: (op, backend, reason) -> count."""
-    return dict(_runs)
-
-
-def record(op: str, backend: str, reason: str) -> None:
-    """Count a run that did not go through the operations here: attention over the dequantized cache."""
-    if (op, backend, reason) not in _runs:
-        log.warning("%s runs on the %s backend; %s", op, backend, reason)
-    _runs[(op, backend, reason)] += 1
-    _last[op] = (backend, reason)
-
-
-def last(op: str) -> tuple[str, str] | None:
-    """Backend and reason of the latest call, also of what `record` counted; None before the first."""
-    return _last.get(op)
-
-
-def chosen(op: str, device_type: str) -> tuple[str, str]:
-    """Backend and reason that an ordinary call on this device would get now, without its arguments."""
-    backend, reason = _choose(op, device_type, None)
-    return backend.name, reason
-
-
-_is_traced = torch.compiler.is_dynamo_compiling
-"""Else an ordinary tensor needs nothing of torch's dispatcher, which takes 15 us for a dozen tensors."""
-
-
-# -- choice ----------------------------------------------------------------------------------------------------------
-
-
-def _refusal(name: str, op: str, device_type: str, args: tuple[Any, ...] | None) -> str | None:
-    if name != "reference" and name not in LEVELS.get(device_type, ()):
-        return f"{name} kernels do not take {device_type} tensors"
-    backend = _backends.get(name)
-    if backend is None:
-        return _absent.get(name, f"there is no {name} backend")
-    if (op, name) in _failed:
-        return _failed[op, name]
-    if args is not None:
-        parts = (("append_", append_part(args)), ("decode", decode_part(args))) if op == "step_" else ((op, args),)
-        return next(filter(None, (backend.unable(*part) for part in parts)), None)
-    status = backend.status()
-    return None if status.state in ("none", "ready") else status.detail
-
-
-def _choose(op: str, device_type: str, args: tuple[Any, ...] | None) -> tuple[Backend, str]:
-    setting = current_setting()
-    if setting.forced:
-        return _forced(setting.forced, op, device_type, args), "forced"
-    reasons = ""
-    for name in LEVELS.get(device_type, ("reference",)):
-        why = "forbidden by the setting" if name in setting.forbidden else _refusal(name, op, device_type, args)
-        if why is None:
-            return _backends[name], reasons or FIRST_CHOICE
-        reasons = f"{name}: {why}"
-    raise AssertionError("the reference backend refuses nothing")
-
-
-def _forced(name: str, op: str, device_type: str, args: tuple[Any, ...] | None) -> Backend:
-    why = _refusal(name, op, device_type, args)
-    if why is not None and name in _backends and args is not None and _backends[name].status().state == "building":
-        _backends[name].wait()
-        why = _refusal(name, op, device_type, args)
-    if why is None:
-        return _backends[name]
-    remedy = _backends[name].remedy if name in _backends else ""
-    raise KernelMissingError(
-        f"the backend {name!r} is forced, but {op} cannot run on it: {why}.",
-        f'{remedy} Or set PQLAB_BACKEND=auto (pqlab.use_backend("auto")).'.strip(),
-    )
-
-
-def _run(op: str, device_type: str, args: tuple[Any, ...]) -> Any:
-    backend, reason = _choose(op, device_type, args)
-    key = (op, backend.name, reason)
-    if key not in _runs and reason not in (FIRST_CHOICE, "forced"):
-        log.warning("%s runs on the %s backend; %s", op, backend.name, reason)
-    _runs[key] += 1
-    _last[op] = key[1:]
-    try:
-        return getattr(backend, op)(*args)
-    except (RuntimeError, MemoryError) as error:
-        if not _may_fall_back(backend.name, error):
-            raise
-        _failed[op, backend.name] = f"it failed when it ran ({type(error).__name__}: {' '.join(str(error).split())})"
-        _known.clear()
-        return _run(op, device_type, args)
-
-
-def _again(like: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    """Results of a call like an earlier one, without its checks; None when there was none, or this one is different."""
-    known = _known.get(like)
-    if known is None or known.setting is not current_setting():
-        return None
-    try:
-        results = known.again(*args)
-    except (RuntimeError, MemoryError):
-        return None  # it will fail again where another backend can be chosen
-    if results is not None:
-        _runs[known.key] += 1
-        _last[like[0]] = known.last
-    return results
-
-
-def _first(op: str, like: tuple[Any, ...], check: Callable[..., None], x: Tensor, args: tuple[Any, ...]) -> Any:
-    """A call with all checks; what the backend knows to do without them is kept for the next one."""
-    check(*args)
-    results = _run(op, x.device.type, args)
-    again = _backends[_last[op][0]].again(op, args)
-    if again is not None:
-        if len(_known) >= _MOST_KNOWN:  # of tensors that are gone
-            _known.clear()
-        _known[like] = _Known(current_setting(), again, (op, *_last[op]), _last[op])
-    return results
-
-
-def _may_fall_back(name: str, error: Exception) -> bool:
-    """Whether the next level may run what this backend has begun. Every operation writes what it is given to places
-    that it is given, so that running it again is the same. A forced backend is to be heard of; a GPU without memory
-    has none for the next level; and a graph that is being captured has lost its capture."""
-    if name == "reference" or current_setting().forced or isinstance(error, (torch.OutOfMemoryError, PQCacheError)):
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return run_again(like, args) or run_first("step_", like, checks.step, k, args)
 
 
 # -- torch.library ---------------------------------------------------------------------------------------------------
@@ -381,28 +209,28 @@ _library.define(
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
     checks.decode(*args)
-    return _run("decode", args[0].device.type, args)
+    return run("decode", args[0].device.type, args)
 
 
 def _encode(*args: Any) -> Tensor:
     checks.encode(*args)
-    return _run("encode", args[0].device.type, args)
+    return run("encode", args[0].device.type, args)
 
 
 def _encode_pages(*args: Any) -> None:
     checks.encode_pages(*args)
-    _run("encode_pages_", args[0].device.type, args)
+    run("encode_pages_", args[0].device.type, args)
 
 
 def _append(*args: Any) -> None:
     checks.append(*args)
-    _run("append_", args[6].device.type, args)
+    run("append_", args[6].device.type, args)
 
 
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
     args = (*args, *(None,) * (_STEP_ARGS - len(args)))  # the dispatcher leaves out what is the default
     checks.step(*args)
-    return _run("step_", args[6].device.type, args)
+    return run("step_", args[6].device.type, args)
 
 
 # Plain `impl` costs 4 us a call where torch.library.custom_op costs several times that.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import PQCacheError
-from . import ops
+from . import dispatch, ops
 from .backend import NAMES, BuildStatus, current_setting
 
 
@@ -81,23 +81,23 @@ def backend_report() -> BackendReport:
     """Per operation and device the backend that a call gets now and why, the calls so far, and every build."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     choices = []
-    for op in dict.fromkeys((*ops.OPS, *(o for o, _, _ in ops.runs()))):
-        calls = {f"{name} ({why})": count for (o, name, why), count in ops.runs().items() if o == op}
+    for op in dict.fromkeys((*ops.OPS, *(o for o, _, _ in dispatch.runs()))):
+        calls = {f"{name} ({why})": count for (o, name, why), count in dispatch.runs().items() if o == op}
         for device in devices if op in ops.OPS else ():
             try:
-                backend, reason = ops.chosen(op, device)
+                backend, reason = dispatch.chosen(op, device)
             except PQCacheError as error:  # a forced backend that does not take this device
                 backend, reason = "none", error.what
             choices.append(Choice(op, device, backend, reason, calls))
         if op not in ops.OPS:  # attention over the dequantized cache: what ran last, on whatever device
-            backend, reason = ops.last(op) or ("none", "")
+            backend, reason = dispatch.last(op) or ("none", "")
             choices.append(Choice(op, "any", backend, reason, calls))
     builds = {}
     for name in NAMES:
-        if name in ops.backends():
-            builds[name] = ops.backends()[name].status()
+        if name in dispatch.backends():
+            builds[name] = dispatch.backends()[name].status()
         else:
-            builds[name] = BuildStatus("absent", ops.absences().get(name, "not registered"))
+            builds[name] = BuildStatus("absent", dispatch.absences().get(name, "not registered"))
     return BackendReport(current_setting().text, tuple(choices), builds)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .. import kernels
-from ..kernels import ops, reference, use_backend
+from ..kernels import dispatch, ops, reference, use_backend
 from ..kernels.build import finished_builds
 from ..paging.layout import PageLayout, read_pages
 from .session import DETAILS, Phase, Session, expect
@@ -22,8 +22,8 @@ CPU_CODECS = (*CODECS, (64, 64, 8), (64, 4, 8), (128, 8, 6), (48, 16, 5), (80, 4
 
 def checks(session: Session):
     for name in ("reference", "cpu", "cuda"):
-        if name not in ops.backends():
-            why = ops.absences().get(name, "absent")
+        if name not in dispatch.backends():
+            why = dispatch.absences().get(name, "absent")
             session.console.info(f"{name}: not on this machine, nothing to check ({why})")
             continue
         device = "cuda" if name == "cuda" else "cpu"
@@ -37,8 +37,8 @@ def checks(session: Session):
 
 def compiles_and_binds(session: Session, name: str, device: str) -> str:
     """Forced calls of every operation arrive at this backend's own code."""
-    backend = ops.backends()[name]
-    before = ops.runs()
+    backend = dispatch.backends()[name]
+    before = dispatch.runs()
     call = random_decode(session.generator(f"{name} binds"), device)
     heads, d = call[5].shape[0], call[0].shape[3]
     x = torch.randn(heads, 20, d, generator=session.generator("x")).to(device)
@@ -58,7 +58,7 @@ def compiles_and_binds(session: Session, name: str, device: str) -> str:
     status = backend.status()
     expect(status.state in ("ready", "none"), f"the build is {status.state}: {status.detail}", backend.remedy)
     for op in ops.OPS:
-        calls = ops.runs().get((op, name, "forced"), 0) - before.get((op, name, "forced"), 0)
+        calls = dispatch.runs().get((op, name, "forced"), 0) - before.get((op, name, "forced"), 0)
         expect(calls == 1, f"{op} was forced once and ran {calls} times on {name}")
     return f"{len(ops.OPS)} operations ran on it when forced; {status.detail or status.state}, {' '.join(status.flags)}"
 
@@ -171,7 +171,7 @@ def built_variants(session: Session) -> str:
     builds = finished_builds()
     for build in builds:
         session.console.info(f"variant {build.name}: torch {build.torch}, built in {build.seconds:.1f} s")
-    loaded = {name: backend.status().path for name, backend in ops.backends().items() if backend.status().path}
+    loaded = {name: backend.status().path for name, backend in dispatch.backends().items() if backend.status().path}
     known = {str(build.path) for build in builds}
     for name, path in loaded.items():
         expect(path in known, f"{name} runs {path}, which is no finished build", "Remove that folder and import pqlab")

@@ -17,7 +17,7 @@ from ..cache import PagedPQCache
 from ..cache.contiguous import contiguous_cache
 from ..config import CacheConfig
 from ..errors import KernelMissingError
-from ..kernels import ops, use_backend
+from ..kernels import dispatch, use_backend
 from ..model_runs import Followed, Runs, apart, attention, counted, follow, generate, top_gap
 from ..quantization import Codebooks
 from .session import DETAILS, Check, Disagreement, Phase, Session, expect
@@ -96,7 +96,7 @@ def levels(session: Session) -> str:
     model, _ = session.loaded
     device = session.device.type
     ids, start = session.prompt(session.amount(130, 400), "levels"), session.amount(118, 360)
-    usable = [name for name in ops.LEVELS[device] if name in ops.backends() and _ready(name)]
+    usable = [name for name in dispatch.LEVELS[device] if name in dispatch.backends() and _ready(name)]
     settings = {"auto": usable[0], **{name: name for name in usable}}
     for i in range(1, len(usable)):
         settings[",".join(f"-{name}" for name in usable[:i])] = usable[i]
@@ -166,11 +166,11 @@ def forced_in_vain(session: Session) -> str:
 
 def expected_level(device: str) -> str:
     """The first level that this machine has, by the states of the builds."""
-    return next(name for name in ops.LEVELS[device] if name in ops.backends() and _ready(name))
+    return next(name for name in dispatch.LEVELS[device] if name in dispatch.backends() and _ready(name))
 
 
 def _ready(name: str) -> bool:
-    return ops.backends()[name].status().state in ("none", "ready")
+    return dispatch.backends()[name].status().state in ("none", "ready")
 
 
 def _reads(runs: Runs) -> Counter[tuple[str, str]]:

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..attention import NAME
 from ..cache import PagedPQCache
 from ..config import CacheConfig
-from ..kernels import ops
+from ..kernels import dispatch
 from ..kernels.reference import attend_dense
 from ..quantization import Codebooks
 from ..transformers_api import cache_argument
@@ -78,7 +78,7 @@ def trace_decode(
 def _run(model, tokenizer, ids, steps, cache, kept, follow, top, progress) -> DecodeTrace:
     import pandas as pd
 
-    ran_before = ops.runs()
+    ran_before = dispatch.runs()
     paged_probe, exact_probe = _PagedProbe(kept), _ExactProbe(kept)
     exact = _probed_exact_cache(model, exact_probe)
     if kept:
@@ -257,7 +257,7 @@ def _texts(tokenizer, ids: list[int]) -> list[str]:
 
 def _kernels(before: dict[tuple[str, str, str], int]) -> list[dict]:
     """What ran since then: operation, backend, reason, calls."""
-    now = {key: count - before.get(key, 0) for key, count in ops.runs().items()}
+    now = {key: count - before.get(key, 0) for key, count in dispatch.runs().items()}
     columns = ("operation", "backend", "reason")
     return [dict(zip(columns, key, strict=True)) | {"calls": count} for key, count in now.items() if count]
 
