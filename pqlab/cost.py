@@ -247,10 +247,6 @@ class CacheCost:
         """How many times smaller what is stored is than the exact cache."""
         return self.baseline_bytes / self.stored_bytes
 
-    @property
-    def reserved_compression(self) -> float:
-        return self.baseline_bytes / self.reserved_bytes
-
     def parts(self) -> list[dict[str, str | int]]:
         """One record per part of the memory: part, bytes, and what it grows with. They add up to all that is taken."""
         table = [

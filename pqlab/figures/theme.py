@@ -35,7 +35,6 @@ AMOUNTS = "Cividis"
 """The colour scale of amounts."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
-MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'Liberation Mono', 'DejaVu Sans Mono', monospace"
 FONT_SIZE = 13
 
 _INK = {"light": "#24292f", "dark": "#d7dae0"}

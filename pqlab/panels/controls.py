@@ -102,17 +102,6 @@ def chooser(
     return box
 
 
-def toggles(panel: Panel, name: str, description: str, options: Sequence[Any] | Mapping[str, Any]) -> widgets.Widget:
-    """A few values side by side, one of them pressed."""
-    box = widgets.ToggleButtons(
-        options=list(options.items()) if isinstance(options, Mapping) else list(options),
-        value=getattr(panel, name),
-        description=description,
-        style={"description_width": "8.5em", "button_width": "auto"},
-    )
-    return _bound(panel, name, box)
-
-
 def switch(panel: Panel, name: str, description: str, *, tooltip: str = "") -> widgets.Widget:
     """On or off."""
     box = widgets.Checkbox(
