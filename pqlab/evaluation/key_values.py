@@ -45,6 +45,11 @@ def key_values(model, tokenizer, text: str, methods, config=None, **options) -> 
 
 
 def hide(numbers: random.Random, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Haystack]:
+    """A text for every length and trial, with a pair at every depth; see `retrieval.Hide`.
+
+    Raises:
+        ValueError: more depths than `NAMES`.
+    """
     if len(depths) > len(NAMES):
         raise ValueError(f"{len(depths)} depths are more than the {len(NAMES)} names of pairs; give fewer")
     haystacks = []

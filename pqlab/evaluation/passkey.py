@@ -27,6 +27,7 @@ def passkey(model, tokenizer, text: str, methods, config=None, **options) -> pd.
 
 
 def hide(numbers: random.Random, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Haystack]:
+    """A text with one number for every length, depth and trial; see `retrieval.Hide`."""
     return [
         Haystack(length, trial, (needle(depth, str(numbers.randrange(10_000, 100_000))),))
         for length in lengths

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels import ops, reference
 
 ITERATIONS = 8
-"""More gain less than 1 % in distortion (tried up to 40)."""
+"""Twice as many gain nothing in KL, half as many lose 5 % (`bench calibration`)."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total); the unit is the callee's own."""
