@@ -15,6 +15,7 @@ from ..kernels.backend import EXACT, current_setting
 from ..paging import PagePool
 from ..paging.layout import PoolLayout
 from ..quantization import Codebooks
+from .exact_buffers import ExactBuffers
 from .layer import PagedPQLayer
 from .sequences import SequenceGroup, plain_state
 from .static import StaticGroup, StaticPagedPQLayer
@@ -83,10 +84,13 @@ class PagedPQCache(Cache):
             self.group = StaticGroup(self.pool, self.settings, device, limit)
         else:
             self.group = SequenceGroup(self.pool, self.settings, device)
+        # a compiled step takes every layer's buffers as inputs, which must not be views of each other's memory
+        sizes = self.settings.num_sinks, self.settings.window_length
+        shared = None if static else ExactBuffers(self.codebooks.geometry, *sizes)
         for position, index in enumerate(quantized):
             views = self.pool.view(position, 0), self.pool.view(position, 1)
             kind = StaticPagedPQLayer if static else PagedPQLayer
-            layers[index] = kind(index, self.group, self.codebooks.layer(index), *views, text)
+            layers[index] = kind(index, self.group, self.codebooks.layer(index), *views, text, shared)
         self._quantized = [layers[index] for index in quantized]
         self._quantized[0].is_first = self._quantized[-1].is_last = True
         self._warned = False

@@ -23,6 +23,7 @@ from ..kernels import ops
 from ..kernels.backend import EXACT, current_setting
 from ..kernels.reference import attend_dense, merge
 from ..paging.layout import read_pages
+from .exact_buffers import ExactBuffers
 from .sequences import Flush, SequenceGroup, StepPlan, plain_state
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class PagedPQLayer(CacheLayerMixin):
         codec: K and V codecs of this layer.
         k_pages, v_pages: uint8 [max_pages, H, T, M, tile bytes], views of the pool.
         config: the model's config; read at each step to see which attention is set.
+        exact_buffers: where sinks and windows come from; None makes them one by one.
     """
 
     is_sliding = False
@@ -63,6 +65,7 @@ class PagedPQLayer(CacheLayerMixin):
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
         config: PreTrainedConfig,
+        exact_buffers: ExactBuffers | None = None,
     ) -> None:
         super().__init__()
         self.index = index
@@ -70,6 +73,7 @@ class PagedPQLayer(CacheLayerMixin):
         self.codec = codec
         self.k_pages, self.v_pages = k_pages, v_pages
         self.config = config
+        self.exact_buffers = exact_buffers
         self.is_first = self.is_last = False  # of the quantized layers; set by the cache
         self.columns = 0
         self.pending: _Handover | None = None
@@ -88,9 +92,12 @@ class PagedPQLayer(CacheLayerMixin):
                 f"its codebooks are for {wanted[0]} heads of size {wanted[1]} and {wanted[2]}; calibrate on this model"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
-        sinks, window = self.group.config.num_sinks, self.group.config.window_length
-        self.sink_k, self.window_k = (key_states.new_zeros(batch, heads, n, head_dim) for n in (sinks, window))
-        self.sink_v, self.window_v = (value_states.new_zeros(batch, heads, n, wanted[2]) for n in (sinks, window))
+        if self.exact_buffers is not None:
+            made = self.exact_buffers.take(self.index, batch, self.dtype, self.device)
+        else:
+            sinks, window = self.group.config.num_sinks, self.group.config.window_length
+            made = (key_states.new_zeros(batch, heads, n, head_dim) for n in (sinks, sinks, window, window))
+        self.sink_k, self.sink_v, self.window_k, self.window_v = made
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
