@@ -18,6 +18,7 @@ from pqlab.figures import theme
 from pqlab.figures.accuracy import divergence_figure, pareto_figure, plan_figure
 from pqlab.figures.decode import decode_figure
 from pqlab.figures.decode_data import error_grid, next_tokens
+from pqlab.figures.labels import label_places
 from pqlab.figures.layout import SHOWN, layout_figure
 from pqlab.figures.settings import context_frame, cost_frame, range_frame, settings_figure
 from pqlab.figures.sheet import Sheet
@@ -49,7 +50,7 @@ def _contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize(("name", "page"), [("light", "#ffffff"), ("dark", "#111111")])
 def test_theme_can_be_read_on_its_page(name, page):
-    """WCAG: 4.5 for text, 3 for graphics; both themes are transparent so that the page's own colour shows."""
+    """WCAG: 4.5 for text, 3 for graphics; panels and files are transparent so that the page's own colour shows."""
     layout = theme.template(name).layout
     assert layout.paper_bgcolor == layout.plot_bgcolor == "rgba(0,0,0,0)"
     assert _contrast(layout.font.color, page) > 10
@@ -239,10 +240,24 @@ def test_pareto_draws_every_method_and_joins_those_not_beaten(theme_name):
     figure = pareto_figure(table, ["c"], theme_name)
     line, own, others = figure.data
     assert list(line.x) == [2, 4] and list(line.y) == [0.1, 0.01]
-    assert list(own.customdata) == ["c"] and list(others.customdata) == ["a", "b", "d", "e"]
-    assert list(own.text) == ["c"], "points on each other share a label within their kind"
-    together = pareto_figure(table).data[2]
-    assert list(together.text) == ["a", "c<br>d", "", "b", "e"] or "c<br>d" in together.text
+    assert list(own.text) == ["c"] and list(others.text) == ["a", "b", "d", "e"]
+    places = dict(zip(others.text, others.textposition, strict=True)) | {"c": own.textposition[0]}
+    assert places["a"] == "middle right" and places["c"] != places["d"], "c and d lie on each other"
+
+
+def test_labels_keep_off_each_other_and_off_points():
+    assert label_places([0, 100], [0, 0], ["one", "two"]) == ["middle right"] * 2
+    assert label_places([0, 30], [0, 0], ["a long name", "b"])[0] != "middle right", "there is a point"
+    near = label_places([0, 0, 0], [0, 5, 10], ["first", "second", "third"])
+    assert len(set(near)) == 3
+    assert label_places([], [], []) == []
+
+
+def test_a_plain_figure_brings_its_background_for_a_page_of_the_other_theme():
+    for name in theme.THEMES:
+        paper = Sheet().figure(name).layout.template.layout.paper_bgcolor
+        assert _contrast(theme.ink(name), paper) > 10
+        assert theme.retheme(go.Figure(), name).layout.template.layout.paper_bgcolor == paper
 
 
 def test_plan_shows_what_was_chosen_and_what_is_left():

@@ -84,7 +84,7 @@ def test_breakdown_and_orders_draw_their_records():
         + [{"what": "decode", "case": "9/3", "page_size": 16, "microseconds": 1.0, "gb_per_s": 1.0, "share": 0.2}]
     )  # fmt: skip
     traces = drawn(performance.orders_figure(orders))
-    assert list(traces) == ["tiled (pqlab)", "row_major, by token", "9/3"] and list(traces["9/3"].x) == ["16"]
+    assert list(traces) == ["tiled (pqlab)", "row-major, by token", "9/3"] and list(traces["9/3"].x) == ["16"]
 
 
 @pytest.mark.parametrize("pattern", ["breakdown-*", "layout-*"])

@@ -20,7 +20,7 @@ from pqlab.model_runs import attention
 from pqlab.presets import Preset
 from pqlab.transformers_api import cache_argument
 from pqlab.tune import Measurement, Search, Setting, Space, Workload, command
-from pqlab.tune.choice import choose, finalists, not_beaten
+from pqlab.tune.choice import choose, finalists, not_beaten, with_times
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).parents[1]
@@ -124,6 +124,16 @@ def test_what_may_be_the_best_comes_into_the_last_round():
         finalists(frame, max_kl=0.001)
     alike = timings((1.0, 0.0, 0.5), (1.0, 0.0, 0.5))
     assert len(not_beaten(alike)) == 2, "neither beats the other"
+
+
+def test_the_picture_shows_the_times_that_decided():
+    frame = timings((10.0, 0.1, 0.1), (10.1, 0.1, 0.1), (20.0, 0.1, 0.2)).assign(
+        number=[4, 5, 6], best=[True, False, 0]
+    )
+    again = frame[:2].assign(milliseconds=[12.0, 11.0])
+    shown = with_times(frame, again)
+    assert list(shown.milliseconds) == [12.0, 11.0, 20.0] and list(shown.again) == [True, True, False]
+    assert list(shown.best) == [False, True, False] and list(frame.milliseconds) == [10.0, 10.1, 20.0]
 
 
 def test_times_that_were_taken_in_turns_decide():

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from .labels import label_places
 from .sheet import Sheet
-from .theme import AMOUNTS, BAD, EXACT, GREY, PAGED, Theme, sequence_colour
+from .theme import AMOUNTS, BAD, EXACT, GREY, PAGED, SEQUENCES, Theme, sequence_colour
 
 _LOWEST = 1e-7  # nats that a logarithmic axis still shows
 
@@ -23,6 +24,7 @@ def pareto_figure(table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | N
         own: methods to mark as pqlab's.
     """
     rows = table[table.kl > 0].sort_values(["token_bits", "kl"])
+    rows = rows.assign(place=_places(rows))
     best = rows[rows.kl < rows.kl.shift().cummin().fillna(float("inf"))]
     sheet = Sheet()
     plot = sheet.plot(
@@ -41,25 +43,23 @@ def pareto_figure(table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | N
             x=part.token_bits,
             y=part.kl,
             error_y={"type": "data", "array": part["kl_error"].fillna(0)} if "kl_error" in part else {},
-            text=_labels(part),
-            customdata=part.method,
+            text=part.method,
             mode="markers+text",
-            textposition="top right" if symbol == "diamond" else "middle right",
+            textposition=part.place,
             marker={"symbol": symbol, "size": 12, "color": PAGED if symbol == "diamond" else GREY},
             name=name,
-            hovertemplate="%{customdata}<br>%{x:.3g} bits, KL %{y:.3g} nats<extra></extra>",
+            hovertemplate="%{text}<br>%{x:.3g} bits, KL %{y:.3g} nats<extra></extra>",
             cliponaxis=False,
         )
-    return sheet.figure(theme, min_width=620, height=460, margin={"t": 40, "b": 90, "l": 70, "r": 110})
+    return sheet.figure(theme, min_width=620, height=478, margin={"t": 58, "b": 90, "l": 70, "r": 110})
 
 
-def _labels(rows: pd.DataFrame) -> list[str]:
-    """A label a point; points that lie on each other share one, so that it can be read."""
-    place = list(zip(rows.token_bits.round(1), np.log10(rows.kl).mul(4).round(), strict=True))
-    together: dict[tuple[float, float], list[str]] = {}
-    for where, name in zip(place, rows.method, strict=True):
-        together.setdefault(where, []).append(name)
-    return ["<br>".join(together.pop(where, [])) for where in place]
+def _places(rows: pd.DataFrame) -> list[str]:
+    """Where the names of the points go in a picture of some 820 by 330 pixels."""
+    bits, kl = rows.token_bits.to_numpy(float), np.log10(rows.kl.to_numpy(float))
+    x = 820 * bits / max(bits.max(initial=0), 1)
+    y = 330 * (kl - kl.min(initial=0)) / max(np.ptp(np.append(kl, kl.min(initial=0))), 1)
+    return label_places(x.tolist(), y.tolist(), rows.method.tolist())
 
 
 def corpora_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -89,7 +89,7 @@ def corpora_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Fig
             name=name,
             hovertemplate="%{x}: %{y:.3f}<extra>%{fullData.name}</extra>",
         )
-    return sheet.figure(theme, min_width=620, barmode="group", height=400, margin={"t": 30, "b": 90, "l": 60, "r": 20})
+    return sheet.figure(theme, min_width=620, barmode="group", height=418, margin={"t": 58, "b": 90, "l": 60, "r": 20})
 
 
 def plan_figure(choices: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -139,7 +139,7 @@ def plan_figure(choices: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
             name=side.upper(),
             hovertemplate=f"layer %{{x}}, {side.upper()}: %{{y:.2g}} nats<extra></extra>",
         )
-    return sheet.figure(theme, min_width=620, height=420, margin={"t": 40, "b": 80, "l": 60, "r": 20})
+    return sheet.figure(theme, min_width=620, height=438, margin={"t": 58, "b": 80, "l": 60, "r": 20})
 
 
 def positions_figure(ranges: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -152,6 +152,7 @@ def positions_figure(ranges: pd.DataFrame, theme: Theme | None = "light") -> go.
     plot = sheet.plot(
         0,
         0,
+        "KL by position in the context, lower is better",
         x={"title": {"text": "position"}},
         y={"title": {"text": "KL to exact, nats"}, "type": "log", "dtick": 1, "exponentformat": "power"},
     )
@@ -163,12 +164,12 @@ def positions_figure(ranges: pd.DataFrame, theme: Theme | None = "light") -> go.
             y=part.kl.clip(lower=_LOWEST),
             error_y={"type": "data", "array": part["kl_error"].fillna(0)} if "kl_error" in part else {},
             mode="lines+markers",
-            line={"color": sequence_colour(index)},
+            line={"color": sequence_colour(index), "dash": "solid" if index < len(SEQUENCES) else "dash"},
             marker={"symbol": ("circle", "square", "diamond", "x", "triangle-up")[index % 5]},
             name=method,
             hovertemplate=f"{method} near %{{x}}: %{{y:.3g}} nats<extra></extra>",
         )
-    return sheet.figure(theme, min_width=620, height=420, margin={"t": 30, "b": 100, "l": 70, "r": 20})
+    return sheet.figure(theme, min_width=620, height=438, margin={"t": 58, "b": 100, "l": 70, "r": 20})
 
 
 def retrieval_figure(cells: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -212,7 +213,7 @@ def retrieval_figure(cells: pd.DataFrame, theme: Theme | None = "light") -> go.F
             hovertemplate=f"{method}: %{{x}} tokens, depth %{{y}}: found %{{z:.0%}}<extra></extra>",
             name=method,
         )
-    return sheet.figure(theme, min_width=240 * len(methods), height=360, margin={"t": 40, "b": 70, "l": 60, "r": 20})
+    return sheet.figure(theme, min_width=240 * len(methods), height=378, margin={"t": 58, "b": 70, "l": 60, "r": 20})
 
 
 def divergence_figure(
@@ -265,7 +266,7 @@ def divergence_figure(
             legendgroup=method,
             hovertemplate=f"{method}, %{{text}}: %{{y:.3g}} nats<extra></extra>",
         )
-    return sheet.figure(theme, min_width=620, height=440, margin={"t": 40, "b": 120, "l": 70, "r": 20})
+    return sheet.figure(theme, min_width=620, height=458, margin={"t": 58, "b": 120, "l": 70, "r": 20})
 
 
 def _label(names: Sequence[str] | None, position: int) -> str:

@@ -62,7 +62,7 @@ def memory_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
                 hoverinfo="skip",
                 cliponaxis=False,
             )
-    return sheet.figure(theme, min_width=760, height=440, margin={"t": 40, "b": 120, "l": 60, "r": 30})
+    return sheet.figure(theme, min_width=760, height=458, margin={"t": 58, "b": 120, "l": 60, "r": 30})
 
 
 def _line(sheet: Sheet, plot: dict[str, str], part: pd.DataFrame, column: str, colour, dash: str, name: str) -> None:

@@ -20,6 +20,7 @@ PART_COLOURS = {
     "store": SKY, "flush": GREEN, "bookkeeping": PURPLE, "rest": "#E4E4E4",
 }  # fmt: skip
 """Greys are the model's own work; colours are attention and the cache."""
+_LEGEND = {"yref": "container", "y": 0.01, "yanchor": "bottom"}  # shares of the plot's height would reach its axis
 
 
 def speedup_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -53,7 +54,9 @@ def speedup_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fig
             hovertemplate="%{x:,} tokens: %{y:.2f}x<br>%{text}<extra>%{fullData.name}</extra>",
         )
     _line(sheet, plot, [contexts[0], contexts[-1]], [1, 1], "as fast as exact")
-    return sheet.figure(theme, min_width=620, height=420, margin={"t": 40, "b": 110, "l": 60, "r": 20})
+    below = 70 + 20 * -(-len(sheet.data) // 2)  # two names a line, as long as they are
+    margin = {"t": 58, "b": below, "l": 60, "r": 20}
+    return sheet.figure(theme, min_width=620, height=330 + below, margin=margin, legend=_LEGEND)
 
 
 def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -71,7 +74,7 @@ def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
             column,
             _name(shape, bits, 1, False),
             x=_contexts(sorted(part.context)),
-            y={"type": "log", "title": {"text": "µs"} if column == 0 else {}},
+            y={"type": "log", "dtick": 1, "title": {"text": "µs"} if column == 0 else {}},
         )
         common = {"x": part.context, "showlegend": column == 0}
         for name, values, colour, mark in (
@@ -104,7 +107,7 @@ def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
             hovertemplate="%{x:,} tokens: %{y:,.1f} µs<extra>only reading</extra>",
         )
     width = max(620, 320 * len(groups))
-    return sheet.figure(theme, min_width=width, height=420, margin={"t": 40, "b": 110, "l": 60, "r": 20})
+    return sheet.figure(theme, min_width=width, height=438, margin={"t": 58, "b": 110, "l": 60, "r": 20})
 
 
 def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -115,16 +118,23 @@ def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figur
     """
     frame = frame[frame.case != "none"]
     groups = list(frame.groupby(["shape", "context"], sort=False))
-    sheet = Sheet([1] * len(groups), gap_x=0.16)
-    for column, ((shape, context), part) in enumerate(groups):
+    rows = [groups[i : i + 2] for i in range(0, len(groups), 2)]  # two in a row: names are long
+    bars = [max(len(part) for _, part in row) for row in rows]
+    inner = 24 * sum(bars) + 110 * (len(rows) - 1)
+    sheet = Sheet([1] * len(rows[0]), bars, gap_x=0.22, gap_y=110 / inner)
+    for index, ((shape, context), part) in enumerate(groups):
         part = part.iloc[::-1]
         names = [f"{case}, {how}" for case, how in zip(part.case, part.how, strict=True)]
         plot = sheet.plot(
-            0, column, f"{shape}, {context:,} tokens", x={"title": {"text": "ms a token"}}, y={"type": "category"}
+            index // 2,
+            index % 2,
+            f"{shape}, {context:,} tokens",
+            x={"title": {"text": "ms a token"}},
+            y={"type": "category"},
         )
         rest = part.rest_milliseconds.fillna(0)
         over = part.milliseconds - rest
-        common = {"y": names, "orientation": "h", "showlegend": column == 0}
+        common = {"y": names, "orientation": "h", "showlegend": index == 0}
         sheet.add(
             plot,
             "bar",
@@ -144,13 +154,12 @@ def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figur
             text=[f"{ms:.1f}" for ms in part.milliseconds],
             textposition="outside",
             cliponaxis=False,
-            name="attention and cache (eager: not separated)",
+            name="attention and cache: exact blue, paged orange (eager: not separated)",
             legendgroup="over",
             hovertemplate="%{x:.2f} ms<extra>attention and cache</extra>",
         )
-    width, height = max(620, 480 * len(groups)), 170 + 24 * int(frame.groupby(["shape", "context"]).size().max())
-    margin = {"t": 40, "b": 100, "l": 150, "r": 40}
-    return sheet.figure(theme, min_width=width, barmode="stack", height=height, margin=margin)
+    margin = {"t": 58, "b": 90, "l": 150, "r": 40}
+    return sheet.figure(theme, min_width=760, barmode="stack", height=inner + 148, margin=margin, legend=_LEGEND)
 
 
 def baseline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -184,7 +193,7 @@ def baseline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
                 showlegend=column == 0,
                 hovertemplate="%{x:,} tokens: %{y:,.2f}<extra>%{fullData.name}</extra>",
             )
-    return sheet.figure(theme, min_width=1000, height=380, margin={"t": 40, "b": 90, "l": 50, "r": 20})
+    return sheet.figure(theme, min_width=1000, height=398, margin={"t": 58, "b": 90, "l": 50, "r": 20})
 
 
 def breakdown_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -248,11 +257,11 @@ def orders_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
                 line={"color": sequence_colour(i + 4 * column), "dash": _DASHES[i % len(_DASHES)]},
                 marker={"symbol": _MARKS[i % len(_MARKS)], "size": 9},
                 customdata=part[["microseconds", "gb_per_s"]],
-                name=SHOWN.get(str(name), str(name)),
+                name=SHOWN.get(str(name), str(name).replace("_", "-")),
                 hovertemplate="page %{x}: %{customdata[0]:,.0f} µs, %{customdata[1]:,.1f} GB/s, %{y:.1%}"
                 "<extra>%{fullData.name}</extra>",
             )
-    return sheet.figure(theme, min_width=760, height=420, margin={"t": 40, "b": 120, "l": 70, "r": 20})
+    return sheet.figure(theme, min_width=760, height=438, margin={"t": 58, "b": 120, "l": 70, "r": 20})
 
 
 def _contexts(contexts: Sequence[int]) -> dict:

@@ -54,7 +54,7 @@ def subspaces_figure(
             showlegend=column == 0,
             hovertemplate="code %{pointNumber}: (%{x:.3g}, %{y:.3g})<extra></extra>",
         )
-    return sheet.figure(theme, min_width=220 * count, height=620, margin={"t": 40, "b": 80, "l": 50, "r": 20})
+    return sheet.figure(theme, min_width=220 * count, height=638, margin={"t": 58, "b": 80, "l": 50, "r": 20})
 
 
 def _points(sheet: Sheet, plot: dict[str, str], points: np.ndarray, name: str, legend: bool) -> None:
@@ -106,7 +106,7 @@ def distortion_figure(table: pd.DataFrame, space: str = "code_space", theme: The
             hovertemplate=f"layer %{{x}}, {side.upper()}, head %{{y}}: %{{z:.2%}}<extra></extra>",
             name=side.upper(),
         )
-    return sheet.figure(theme, min_width=620, height=380, margin={"t": 40, "b": 60, "l": 60, "r": 20})
+    return sheet.figure(theme, min_width=620, height=398, margin={"t": 58, "b": 60, "l": 60, "r": 20})
 
 
 def rate_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -135,7 +135,7 @@ def rate_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure
             name=setting,
             hovertemplate=f"{setting}: %{{x:g}} bits, %{{y:.2%}} lost<extra></extra>",
         )
-    return sheet.figure(theme, min_width=620, height=400, margin={"t": 40, "b": 90, "l": 70, "r": 20})
+    return sheet.figure(theme, min_width=620, height=418, margin={"t": 58, "b": 90, "l": 70, "r": 20})
 
 
 def vector_figure(steps: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -153,7 +153,7 @@ def vector_figure(steps: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
     _bars(sheet, plot, steps.dimension, steps.x, "vector", BLUE, "circle", None)
     _bars(sheet, plot, steps.dimension, steps.decoded, "decoded", ORANGE, "x", None)
     sheet.add(plot, "bar", x=steps.dimension, y=steps.error, marker={"color": GREY}, name="error")
-    return sheet.figure(theme, min_width=620, height=520, margin={"t": 40, "b": 90, "l": 60, "r": 20})
+    return sheet.figure(theme, min_width=620, height=538, margin={"t": 58, "b": 90, "l": 60, "r": 20})
 
 
 def _bars(

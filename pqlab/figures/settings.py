@@ -90,7 +90,7 @@ def settings_figure(cost: CacheCost, *, theme: Theme | None = "light") -> go.Fig
     _draw_contexts(sheet, cost)
     title = (
         f"bits per element: <b>{cost.token_bits:g}</b> coded, {cost.bits_per_element:.3g} with exact tokens<br>"
-        f"<b>{cost.compression:.2f}×</b> smaller than exact fp16"
+        f"<b>{cost.compression:.2f}×</b> smaller than exact fp16, model constants aside"
     )
     return sheet.figure(
         theme,

@@ -68,21 +68,22 @@ class Sheet:
 
     def note(self, text: str, **properties: Any) -> None:
         """Text beside the plots; x and y are shares of the sheet."""
-        place = {"xref": "paper", "yref": "paper", "showarrow": False, "font": {"size": FONT_SIZE}}
+        font = {"size": FONT_SIZE}
+        place = {"xref": "paper", "yref": "paper", "showarrow": False, "font": font, "align": "left"}
         self.notes.append({"text": text, **place, **properties})
 
     def figure(self, theme: Theme | None = "light", *, min_width: int = 0, **layout: Any) -> go.Figure:
         """The finished figure.
 
         Args:
-            theme: None leaves the template to the caller (`theme.retheme`).
+            theme: the figure's look, background included; None leaves the template to the caller.
             min_width: pixels below which a panel scrolls the figure instead of squeezing it.
             layout: properties of the layout.
         """
         whole = {"annotations": self.notes, "meta": {"min_width": min_width}, **self._axes, **layout}
         figure = go.Figure({"data": self.data, "layout": whole})
         if theme is not None:
-            figure.layout.template = template(theme)
+            figure.layout.template = template(theme, opaque=True)
         return figure
 
 

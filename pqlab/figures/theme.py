@@ -1,7 +1,9 @@
 """Colours, fonts and the two plotly templates (light and dark) that all figures share.
 
-Everything that depends on the theme lives in the template: backgrounds are transparent, and text, axes and grid are
-the template's. So a figure changes its theme by changing `layout.template` alone, which `retheme` does. The colours of
+Everything that depends on the theme lives in the template: background, text, axes and grid are the template's. So a
+figure changes its theme by changing `layout.template` alone, which `retheme` does. Where the theme follows the page
+(panels, HTML files) the background is transparent; a plain figure brings its own, since a notebook shows it on a light
+page and on a dark one. The colours of
 the data are the same in both themes and were chosen to be seen on white and on near-black: the Okabe-Ito palette
 (Okabe and Ito 2008) for kinds, cividis (Nunez et al. 2018) for amounts. Neither needs colour vision; still, no figure
 says a thing by colour alone.
@@ -37,6 +39,7 @@ AMOUNTS = "Cividis"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 FONT_SIZE = 13
 
+_PAGE = {"light": "#ffffff", "dark": "#111111"}
 _INK = {"light": "#24292f", "dark": "#d7dae0"}
 _SOFT = {"light": "#57606a", "dark": "#a3a9b3"}
 _GRID = {"light": "rgba(0,0,0,0.10)", "dark": "rgba(255,255,255,0.14)"}
@@ -54,8 +57,12 @@ def ink(theme: Theme) -> str:
     return _INK[_checked(theme)]
 
 
-def template(theme: Theme = "light") -> go.layout.Template:
-    """The plotly template of a theme: transparent background, readable text, Okabe-Ito colours in order."""
+def template(theme: Theme = "light", *, opaque: bool = False) -> go.layout.Template:
+    """The plotly template of a theme: readable text, Okabe-Ito colours in order.
+
+    Args:
+        opaque: a background of the theme's own, for a page that may have the other theme; else it is transparent.
+    """
     _checked(theme)
     axis = {
         "gridcolor": _GRID[theme],
@@ -69,7 +76,7 @@ def template(theme: Theme = "light") -> go.layout.Template:
         "tickfont": {"size": FONT_SIZE - 1, "color": _SOFT[theme]},
     }
     layout = {
-        "paper_bgcolor": "rgba(0,0,0,0)",
+        "paper_bgcolor": _PAGE[theme] if opaque else "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": FONT, "size": FONT_SIZE, "color": _INK[theme]},
         "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": FONT_SIZE + 2}},
@@ -98,12 +105,13 @@ def template(theme: Theme = "light") -> go.layout.Template:
         "tickfont": {"color": _SOFT[theme]},
         "title": {"side": "right", "font": {"size": FONT_SIZE}},
     }
-    return go.layout.Template(layout=layout, data={"heatmap": [{"colorscale": AMOUNTS, "colorbar": bar}]})
+    amounts = {"heatmap": [{"colorscale": AMOUNTS, "colorbar": bar}], "scatter": [{"marker": {"colorbar": bar}}]}
+    return go.layout.Template(layout=layout, data=amounts)
 
 
 def retheme(figure: go.Figure, theme: Theme) -> go.Figure:
-    """Give `figure` (changed in place, and returned) the look of `theme`."""
-    figure.layout.template = template(theme)
+    """Give `figure` (changed in place, and returned) the look of `theme`, background included."""
+    figure.layout.template = template(theme, opaque=True)
     return figure
 
 

@@ -21,7 +21,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
 
     Args:
         frame: `Search.frame`: page_size, residual_length, M, nbits, policy, milliseconds, milliseconds_error, kl,
-            bytes, grid, best, number.
+            bytes, grid, best, number; with `again` (`tune.choice.with_times`), what was not timed again is paler.
         chosen: number of the trial to mark.
     """
     sheet = Sheet()
@@ -47,6 +47,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
             marker={
                 "symbol": symbol,
                 "size": 11,
+                "opacity": [1.0 if again else 0.4 for again in part.again] if "again" in part else 1.0,
                 "color": [sizes.index(size) for size in part.page_size],
                 "cmin": 0,
                 "cmax": max(1, len(sizes) - 1),
@@ -79,7 +80,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
             hoverinfo="skip",
             cliponaxis=False,
         )
-    return sheet.figure(theme, min_width=620, height=520, margin={"t": 40, "b": 110, "l": 70, "r": 60})
+    return sheet.figure(theme, min_width=620, height=538, margin={"t": 58, "b": 110, "l": 70, "r": 60})
 
 
 def evidence_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -127,7 +128,7 @@ def evidence_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
         showlegend=False,
         hovertemplate="pages of %{x}: %{y:.2f} ms<extra></extra>",
     )
-    return sheet.figure(theme, min_width=720, height=400, margin={"t": 40, "b": 110, "l": 60, "r": 20})
+    return sheet.figure(theme, min_width=720, height=418, margin={"t": 58, "b": 110, "l": 60, "r": 20})
 
 
 def _said(row) -> str:

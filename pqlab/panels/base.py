@@ -63,7 +63,7 @@ class Panel(Stateful):
         self.error: BaseException | None = None
         self._status = widgets.HTML(layout=widgets.Layout(min_height="1.6em"))
         self._status.add_class("pqlab-status")
-        self._text = widgets.HTML(layout=widgets.Layout(width="100%"))
+        self._text = widgets.HTML()
         self._text.add_class("pqlab-text")
         super().__init__(**state)
         self.observe(lambda _: self.redraw(), names=self.state_names())
@@ -125,11 +125,13 @@ class Panel(Stateful):
     def widget(self) -> widgets.Widget:
         """The whole panel as one widget, to be placed into layouts of your own."""
         if self._widget is None:
-            row = widgets.Box(self.controls(), layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+            # "visible": boxes have scroll bars by default, and get them for a pixel that rounding adds
+            flow = {"flex_flow": "row wrap", "align_items": "center", "overflow": "visible"}
+            row = widgets.Box(self.controls(), layout=widgets.Layout(**flow))
             heading = [widgets.HTML(f"<b>{html.escape(self.title)}</b>")] if self.title else []
             self._widget = widgets.VBox(
                 [*heading, row, self._text, self.view, self._status, *self.below()],
-                layout=widgets.Layout(width="100%"),
+                layout=widgets.Layout(width="100%", overflow="visible"),
             )
             self._widget.add_class("pqlab-panel")
             with self.guarded(clears=False):

@@ -34,7 +34,7 @@ def number(
     """
     present = getattr(panel, name)
     kept: dict[str, Any] = {"description": description, "style": _WORDS, "tooltip": tooltip or description}
-    wide = widgets.Layout(width="20em")
+    wide = widgets.Layout(width="20em", margin="2px")  # told, since the two kinds of sliders have different ones
     if values:
         slider = widgets.SelectionSlider(
             options=list(values), value=_nearest(values, present), readout=False, layout=wide, **kept

@@ -160,7 +160,7 @@ class PageSettings(Panel):
 
     def below(self) -> list[widgets.Widget]:
         self._ranges, self._numbers = table_widget("ranges"), table_widget("numbers")
-        side_by_side = widgets.Layout(flex_flow="row wrap", align_items="flex-start", width="100%")
+        side_by_side = widgets.Layout(flex_flow="row wrap", align_items="flex-start", width="100%", overflow="visible")
         return [widgets.Box([self._ranges, self._numbers], layout=side_by_side)]
 
     def refresh(self) -> None:

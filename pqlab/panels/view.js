@@ -60,8 +60,6 @@ function render({ model, el }) {
   plot.style.minWidth = `${model.get("_figure").layout.meta?.min_width ?? 0}px`;
   plot.style.minHeight = `${model.get("_figure").layout.height ?? 450}px`;
   plot.textContent = "loading plotly.js …";
-  el.style.width = "100%";
-  el.style.overflowX = "auto"; // a figure that needs more room than there is can be scrolled
   el.appendChild(plot);
 
   let Plotly = null, waiting = false, missed = false, gone = false, drawn = Promise.resolve();

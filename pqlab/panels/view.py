@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import anywidget
+import ipywidgets as widgets
 import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
@@ -63,6 +64,7 @@ class FigureView(anywidget.AnyWidget):
         self.on_click: Callable[[Plain], None] = lambda point: None
         super().__init__(
             theme=theme,
+            layout=widgets.Layout(width="100%", overflow="auto hidden"),  # wider than the page: it is scrolled
             _figure=plain(figure),
             _templates={name: template(name).to_plotly_json() for name in THEMES},
             _version=get_plotlyjs_version(),

@@ -65,6 +65,20 @@ def timed_again(workload: Workload, rows: pd.DataFrame, rounds: int = 5) -> tupl
     return rows.assign(**times).sort_values("milliseconds"), exact
 
 
+def with_times(frame: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with the times of the rows that were timed again, which `again` tells; `best` goes by them.
+
+    Args:
+        frame: `Search.frame`.
+        timed: of `timed_again`.
+    """
+    found = frame.set_index("number")
+    found.update(timed.set_index("number")[["milliseconds", "milliseconds_error"]])
+    found["again"] = found.index.isin(timed.number)
+    found["best"] = found.index.isin(not_beaten(found[found.again] if len(timed) else found).index)
+    return found.reset_index()
+
+
 def choose(frame: pd.DataFrame, max_kl: float | None = None, scale: pd.DataFrame | None = None) -> pd.Series:
     """The fastest row whose KL is at most `max_kl`; without a limit, the one nearest to the best of both.
 

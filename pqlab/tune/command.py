@@ -12,7 +12,7 @@ import pandas as pd
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..memory import readable_bytes
 from ..models.defaults import CALIBRATION_TEXT
-from .choice import choose, timed_again
+from .choice import choose, timed_again, with_times
 from .space import Setting, Space
 from .storage import need_optuna
 from .study import Search
@@ -126,7 +126,7 @@ def _finish(args: argparse.Namespace, workload: Workload, search: Search, finali
     path = args.out / f"tune-{args.study}.json"
     preset.save(path)
     print(f"\nchosen: {chosen}\n{path}: pqlab.presets.Preset.load reads it")
-    _draw(args, search, frame, int(best["number"]))
+    _draw(args, search, frame if timed is frame else with_times(frame, timed), int(best["number"]))
     if args.json:
         rows, again = (json.loads(table.to_json(orient="records")) for table in (frame, timed))
         again = {} if args.no_confirm else {"timed_again": again, "exact_milliseconds": exact}
