@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from plain_pq import plain_pq_cache
 from transformers.cache_utils import DynamicCache
 
 from pqlab import CacheConfig, PagedPQCache
+from pqlab.cache.contiguous import ContiguousPQLayer, contiguous_cache
 from pqlab.errors import PageAllocationError, UnsupportedModelError
 from pqlab.quantization import Codebooks
 from pqlab.transformers_api import cache_argument
@@ -276,3 +278,37 @@ def test_generation_in_low_precision(make_model, books):
         cache = PagedPQCache(model, books, SMALL)
         out = model.generate(tokens(80), **cache_argument(model, cache), max_new_tokens=10, do_sample=False)
         assert out.shape[1] == 90 and cache.quantized_layers[0].window_k.dtype == dtype
+
+
+def left_exact(books: Codebooks, layer: int) -> Codebooks:
+    """The same codebooks, but for a layer that stays as it is."""
+    rest = {i: codecs for i, codecs in books.layers.items() if i != layer}
+    return Codebooks(rest, books.origin, {layer: books.geometry[layer]})
+
+
+@pytest.mark.parametrize("mode", ["eager", "static"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_exact_layers_and_paged_ones_share_a_mask(model, mode, layer):
+    """A left-padded batch: transformers makes one mask for all full-attention layers, of the first one's size."""
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :25] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "disable_compile": True}
+    books = left_exact(Codebooks.identity(model), layer)
+    cache = PagedPQCache(model, books, replace(SMALL, mode=mode), context=200, max_batch=2)
+    ours = model.generate(tokens(70, rows=2), **settings, **cache_argument(model, cache))
+    model.set_attn_implementation("sdpa")
+    theirs = model.generate(tokens(70, rows=2), **settings)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_contiguous_cache_leaves_the_same_layers_exact(model, books, layer):
+    books = left_exact(books, layer)
+    paged, plain = PagedPQCache(model, books, SMALL), contiguous_cache(model, books, SMALL)
+    assert [isinstance(x, ContiguousPQLayer) for x in plain.layers] == [i != layer for i in range(2)]
+    with torch.inference_mode():
+        for ids in (tokens(60), *tokens(30, seed=1).T[:, None]):
+            model.set_attn_implementation("pqlab")
+            ours = model(ids, **cache_argument(model, paged)).logits
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(model(ids, **cache_argument(model, plain)).logits, ours, atol=1e-4, rtol=1e-4)

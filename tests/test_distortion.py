@@ -31,6 +31,8 @@ def test_distortion_is_the_share_of_the_variance(books):
     variance = x.var(1, correction=0).sum(-1) * 50
     torch.testing.assert_close(torch.tensor(lost.head_space["k"].to_numpy()).float(), error / variance)
     assert (table.bits == 3).all()
+    exact = Codebooks({1: books.layers[1]}, exact={0: (3, 16)})
+    assert set(distortions(exact, Samples({0: x, 1: x}, {0: x, 1: x})).layer) == {1}
 
 
 @pytest.mark.parametrize("head", [0, 2])

@@ -98,10 +98,10 @@ def _through_map(side: PQCodec, x: Tensor) -> Tensor:
 
 
 def contiguous_cache(model, books: Codebooks, config: CacheConfig) -> DynamicCache:
-    """A transformers cache with a `ContiguousPQLayer` for every full-attention layer; other layers stay exact."""
+    """A transformers cache with a `ContiguousPQLayer` for every layer that has a codec; other layers stay exact."""
     cache = DynamicCache(config=model.config)
     books = books.to(model.device)
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
+        if type(layer) is DynamicLayer and i not in books.exact:
             cache.layers[i] = ContiguousPQLayer(books.layer(i), config)
     return cache

@@ -148,6 +148,15 @@ class PagedPQCache(Cache):
             self._say_fallback(layer, key_states.shape[0])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(columns, offset) of the mask. One serves all full-attention layers: where some are left exact, theirs.
+
+        A static exact layer gives back its whole buffer already for the first prompt; a paged one does not need that.
+        """
+        if self.codebooks.exact and layer_idx in self.codebooks.layers:
+            layer_idx = next(iter(self.codebooks.exact))
+        return super().get_mask_sizes(query_length, layer_idx)
+
     def reset(self) -> None:
         """Forget everything; the pages go back to the pool, the codebooks stay."""
         self.group.reset()

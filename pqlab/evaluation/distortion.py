@@ -14,14 +14,15 @@ def distortions(codebooks: Codebooks, samples: Samples) -> pd.DataFrame:
     """What share of the variance of K and V the codes lose, in every head.
 
     Args:
-        samples: of a text that the codebooks were not trained on (`collect_kv`), of the layers that are looked at.
+        samples: of a text that the codebooks were not trained on (`collect_kv`), of the layers that are looked at;
+            those that the codebooks leave exact lose nothing and have no rows.
 
     Returns:
         DataFrame: layer, side, head, bits (per element), head_space (the mean squared error of the vectors over their
         variance), code_space (the same behind the map, where distance is what attention feels).
     """
     rows = []
-    for i in samples.keys:
+    for i in (i for i in samples.keys if i not in codebooks.exact):
         for side, x in zip(SIDES, (samples.keys[i], samples.values[i]), strict=True):
             codec = getattr(codebooks.layer(i), side)
             x = x.float()
