@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from .labels import label_places
 from .sheet import Sheet
-from .theme import AMOUNTS, BAD, EXACT, GREY, PAGED, SEQUENCES, Theme, sequence_colour
+from .theme import AMOUNTS, BAD, EXACT, GREY, PAGED, SEQUENCES, Theme, sequence_colour, sequence_mark
 
 _LOWEST = 1e-7  # nats that a logarithmic axis still shows
 
@@ -135,7 +135,7 @@ def plan_figure(choices: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
             y=part.kl.clip(lower=_LOWEST),
             mode="lines+markers",
             line={"color": sequence_colour(index)},
-            marker={"symbol": ("circle", "square")[index % 2]},
+            marker={"symbol": sequence_mark(index)},
             name=side.upper(),
             hovertemplate=f"layer %{{x}}, {side.upper()}: %{{y:.2g}} nats<extra></extra>",
         )
@@ -165,7 +165,7 @@ def positions_figure(ranges: pd.DataFrame, theme: Theme | None = "light") -> go.
             error_y={"type": "data", "array": part["kl_error"].fillna(0)} if "kl_error" in part else {},
             mode="lines+markers",
             line={"color": sequence_colour(index), "dash": "solid" if index < len(SEQUENCES) else "dash"},
-            marker={"symbol": ("circle", "square", "diamond", "x", "triangle-up")[index % 5]},
+            marker={"symbol": sequence_mark(index)},
             name=method,
             hovertemplate=f"{method} near %{{x}}: %{{y:.3g}} nats<extra></extra>",
         )

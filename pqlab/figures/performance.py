@@ -10,10 +10,23 @@ import plotly.graph_objects as go
 from ..memory import MIB
 from .layout import SHOWN
 from .sheet import Sheet
-from .theme import BLUE, EXACT, GREEN, GREY, ORANGE, PAGED, PURPLE, SKY, VERMILLION, YELLOW, Theme, sequence_colour
+from .theme import (
+    BLUE,
+    EXACT,
+    GREEN,
+    GREY,
+    ORANGE,
+    PAGED,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Theme,
+    sequence_colour,
+    sequence_mark,
+)
 
 _DASHES = ("solid", "dash", "dot", "dashdot")
-_MARKS = ("circle", "square", "diamond", "triangle-up")
 PART_COLOURS = {
     "mlp": GREY, "projection": "#B0B0B0", "lm head": "#CCCCCC", "norms": "#6E6E6E", "rotary": "#565656",
     "embedding": "#444444", "attention": BLUE, "codes": ORANGE, "exact tokens": YELLOW, "maps": VERMILLION,
@@ -49,7 +62,7 @@ def speedup_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fig
             text=text,
             mode="lines+markers",
             line={"color": sequence_colour(i), "dash": _DASHES[i % len(_DASHES)]},
-            marker={"symbol": _MARKS[i % len(_MARKS)], "size": 8},
+            marker={"symbol": sequence_mark(i), "size": 8},
             name=_name(shape, bits, batch, bool(part.ragged.any())),
             hovertemplate="%{x:,} tokens: %{y:.2f}x<br>%{text}<extra>%{fullData.name}</extra>",
         )
@@ -255,7 +268,7 @@ def orders_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figu
                 y=part.share,
                 mode="lines+markers",
                 line={"color": sequence_colour(i + 4 * column), "dash": _DASHES[i % len(_DASHES)]},
-                marker={"symbol": _MARKS[i % len(_MARKS)], "size": 9},
+                marker={"symbol": sequence_mark(i), "size": 9},
                 customdata=part[["microseconds", "gb_per_s"]],
                 name=SHOWN.get(str(name), str(name).replace("_", "-")),
                 hovertemplate="page %{x}: %{customdata[0]:,.0f} µs, %{customdata[1]:,.1f} GB/s, %{y:.1%}"

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .sheet import Sheet
-from .theme import AMOUNTS, BLUE, GREY, ORANGE, SKY, Theme
+from .theme import AMOUNTS, BLUE, GREY, ORANGE, SKY, Theme, sequence_mark
 
 _SAMPLES = 1500  # points of a plot
 
@@ -123,7 +123,6 @@ def rate_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure
         x={"title": {"text": "bits per element"}, "rangemode": "tozero"},
         y={"title": {"text": "share of the variance lost"}, "type": "log", "dtick": 1, "tickformat": ".3~%"},
     )
-    symbols = ("circle", "square", "diamond", "x", "triangle-up")
     for index, (setting, part) in enumerate(table.sort_values("bits").groupby("setting", sort=False)):
         sheet.add(
             plot,
@@ -131,7 +130,7 @@ def rate_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure
             x=part.bits,
             y=part.lost,
             mode="lines+markers",
-            marker={"symbol": symbols[index % len(symbols)], "size": 9},
+            marker={"symbol": sequence_mark(index), "size": 9},
             name=setting,
             hovertemplate=f"{setting}: %{{x:g}} bits, %{{y:.2%}} lost<extra></extra>",
         )

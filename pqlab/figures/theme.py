@@ -39,6 +39,8 @@ AMOUNTS = "Cividis"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 FONT_SIZE = 13
 
+_MARKS = ("circle", "square", "diamond", "x", "triangle-up")
+
 _PAGE = {"light": "#ffffff", "dark": "#111111"}
 _INK = {"light": "#24292f", "dark": "#d7dae0"}
 _SOFT = {"light": "#57606a", "dark": "#a3a9b3"}
@@ -50,6 +52,11 @@ _RAISED = {"light": "#ffffff", "dark": "#2b2f36"}
 def sequence_colour(index: int) -> str:
     """Colour of sequence `index`; they repeat after seven, so a figure also writes the number."""
     return SEQUENCES[index % len(SEQUENCES)]
+
+
+def sequence_mark(index: int) -> str:
+    """Shape of the marks of sequence `index`, so that colour does not tell it alone; they repeat after five."""
+    return _MARKS[index % len(_MARKS)]
 
 
 def ink(theme: Theme) -> str:

@@ -8,9 +8,8 @@ import plotly.graph_objects as go
 
 from ..memory import readable_bytes
 from .sheet import Sheet
-from .theme import AMOUNTS, GREY, PAGED, VERMILLION, Theme, sequence_colour
+from .theme import AMOUNTS, GREY, PAGED, VERMILLION, Theme, sequence_colour, sequence_mark
 
-_MARKS = ("circle", "square", "diamond", "x", "triangle-up")
 _LOWEST = 1e-7  # nats that a logarithmic axis still shows
 
 
@@ -106,7 +105,7 @@ def evidence_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
             y=part.kl,
             mode="lines+markers",
             line={"color": sequence_colour(index)},
-            marker={"symbol": _MARKS[index % len(_MARKS)], "size": 8},
+            marker={"symbol": sequence_mark(index), "size": 8},
             name=f"pages of {page}",
             hovertemplate=f"page {page}, R %{{x}}: KL %{{y:.5f}}<extra></extra>",
         )
