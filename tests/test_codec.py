@@ -5,7 +5,7 @@ import torch
 
 from pqlab.paging.layout import PageLayout
 from pqlab.quantization.codec import Codec, IdentityCodec, PQCodec
-from pqlab.quantization.maps import in_eight_bits
+from pqlab.quantization.maps import compact_map
 
 
 def random_codec(heads=3, m=4, nbits=5, dm=2, seed=0, mapped=False) -> PQCodec:
@@ -57,10 +57,22 @@ def test_attention_in_code_space_equals_attention_in_head_space(query_heads):
     torch.testing.assert_close(codec.from_code_space(y), k, rtol=1e-4, atol=1e-4)
 
 
+def test_a_map_that_bytes_would_lose_takes_halves():
+    """One dimension of one head is small in every subspace, as in Gemma-3's keys."""
+    generator = torch.Generator().manual_seed(0)
+    forward = torch.linalg.qr(torch.randn(2, 16, 16, generator=generator)).Q
+    assert compact_map(forward, 8)[0].dtype == torch.int8
+    forward[1, 3] *= 1e-4
+    half, backward = compact_map(forward, 8)
+    assert half.dtype == torch.float16 and backward.isfinite().all()
+    product = half.double() @ backward.double()
+    torch.testing.assert_close(product, torch.eye(16).double().expand(2, 16, 16), rtol=0, atol=1e-4)
+
+
 def test_a_map_in_eight_bits_is_undone_by_its_own_inverse():
     """Rounding moves the map, not the vectors: what counts is that backward belongs to the rounded forward."""
     codec = random_codec(mapped=True)
-    forward, backward = in_eight_bits(codec.forward, 4)
+    forward, backward = compact_map(codec.forward, 4)
     small = PQCodec(codec.centroids, forward, backward)
     x = torch.randn(3, 9, 8)
     torch.testing.assert_close(small.from_code_space(small.to_code_space(x)), x, rtol=1e-4, atol=1e-4)

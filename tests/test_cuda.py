@@ -14,7 +14,7 @@ from pqlab import kernels
 from pqlab.kernels import ops, reference, use_backend
 from pqlab.kernels.backend import append_part, in_code_space
 from pqlab.paging.layout import pack_codes, read_pages
-from pqlab.quantization.maps import in_eight_bits
+from pqlab.quantization.maps import compact_map
 
 pytestmark = pytest.mark.gpu
 
@@ -63,7 +63,7 @@ def random_maps(heads, head_dim, seed=0, eight=True):
     maps = []
     for _ in "kv":
         rotation = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=g)).Q
-        forward, backward = in_eight_bits(rotation * (torch.rand(heads, 1, head_dim, generator=g) + 0.5), head_dim // 4)
+        forward, backward = compact_map(rotation * (torch.rand(heads, 1, head_dim, generator=g) + 0.5), head_dim // 4)
         maps += [forward if eight else (forward / 127).half(), backward.half()]
     return tuple(m.cuda() for m in maps)
 

@@ -24,7 +24,7 @@ from .codebook import Codebooks, LayerCodec, Origin
 from .codec import PQCodec, to_float, to_half
 from .geometry import PQSpec, attention_geometry, num_layers, setting
 from .kmeans import ITERATIONS, product_kmeans
-from .maps import alike, balanced_map, in_eight_bits
+from .maps import alike, balanced_map, compact_map
 from .samples import NUM_SINKS, NUM_TOKENS, Samples, collect_kv, window_for
 from .sensitivity import value_metrics
 
@@ -203,7 +203,7 @@ def train(
                 metric = value_metrics.get(i) if side == "v" else seen and seen.key_metric
                 forward, backward = balanced_map(x, metric, m)
                 if scope == "head":
-                    forward, backward = in_eight_bits(forward, m)
+                    forward, backward = compact_map(forward, m)
                 else:
                     forward, backward = alike(x, forward, backward, m)
                 directions.append((forward, backward))

@@ -19,7 +19,7 @@ from ..paging.layout import SIDES, PageLayout
 from .codebook_file import CodebookError, read, write
 from .codec import Codec, IdentityCodec, PQCodec
 from .geometry import Geometry, PQSpec, attention_geometry, describe, num_layers, setting
-from .maps import in_eight_bits
+from .maps import compact_map
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +114,7 @@ class Codebooks:
                 return PQCodec(centroids).half()
             rotation = torch.linalg.qr(torch.randn(heads, d, d, generator=generator)).Q
             stretch = torch.rand(heads, 1, d, generator=generator) + 0.5
-            return PQCodec(centroids, *in_eight_bits(rotation * stretch, m)).half()
+            return PQCodec(centroids, *compact_map(rotation * stretch, m)).half()
 
         layers = {}
         for i, (heads, d) in geometry.items():

@@ -118,7 +118,7 @@ class PQCodec(_Spaces):
     to the lowest index); `dequantize(codes)[..., m*dm:(m+1)*dm] = centroids[h, m, code]`.
 
     Tensors are float16 (an error far below that of the codes) or float32, `forward` also int8, in units of 1/127: any
-    matrix near the wanted one will do, if `backward` is its inverse (`maps.in_eight_bits`). What is computed with them
+    matrix near the wanted one will do, if `backward` is its inverse (`maps.compact_map`). What is computed with them
     is float32.
 
     Args:
