@@ -66,7 +66,7 @@ def test_a_map_that_bytes_would_lose_takes_halves():
     half, backward = compact_map(forward, 8)
     assert half.dtype == torch.float16 and backward.isfinite().all()
     product = half.double() @ backward.double()
-    torch.testing.assert_close(product, torch.eye(16).double().expand(2, 16, 16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(product, torch.eye(16).double().expand(2, 16, 16), rtol=0, atol=1e-3)
 
 
 def test_a_map_in_eight_bits_is_undone_by_its_own_inverse():
