@@ -63,7 +63,8 @@ def add_cells(
             hover[r, c] = cell.hover
             present[r, c] = 0
             if labels and cell.label:
-                texts[bool(cell.holders) and cell.fill > 0.6].append((c, r + MIDDLE, cell.label))
+                on_colour, middle = _label_place(cell)
+                texts[on_colour].append((c, r + middle, cell.label))
     sheet.add(
         plot, "heatmap", z=colours, x0=0, dx=1, y0=0.5 / _PITCH, dy=1 / _PITCH, zmin=-0.5,
         zmax=_FIRST + len(SEQUENCES) - 0.5, colorscale=_scale(), showscale=False, xgap=2, hoverinfo="skip",
@@ -85,11 +86,24 @@ def wrap(cells: Sequence[Cell], width: int) -> list[list[Cell]]:
     return [list(cells[i : i + width]) for i in range(0, max(1, len(cells)), width)]
 
 
+def _filled(cell: Cell) -> int:
+    return min(ROWS, int(np.ceil(cell.fill * ROWS))) if cell.holders else 0
+
+
+def _label_place(cell: Cell) -> tuple[bool, float]:
+    """Whether a label lies on colour, and how far below the cell's top: within the larger part, as no ink can be read
+    on both."""
+    filled = _filled(cell)
+    if 2 * filled >= ROWS:
+        return True, (ROWS - filled / 2) / _PITCH
+    return False, (ROWS - filled) / 2 / _PITCH
+
+
 def _column(cell: Cell) -> np.ndarray:
     """Colour numbers of a cell's rows, top first."""
     if not cell.holders:
         return np.full(ROWS, _FREE)
-    filled = min(ROWS, int(np.ceil(cell.fill * ROWS)))
+    filled = _filled(cell)
     stripes = [_FIRST + cell.holders[i % len(cell.holders)] % len(SEQUENCES) for i in range(filled)]
     return np.array([_WASTED] * (ROWS - filled) + stripes)
 
