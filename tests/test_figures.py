@@ -242,12 +242,12 @@ def test_pareto_draws_every_method_and_joins_those_not_beaten(theme_name):
     assert list(line.x) == [2, 4] and list(line.y) == [0.1, 0.01]
     assert list(own.text) == ["c"] and list(others.text) == ["a", "b", "d", "e"]
     places = dict(zip(others.text, others.textposition, strict=True)) | {"c": own.textposition[0]}
-    assert places["a"] == "middle right" and places["c"] != places["d"], "c and d lie on each other"
+    assert places["a"] == "top right" and places["c"] != places["d"], "c and d lie on each other"
 
 
 def test_labels_keep_off_each_other_and_off_points():
-    assert label_places([0, 100], [0, 0], ["one", "two"]) == ["middle right"] * 2
-    assert label_places([0, 30], [0, 0], ["a long name", "b"])[0] != "middle right", "there is a point"
+    assert label_places([0, 100], [0, 0], ["one", "two"]) == ["top right"] * 2
+    assert label_places([0, 30], [0, 10], ["a long name", "b"])[0] != "top right", "there is a point"
     near = label_places([0, 0, 0], [0, 5, 10], ["first", "second", "third"])
     assert len(set(near)) == 3
     assert label_places([], [], []) == []

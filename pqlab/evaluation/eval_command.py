@@ -86,7 +86,7 @@ def _measure(args: argparse.Namespace) -> Evaluation:
     books: dict[str, Path] = {}
     for path in args.codebooks:
         if not path.is_file():
-            raise ConfigError(f"there is no codebooks file {path}; Codebooks.save writes one")
+            raise ConfigError(f"there is no codebooks file {path}; `pqlab plan` and Codebooks.save write one")
         if path.stem in books:
             raise ConfigError(f"two codebooks files are called {path.stem}; rename one, its stem is the method's name")
         books[path.stem] = path

@@ -24,8 +24,9 @@ def pareto_figure(table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | N
         own: methods to mark as pqlab's.
     """
     rows = table[table.kl > 0].sort_values(["token_bits", "kl"])
-    rows = rows.assign(place=_places(rows))
-    best = rows[rows.kl < rows.kl.shift().cummin().fillna(float("inf"))]
+    front = rows.kl < rows.kl.shift().cummin().fillna(float("inf"))
+    rows = rows.assign(place=_places(rows, front))
+    best = rows[front]
     sheet = Sheet()
     plot = sheet.plot(
         0,
@@ -54,12 +55,13 @@ def pareto_figure(table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | N
     return sheet.figure(theme, min_width=620, height=478, margin={"t": 58, "b": 90, "l": 70, "r": 110})
 
 
-def _places(rows: pd.DataFrame) -> list[str]:
-    """Where the names of the points go in a picture of some 820 by 330 pixels."""
+def _places(rows: pd.DataFrame, front: pd.Series) -> list[str]:
+    """Where the names of the points go in a picture of some 820 by 270 pixels."""
     bits, kl = rows.token_bits.to_numpy(float), np.log10(rows.kl.to_numpy(float))
     x = 820 * bits / max(bits.max(initial=0), 1)
-    y = 330 * (kl - kl.min(initial=0)) / max(np.ptp(np.append(kl, kl.min(initial=0))), 1)
-    return label_places(x.tolist(), y.tolist(), rows.method.tolist())
+    y = 270 * (kl - kl.min(initial=0)) / max(np.ptp(np.append(kl, kl.min(initial=0))), 1)
+    steps = np.stack([x, y], -1)[front.to_numpy()]
+    return label_places(x.tolist(), y.tolist(), rows.method.tolist(), steps.tolist())
 
 
 def corpora_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -253,6 +255,7 @@ def divergence_figure(
             legendgroup=method,
         )
         worst = part.nlargest(max(1, len(part) // 100), "kl")
+        worst = worst.sort_values("agree", ascending=False, kind="stable")  # the legend shows the first one's mark
         labels = [_label(names, position) for position in worst.position]
         sheet.add(
             plot,
