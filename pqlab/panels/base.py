@@ -131,7 +131,7 @@ class Panel(Stateful):
             heading = [widgets.HTML(f"<b>{html.escape(self.title)}</b>")] if self.title else []
             self._widget = widgets.VBox(
                 [*heading, row, self._text, self.view, self._status, *self.below()],
-                layout=widgets.Layout(width="100%", overflow="visible"),
+                layout=widgets.Layout(width="100%", overflow="auto hidden"),  # a table may be wider than the page
             )
             self._widget.add_class("pqlab-panel")
             with self.guarded(clears=False):

@@ -44,7 +44,7 @@ def number(
         slider = widgets.IntSlider(
             value=_on_grid(present, low, top, step), min=low, max=top, step=step, readout=False, layout=wide, **kept
         )
-    narrow = widgets.Layout(width="6em")
+    narrow = widgets.Layout(width="6em", flex="0 0 auto")  # on a narrow page the slider gives way
     entry = widgets.IntText(value=present, step=step, tooltip=tooltip or description, layout=narrow)
     guard = _Guard()
 
@@ -67,7 +67,8 @@ def number(
     panel.observe(follow, name)
     slider.add_class(f"pqlab-{name}")
     entry.add_class(f"pqlab-{name}-entry")
-    return widgets.HBox([slider, entry], layout=widgets.Layout(margin="0 1em 0 0", flex="0 0 auto"))
+    together = widgets.Layout(margin="0 1em 0 0", flex="0 0 auto", max_width="100%", overflow="visible")
+    return widgets.HBox([slider, entry], layout=together)
 
 
 def choice(
