@@ -73,3 +73,6 @@ def test_commands(make_model, tiny_tokenizer, monkeypatch, capsys):
     assert record["device"] == device_name("cpu")
     assert main(["bench", "texts", "--tokens", "600", "--windows", "99"]) == 2
     assert "not 99" in capsys.readouterr().out
+    for bench in ("texts", "calibration"):
+        assert main(["bench", bench, "--windows", "0"]) == 2
+        assert "0 windows of" in capsys.readouterr().out

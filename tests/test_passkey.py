@@ -128,6 +128,12 @@ def test_commands(make_model, tiny_tokenizer, monkeypatch, tmp_path, capsys):
     for name in ("passkey", "kv"):
         assert main(["bench", name, "--lengths", "10", *options]) == 2
         assert "length 10 is out of range" in capsys.readouterr().out
+        for wrong, said in (
+            (["--depths", "1.5"], "depth 1.5 is out of range"),
+            (["--trials", "0"], "0 trials; give at"),
+        ):
+            assert main(["bench", name, "--lengths", "450", *options, *wrong]) == 2
+            assert said in capsys.readouterr().out
         assert main(["bench", name, "--lengths", "450", "--json", *options]) == 0
         printed = capsys.readouterr().out
         record = json.loads(printed.strip().splitlines()[-1])

@@ -42,8 +42,12 @@ _COLUMNS = ["method", "window", "position", "coded", "exact_nll", "nll", "kl", "
 def text_windows(tokenizer, text: str, length: int, count: int, skip: int = 0) -> list[torch.Tensor]:
     """`count` windows of `length` tokens, one behind the other, after the first `skip` tokens: int64 [1, length].
 
-    Raises ValueError when the text is too short, with the count it allows.
+    Raises ValueError when the text is too short, with the count it allows, and when nothing is asked for.
     """
+    if count < 1 or length < 1 or skip < 0:
+        raise ValueError(
+            f"{count} windows of {length} tokens behind {skip} are nothing to measure; set at least 1 of 1"
+        )
     characters = (skip + count * length) * 12  # tokens of natural text are shorter
     ids = tokenizer(text[:characters], return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
     whole = (ids.shape[1] - skip) // length

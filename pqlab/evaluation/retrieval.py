@@ -87,9 +87,14 @@ def retrieve(
         DataFrame: method ("exact" first), length, depth, trial, key, found (bool), logp (of the answer, nats).
 
     Raises:
-        ValueError: a length that the text, the model or the question does not allow.
+        ValueError: a length that the text, the model or the question does not allow, depths outside of the text, or
+            nothing to try.
     """
     config = config or CacheConfig()
+    if not lengths or not depths or trials < 1:
+        raise ValueError(f"{len(lengths)} lengths, {len(depths)} depths and {trials} trials; give at least one of each")
+    if outside := [depth for depth in depths if not 0 <= depth <= 1]:
+        raise ValueError(f"depth {outside[0]} is out of range (0, the beginning of the text, to 1, its end)")
     haystacks = hide(random.Random(seed), lengths, depths, trials)
     longest = max(haystack.length for haystack in haystacks)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest

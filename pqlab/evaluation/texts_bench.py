@@ -72,6 +72,8 @@ def transfer(
         DataFrame: calibration, text, kl (nats), kl_error (over windows), change (of perplexity), agreement, and ratio:
         the KL over that of the same codebooks on the first text of `measured`.
     """
+    # says so when a text is too short, before the calibration takes its time
+    ids = {name: fidelity.text_windows(tokenizer, text, length, windows) for name, text in measured.items()}
     books = {}
     for name, text in calibration.items():
         options = {"num_tokens": num_tokens, "text_name": name, "progress": progress}
@@ -79,9 +81,8 @@ def transfer(
     books |= codebooks or {}
     methods = {name: from_codebooks(book.to(model.device)) for name, book in books.items()}
     parts = []
-    for name, text in measured.items():
-        ids = fidelity.text_windows(tokenizer, text, length, windows)
-        table = fidelity.summarize(fidelity.compare(model, ids, methods, config, progress=progress))
+    for name in measured:
+        table = fidelity.summarize(fidelity.compare(model, ids[name], methods, config, progress=progress))
         parts.append(table.assign(text=name).rename(columns={"method": "calibration"}))
     found = pd.concat(parts, ignore_index=True)
     first = found[found.text == next(iter(measured))].set_index("calibration").kl

@@ -219,7 +219,8 @@ class DecodeTimes:
         return 1e3 * statistics.median(self.plain) + self.flush() / page_size
 
     def error(self) -> float:
-        """Standard error in milliseconds: of the median, from the quartiles as if normal, or of the mean."""
+        """Standard error in milliseconds: of the median step, from the quartiles as if normal; where there are whole
+        pages, of the mean of all their steps, which a page that was disturbed makes larger."""
         if self.pages:
             steps = [step for page in self.pages for step in page]
             return 1e3 * statistics.stdev(steps) / len(steps) ** 0.5
