@@ -174,6 +174,9 @@ def test_wrong_budgets_are_refused_before_the_work(tiny, tiny_tokenizer):
     for budget in ({}, {"bits": 2, "kl": 0.1}):
         with pytest.raises(ConfigError, match="give one budget"):
             plan(None, None, "", **budget)
+    for budget in ({"bits": 0}, {"kl": 0.0}, {"kl": float("nan")}):
+        with pytest.raises(ConfigError, match="is no budget; give a number above 0"):
+            plan(None, None, "", **budget)
     with pytest.raises(ConfigError, match="choices = \\[3\\] are not of"):
         Planner(tiny, tiny_tokenizer, TEXT, choices=[3])
     with pytest.raises(ValueError, match="windows of 1024, not 4"):

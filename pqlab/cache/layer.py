@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..errors import KernelMissingError, UnsupportedModelError
-from ..kernels import ops
+from ..kernels import dispatch, ops
 from ..kernels.backend import EXACT, current_setting
 from ..kernels.reference import attend_dense, merge
 from ..paging.layout import read_pages
@@ -125,7 +125,7 @@ class PagedPQLayer(CacheLayerMixin):
                 f"exact attention over the dequantized cache is forbidden, and the model's {why}.",
                 'Use model.set_attn_implementation("pqlab"), or set PQLAB_BACKEND=auto (pqlab.use_backend("auto")).',
             )
-        ops.record("attention", "dequantize", why)
+        dispatch.record("attention", "dequantize", why)
         real = self.group.take_announced(self.columns, key_states.shape[2])
         return self._store_and_dequantize(key_states, value_states, real)
 
@@ -255,7 +255,7 @@ class PagedPQLayer(CacheLayerMixin):
         """The step of `attend` as another attention would compute it: over the whole K and V, dequantized."""
         if self.is_compileable:
             raise UnsupportedModelError('static mode reads codes; set mode="eager", or PQLAB_BACKEND to auto')
-        ops.record("attention", "dequantize", "forced")
+        dispatch.record("attention", "dequantize", "forced")
         start, steps = self.columns, keys.shape[2]
         if mask is None:
             mask = torch.ones(steps, start + steps, dtype=torch.bool, device=keys.device).tril(start)[None, None]

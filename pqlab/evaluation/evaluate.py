@@ -27,6 +27,7 @@ from ..errors import ConfigError
 from ..memory import MIB
 from ..models import fingerprint, load_text
 from ..models.defaults import CALIBRATION_TEXT
+from ..models.texts import members
 from ..quantization import Codebooks, attention_geometry
 from ..quantization.geometry import text_config
 from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
@@ -159,7 +160,8 @@ def evaluate(
     A method that cannot be made or that fails while it runs is a row of the table that says why, and the others go on.
 
     Raises:
-        ConfigError: an unknown name, or settings under which no token would ever be quantized or counted.
+        ConfigError: an unknown name, settings under which no token would ever be quantized or counted, or a text that
+            the methods are calibrated on.
         ValueError: the text is too short for the windows, or the exact model gives values that are not finite.
         FileNotFoundError: no such text.
     """
@@ -167,6 +169,11 @@ def evaluate(
     codebooks = dict(codebooks or {})
     chosen = list(dict.fromkeys(methods.default_names() if names is None else names))
     methods.check_names(chosen)
+    trained = [name for name in chosen if name.startswith(("pq-", "million-"))]
+    if trained and text in members(calibration):
+        raise ConfigError(
+            f"{trained[0]} is calibrated on {calibration}, and {text} would flatter it; choose another text"
+        )
     if taken := [name for name in codebooks if name in chosen]:
         raise ConfigError(f"{taken[0]} names a method and codebooks; give the codebooks another name")
     check_window(windows, length, prompt, skip, config, model)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,6 +263,9 @@ def _worst_layers(costs: pd.DataFrame, count: int) -> list[int]:
 def _check_budget(bits: float | None, kl: float | None) -> None:
     if (bits is None) == (kl is None):
         raise ConfigError("give one budget: bits= (per element) or kl= (nats)")
+    name, value = ("bits", bits) if kl is None else ("kl", kl)
+    if not 0 < value < inf:
+        raise ConfigError(f"{name} = {value} is no budget; give a number above 0")
 
 
 def _total(costs: pd.DataFrame, chosen: Mapping[tuple[int, str], int]) -> float:
@@ -319,13 +323,18 @@ def run(args: argparse.Namespace) -> int:
     if not args.bits and not args.kl:
         print("pqlab plan: give budgets: --bits 2.25 or --kl 0.002")
         return 2
+    budgets = [*(("bits", b) for b in args.bits), *(("kl", k) for k in args.kl)]
     try:
+        for name, budget in budgets:
+            _check_budget(**{"bits": None, "kl": None, name: budget})
+        if args.bits and min(args.bits) < min(args.choices):
+            raise ConfigError(f"bits = {min(args.bits):g} is below the smallest choice, {min(args.choices)}")
         args.out.mkdir(parents=True, exist_ok=True)
         config = CacheConfig(residual_length=args.residual, num_sinks=args.sinks)
         model, tokenizer = load_model(args.model, device=args.device)
         named = {"choices": args.choices, "config": config, "text_name": Path(args.text).name}
         planner = Planner(model, tokenizer, calibration_text(args.text), **named)
-        for name, budget in [*(("bits", b) for b in args.bits), *(("kl", k) for k in args.kl)]:
+        for name, budget in budgets:
             found = planner.plan(**{name: budget})
             path = args.out / f"plan-{name}-{budget:g}.safetensors"
             found.save(path)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import record, run, run_again, run_first
+from .dispatch import run, run_again, run_first
 
-__all__ = ["OPS", "append_", "decode", "encode", "encode_pages_", "record", "step_"]
+__all__ = ["OPS", "append_", "decode", "encode", "encode_pages_", "step_"]
 
 OPS = ("decode", "encode", "encode_pages_", "append_", "step_")
 
