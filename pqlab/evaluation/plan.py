@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,8 @@ class Plan:
 
     def __repr__(self) -> str:
         kl, error = (self.certificate[name] for name in ("kl", "kl_error"))
-        return f"Plan({self.bits:.3g} bits per element, KL {kl:.5f} +- {error:.5f} nats on {self.certificate['on']})"
+        around = "" if isnan(error) else f" +- {error:.5f}"  # one window has no error
+        return f"Plan({self.bits:.3g} bits per element, KL {kl:.5f}{around} nats on {self.certificate['on']})"
 
 
 def plan(
