@@ -147,7 +147,10 @@ def test_distributions_that_are_not_finite_are_an_error_not_a_gap(tiny):
         ({"prompt": 0}, "prompt = 0"),
         ({"skip": -1}, "skip = -1"),
         ({"names": ["pq-4"], "codebooks": {"pq-4": "x"}}, "give the codebooks another name"),
-        ({"names": ["kivi-4", "pq-4"], "text": "emma"}, "pq-4 is calibrated on mixed, and emma would flatter it"),
+        (
+            {"names": ["kivi-4", "pq-4"], "text": "emma"},
+            "calibration on mixed would flatter the result, since emma is evaluated on",
+        ),
     ],
 )
 def test_bad_settings_say_what_to_set(tiny, settings, message):

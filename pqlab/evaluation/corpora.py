@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..models import calibration_text, load_text, texts
 from ..models.defaults import CALIBRATION_TEXT
-from ..models.texts import MIXES, members
+from ..models.texts import MIXES, check_apart, members
 
 SYNTHETIC = "_synthetic"
 
@@ -89,11 +89,8 @@ class Corpus:
         check_name(self.name)
         if self.data is not None and not self.from_hub:
             raise ConfigError(f"{self.name} is read from no data folder; leave --data out")
-        if self.calibration and self.name in members(self.calibration):
-            raise ConfigError(
-                f"calibration on {self.calibration} would flatter the result, since {self.name} is evaluated on; "
-                "choose another text"
-            )
+        if self.calibration:
+            check_apart(self.name, self.calibration)
         if self.calibration and self.calibration not in MIXES and not _is_text(self.calibration):
             raise ConfigError(f"there is no text {self.calibration}; shipped are {', '.join((*texts(), *MIXES))}")
 

@@ -27,7 +27,7 @@ from ..errors import ConfigError
 from ..memory import MIB
 from ..models import fingerprint, load_text
 from ..models.defaults import CALIBRATION_TEXT
-from ..models.texts import members
+from ..models.texts import check_apart
 from ..quantization import Codebooks, attention_geometry
 from ..quantization.geometry import text_config
 from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
@@ -169,11 +169,8 @@ def evaluate(
     codebooks = dict(codebooks or {})
     chosen = list(dict.fromkeys(methods.default_names() if names is None else names))
     methods.check_names(chosen)
-    trained = [name for name in chosen if name.startswith(("pq-", "million-"))]
-    if trained and text in members(calibration):
-        raise ConfigError(
-            f"{trained[0]} is calibrated on {calibration}, and {text} would flatter it; choose another text"
-        )
+    if any(name.startswith(("pq-", "million-")) for name in chosen):
+        check_apart(text, calibration)
     if taken := [name for name in codebooks if name in chosen]:
         raise ConfigError(f"{taken[0]} names a method and codebooks; give the codebooks another name")
     check_window(windows, length, prompt, skip, config, model)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ..errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Text:
@@ -54,6 +56,15 @@ def texts() -> dict[str, Text]:
 def members(name: str | Path) -> tuple[str | Path, ...]:
     """The names of a mix's texts; any other name alone."""
     return MIXES.get(name, (name,))
+
+
+def check_apart(measured: str | Path, calibration: str | Path) -> None:
+    """Raise `ConfigError` for a text that is measured on and calibrated on."""
+    if measured in members(calibration):
+        raise ConfigError(
+            f"calibration on {calibration} would flatter the result, since {measured} is evaluated on; "
+            "choose another text"
+        )
 
 
 def calibration_text(name: str | Path) -> str | list[str]:
