@@ -323,6 +323,13 @@ def test_quick_passes_on_the_real_model(default_model, all_threads, capsys):
     assert time.perf_counter() - begin < 120  # 20 s on two idle cores; a minute is promised
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_model_of_random_weights_is_checked_too(capsys):
+    code, said = run(capsys, "--phase3", "-f", "debug-model")
+    assert code == 0, said
+    assert "M parameters of random weights" in said and "[SUCCESS] quantized cache runs fused" in said
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_a_wrong_kernel_shows_in_the_real_model_and_the_comparison(default_model, all_threads, register, capsys):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +22,7 @@ from pqlab.model_runs import attention
 from pqlab.presets import Preset
 from pqlab.transformers_api import cache_argument
 from pqlab.tune import Measurement, Search, Setting, Space, Workload, command
-from pqlab.tune.choice import choose, finalists, not_beaten, with_times
+from pqlab.tune.choice import choose, finalists, not_beaten, price, with_times
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).parents[1]
@@ -124,6 +126,20 @@ def test_what_may_be_the_best_comes_into_the_last_round():
         finalists(frame, max_kl=0.001)
     alike = timings((1.0, 0.0, 0.5), (1.0, 0.0, 0.5))
     assert len(not_beaten(alike)) == 2, "neither beats the other"
+
+
+def test_without_a_divergence_bytes_are_the_price():
+    frame = timings((10.0, 0.1, nan), (12.0, 0.1, nan), (13.0, 0.1, nan)).assign(bytes=[900, 100, 500])
+    assert price(frame) == "bytes" and list(not_beaten(frame).index) == [0, 1] and choose(frame).name in (0, 1)
+    with pytest.raises(ConfigError, match="no KL is measured of random weights"):
+        choose(frame, max_kl=0.1)
+    found = Search(
+        lambda setting: replace(measure(setting), kl=nan), SPACE, {}, seed=1, needed=needed, say=(said := []).append
+    )
+    found.run(trials=8)
+    front = found.front()
+    assert front.bytes.is_monotonic_decreasing and len(front) > 1, "the faster, the larger"
+    assert not any("KL" in line for line in said)
 
 
 def test_the_picture_shows_the_times_that_decided():
@@ -347,6 +363,20 @@ def test_the_command(folder, tmp_path, capsys):
     assert "no setting was measured" in capsys.readouterr().out
     assert cli.main([*typed, "--context", "300"]) == 2
     assert "context 400 there, 300 here" in capsys.readouterr().out
+
+
+def test_random_weights_are_weighed_by_time_and_bytes(tmp_path, capsys):
+    typed = ["tune", "-f", "debug-model", "--context", "200", "--positions", "16", "--trials", "2", "--device", "cpu",
+             "--page-size", "16", "--residual", "32", "64", "-M", "16", "--nbits", "8", "--policy", "lifo",
+             "--storage", str(tmp_path / "t.journal"), "--out", str(tmp_path), "--json"]  # fmt: skip
+    assert cli.main(typed) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["kl"] for row in result["settings"]] == [None, None] and result["about"]["weights"] == "random"
+    preset = Preset.load(tmp_path / "tune-pqlab.json")
+    assert preset.measured["kl"] is None and preset.measured["milliseconds"] > 0
+    assert "MiB of the cache" in (tmp_path / "tune-pqlab.html").read_text()
+    assert cli.main([*typed, "--max-kl", "0.1"]) == 2
+    assert "random weights do not have" in capsys.readouterr().out
 
 
 def test_the_last_round_decides(folder, tmp_path, capsys, monkeypatch):

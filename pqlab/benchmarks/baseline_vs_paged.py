@@ -21,7 +21,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..evaluation.fidelity import text_windows
 from ..memory import MIB
 from ..models import default_codebooks, load_text
-from ..models.named import find_model, names
+from ..models.arguments import add_model_arguments, load
 from ..quantization import Codebooks
 from ..results.provenance import commit, device_name, today, versions
 from .generation import time_generation
@@ -96,16 +96,13 @@ def beside_exact(frame: pd.DataFrame) -> pd.DataFrame:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-f", "--model", default="default", help=f"{', '.join(names())}, a hub id or a folder")
-    add("--random-weights", action="store_true", help="random weights of the model's shape, and random codebooks")
+    add_model_arguments(parser)
     add("--context", nargs="+", type=int, default=list(CONTEXTS), help="tokens of the prompts")
     add("--text", default="pride", help="name of a shipped text, or a file")
     add("--batch", type=int, default=1, help="rows")
     add("--new-tokens", type=int, default=32, help="generated tokens")
     add("--page-size", type=int, default=CacheConfig().page_size, help="tokens of a page")
     add("--residual", type=int, default=CacheConfig().residual_length, help="exact newest tokens")
-    add("--half", action="store_true", help="fp16")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", action="store_true", help="print one JSON object, on the last line")
 
 
@@ -113,8 +110,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; the exit status."""
     try:
         config = CacheConfig(page_size=args.page_size, residual_length=args.residual)
-        found = find_model(args.model, random=args.random_weights)
-        model, tokenizer = found.load(torch.float16 if args.half else torch.float32, args.device, 0)
+        found, model, tokenizer = load(args)
         books = Codebooks.random(model, config=PQConfig(), maps=True) if found.random else None
         options = {"text": args.text, "batch": args.batch, "new_tokens": args.new_tokens}
         frame = baseline_vs_paged(model, tokenizer, args.context, codebooks=books, config=config, **options)

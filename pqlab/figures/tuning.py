@@ -6,15 +6,23 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..memory import readable_bytes
+from ..memory import MIB, readable_bytes
 from .sheet import Sheet
 from .theme import AMOUNTS, GREY, PAGED, VERMILLION, Theme, sequence_colour, sequence_mark
 
 _LOWEST = 1e-7  # nats that a logarithmic axis still shows
+_HEIGHTS = {"kl": lambda frame: frame.kl.clip(lower=_LOWEST), "bytes": lambda frame: frame.bytes / MIB}
+_AXES = {
+    "kl": {"title": {"text": "KL to exact, nats"}, "type": "log", "exponentformat": "power"},
+    "bytes": {"title": {"text": "MiB of the cache"}, "rangemode": "tozero"},
+}
+_SAID = {"kl": ", KL %{y:.2g} nats", "bytes": ""}  # the text of a point tells its bytes
 
 
-def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme | None = "light") -> go.Figure:
-    """Milliseconds a token against KL, a point a setting; the line joins those that no other beats in both.
+def tuning_figure(
+    frame: pd.DataFrame, chosen: int | None = None, theme: Theme | None = "light", *, against: str = "kl"
+) -> go.Figure:
+    """Milliseconds a token against KL (or bytes), a point a setting; the line joins those that no other beats in both.
 
     Colour is the page size, a square a setting of the report's grid, a circle one that the sampler proposed.
 
@@ -22,17 +30,19 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
         frame: `Search.frame`: page_size, residual_length, M, nbits, policy, milliseconds, milliseconds_error, kl,
             bytes, grid, best, number; with `again` (`tune.choice.with_times`), what was not timed again is paler.
         chosen: number of the trial to mark.
+        against: "kl", or "bytes" where no KL was measured.
     """
-    sheet = Sheet()
+    sheet, heights = Sheet(), _HEIGHTS[against](frame)
+    axis = _AXES[against]
     plot = sheet.plot(
         0,
         0,
         "left and low is better",
         x={"title": {"text": "ms a token"}},
-        y={"title": {"text": "KL to exact, nats"}, "type": "log", "exponentformat": "power"},
+        y=axis,
     )
     front = frame[frame.best].sort_values("milliseconds")
-    sheet.front(plot, front.milliseconds, front.kl.clip(lower=_LOWEST))
+    sheet.front(plot, front.milliseconds, heights[front.index])
     sizes = sorted(frame.page_size.unique())
     for grid, name, symbol in ((True, "the report's grid", "square"), (False, "proposed by Optuna", "circle")):
         part = frame[frame.grid.astype(bool) == grid]
@@ -40,7 +50,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
             plot,
             "scatter",
             x=part.milliseconds,
-            y=part.kl.clip(lower=_LOWEST),
+            y=heights[part.index],
             error_x={"type": "data", "array": part.milliseconds_error, "thickness": 1, "width": 2, "color": GREY},
             mode="markers",
             marker={
@@ -62,7 +72,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
             },
             text=[_said(row) for row in part.itertuples()],
             name=name,
-            hovertemplate="%{text}<br>%{x:.2f} ms, KL %{y:.2g} nats<extra></extra>",
+            hovertemplate=f"%{{text}}<br>%{{x:.2f}} ms{_SAID[against]}<extra></extra>",
         )
     mark = frame[frame.number == chosen]
     if len(mark):
@@ -70,7 +80,7 @@ def tuning_figure(frame: pd.DataFrame, chosen: int | None = None, theme: Theme |
             plot,
             "scatter",
             x=mark.milliseconds,
-            y=mark.kl.clip(lower=_LOWEST),
+            y=heights[mark.index],
             mode="markers+text",
             text=[f"page {row.page_size}, R {row.residual_length}" for row in mark.itertuples()],
             textposition="top center",

@@ -11,6 +11,7 @@ from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..evaluation import corpora
 from ..evaluation.longbench.tasks import TASKS
 from ..models import named
+from ..models.arguments import add_model_arguments
 from ..models.hub import offline_unless_hub_answers
 from ..models.load import check_device
 from .job import Job
@@ -24,8 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     default = Settings(())
     add = parser.add_argument
     add("-p", "--pipeline", nargs="+", required=True, metavar="STAGE", help=f"stages: {' '.join(STAGES)}")
-    add("-f", "--model", default=default.model, help=f"{', '.join(named.names())}, a hub id or a folder")
-    add("--random-weights", action="store_true", help="random weights of the model's shape: time and memory only")
+    add_model_arguments(parser)
     add("--dataset", default=default.dataset, help=f"{', '.join(corpora.names())}, a text file, {LONGBENCH}, or of its "
         f"tasks: {', '.join(TASKS)}")  # fmt: skip
     add("--data", type=Path, help="folder with a data set's files, instead of the hub")
@@ -35,7 +35,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-M", type=int, help="subspaces, 16 to 128 (default: 64, or half of a head size below 128)")
     add("--nbits", type=int, default=default.nbits, help="bits of a code, 4 to 8")
     add("-m", "--merged", action="store_true", help="one codebook a side for all layers and heads")
-    add("--half", action="store_true", help="fp16")
     add("--paged", action="store_true", help="the paged cache (default: contiguous PQ, without fused kernels)")
     add("--page_size", type=int, default=default.page_size, help="tokens of a page, 16 to 512")
     add("--extended_residual", type=int, default=default.extended_residual, help="exact newest tokens, 32 to 1024")
@@ -49,7 +48,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=default.samples, help="tokens that codebooks are trained on")
     add("--examples", type=int, help="of each LongBench task (default: all)")
     add("--codebooks", type=Path, help="evaluate this file instead of trained codebooks")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=default.seed)
     add("--out", type=Path, default=Path("pqlab-run"), help="folder for results.jsonl, samples and codebooks")
     add("--force", action="store_true", help="start over, and replace samples and codebooks that are there")
@@ -99,8 +97,7 @@ def _job(args: argparse.Namespace) -> Job:
     )
     check_order(settings.stages)
     corpus = _corpus(settings)
-    if settings.device != "cpu":
-        check_device(settings.device)
+    check_device(settings.device)
     found = named.find_model(settings.model, random=settings.random_weights)
     check(settings, found.config, found.random)
     job = Job(settings, found, corpus, args.out, args.force)

@@ -12,6 +12,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..models.arguments import add_model_name
 from . import backends, compare, environment, integration, pages, performance
 from .session import Console, Disagreement, Phase, Result, Session, expect, run_phases, verdict
 
@@ -40,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{phase.name}", action="store_true", help=f"only: {phase.title}")
     parser.add_argument("--debug", metavar="NAME", help="write every detail to NAME.log")
     parser.add_argument("--seed", type=int, help="the seed of an earlier run, to see it again; default: a new one")
-    parser.add_argument("--model", default="default", help="for phase 3 and after: an embedded model, folder or hub id")
+    add_model_name(parser)
 
 
 def chosen_phases(args: argparse.Namespace) -> list[Phase]:
@@ -62,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
                 print(f"pqlab check: the log cannot be written ({error}); give --debug another name", file=sys.stderr)
                 return 2
         console = Console(log)
-        session = Session(console, seed=seed, full=args.full, model_name=args.model)
+        session = Session(console, seed=seed, full=args.full, model=args.model, random_weights=args.random_weights)
         results = run_phases(chosen_phases(args), session)
         return verdict(results, session)

@@ -23,6 +23,7 @@ from ..errors import PQCacheError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..models.named import FoundModel
     from ..quantization import Codebooks
 
 DETAILS = logging.getLogger("pqlab.check")
@@ -109,11 +110,13 @@ class Console:
 class Session:
     """What the checks of one run share: the seed, the amount, the device, the model (loaded when first asked for)."""
 
-    def __init__(self, console: Console, *, seed: int, full: bool = False, model_name: str = "default") -> None:
+    def __init__(
+        self, console: Console, *, seed: int, full: bool = False, model: str = "default", random_weights: bool = False
+    ) -> None:
         self.console = console
         self.seed = seed
         self.full = full
-        self.model_name = model_name
+        self.model, self.random_weights = model, random_weights
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def amount(self, quick: int, full: int) -> int:
@@ -130,20 +133,28 @@ class Session:
         return zlib.crc32(f"{self.seed} {name}".encode())  # 32 bits: torch's CPU generator takes no more
 
     @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        from ..models import load_model
+    def found(self) -> FoundModel:
+        from ..models.named import find_model
 
+        return find_model(self.model, random=self.random_weights)
+
+    @cached_property
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         begin = time.perf_counter()
-        model, tokenizer = load_model(self.model_name, device=self.device, progress=False)
+        model, tokenizer = self.found.load(torch.float32, self.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         took = time.perf_counter() - begin
-        self.console.info(f"model {self.model_name}: {size / 1e6:,.0f} M parameters on {self.device}, {took:.1f} s")
+        kind = " of random weights" * self.found.random
+        self.console.info(f"model {self.model}: {size / 1e6:,.0f} M parameters{kind} on {self.device}, {took:.1f} s")
         return model, tokenizer
 
     @cached_property
     def codebooks(self) -> Codebooks:
         from ..models import default_codebooks, default_codebooks_path
+        from ..quantization import Codebooks
 
+        if self.found.random:
+            return Codebooks.random(self.loaded[0], maps=True)
         begin = time.perf_counter()
         if not default_codebooks_path(self.loaded[0]).exists():
             self.console.info("codebooks: none for this model yet, calibrating them once; this takes minutes on a CPU")

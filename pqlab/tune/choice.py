@@ -1,5 +1,7 @@
 """Which settings of a search come into its last round, and which of them is taken.
 
+Time is weighed against divergence, or against bytes where no divergence could be measured (random weights).
+
 First timings lie minutes apart, and in minutes a machine's speed drifts by more than settings differ. So the settings
 that may be the best are timed again, all of them in turns (`Workload.in_turns`), and one is taken by these times.
 """
@@ -24,16 +26,21 @@ _SURE = 2.0
 """Errors of both timings that lie between two settings of which one is surely the faster."""
 
 
+def price(frame: pd.DataFrame) -> str:
+    """The column that time is weighed against: "kl", or "bytes" where no KL was measured."""
+    return "kl" if frame.kl.notna().all() else "bytes"
+
+
 def not_beaten(frame: pd.DataFrame, sure: float = 0.0) -> pd.DataFrame:
-    """Rows that no other row beats in time and KL, the fastest first.
+    """Rows that no other row beats in time and price, the fastest first.
 
     Args:
-        frame: milliseconds, milliseconds_error, kl.
+        frame: milliseconds, milliseconds_error, and kl or bytes.
         sure: errors of both timings by which a row has to be faster to beat another.
     """
-    time, error, kl = (frame[name].to_numpy(float) for name in ("milliseconds", "milliseconds_error", "kl"))
+    time, error, paid = (frame[name].to_numpy(float) for name in ("milliseconds", "milliseconds_error", price(frame)))
     later = time[:, None] - time[None] - sure * (error[:, None] + error[None])  # of the row, behind that of the column
-    worse = kl[:, None] - kl[None]
+    worse = paid[:, None] - paid[None]
     beaten = (later >= 0) & (worse >= 0) & ((later > 0) | (worse > 0))
     return frame[~beaten.any(1)].sort_values("milliseconds")
 
@@ -82,13 +89,13 @@ def with_times(frame: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
 def choose(frame: pd.DataFrame, max_kl: float | None = None, scale: pd.DataFrame | None = None) -> pd.Series:
     """The fastest row whose KL is at most `max_kl`; without a limit, the one nearest to the best of both.
 
-    Nearest: time, and the logarithm of KL, as shares of the ranges of what is not beaten; the smallest sum.
+    Nearest: time, and the logarithm of KL (or bytes), as shares of the ranges of what is not beaten; the smallest sum.
 
     Args:
         scale: rows whose ranges these are, where `frame` is only a part of them; None takes `frame`.
 
     Raises:
-        ConfigError: no row reaches `max_kl`.
+        ConfigError: no row reaches `max_kl`, or no KL was measured.
     """
     found = _allowed(not_beaten(frame), max_kl)
     if max_kl is not None:
@@ -99,6 +106,8 @@ def choose(frame: pd.DataFrame, max_kl: float | None = None, scale: pd.DataFrame
 def _allowed(rows: pd.DataFrame, max_kl: float | None) -> pd.DataFrame:
     if max_kl is None:
         return rows
+    if price(rows) != "kl":
+        raise ConfigError("no KL is measured of random weights; leave out the limit of KL, or take real weights")
     good = rows[rows.kl <= max_kl]
     if not len(good):
         raise ConfigError(f"no setting reaches KL {max_kl:g}; the best is {rows.kl.min():.2g}: allow that, or more "
@@ -108,5 +117,6 @@ def _allowed(rows: pd.DataFrame, max_kl: float | None) -> pd.DataFrame:
 
 def _score(rows: pd.DataFrame, scale: pd.DataFrame) -> pd.Series:
     """Of every row, smaller is better; only differences mean something."""
-    time, kl = (lambda frame: frame.milliseconds), (lambda frame: np.log(frame.kl.clip(lower=1e-9)))
-    return sum(of(rows) / ((of(scale).max() - of(scale).min()) or 1.0) for of in (time, kl))
+    paid = price(scale)
+    of_each = (lambda frame: frame.milliseconds), (lambda frame: np.log(frame[paid].clip(lower=1e-9)))
+    return sum(of(rows) / ((of(scale).max() - of(scale).min()) or 1.0) for of in of_each)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from math import isnan
 from pathlib import Path
 
 import pandas as pd
 
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..memory import readable_bytes
+from ..models.arguments import add_model_arguments, load
 from ..models.defaults import CALIBRATION_TEXT
-from .choice import choose, timed_again, with_times
+from .choice import choose, price, timed_again, with_times
 from .space import Setting, Space
 from .storage import need_optuna
 from .study import Search
@@ -28,15 +30,15 @@ counted in; bytes from the layout. Settings above --memory are told to the sampl
 passed over; neither counts as a trial. Codebooks for a new M and nbits are calibrated once (minutes) and kept.
 The same command goes on where it was stopped. Several processes, or machines of one kind, may share a --storage.
 First timings lie minutes apart, and processes on one machine take each other's cores: at the end the settings that may
-be the best are timed again, all in turns, and one is chosen by that (have the last process run alone)."""
+be the best are timed again, all in turns, and one is chosen by that (have the last process run alone).
+With --random-weights there is no KL to speak of: codebooks are random, and time is weighed against bytes."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = f"{parser.description or ''}.\n\n{HELP}"
     add = parser.add_argument
-    add("--model", default="default", help="as pqlab.load_model takes it")
-    add("--device", default="cpu", help="cpu or cuda")
+    add_model_arguments(parser)
     add("--text", default="pride", help="name of a shipped text or path of a file")
     add("--calibration", default=CALIBRATION_TEXT, help="text that codebooks are made on")
     add("--context", type=int, default=CONTEXT, help="tokens of the prompt")
@@ -92,16 +94,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Workload, Search]:
-    from ..models import load_model, load_text
+    from ..models import load_text
 
-    model, tokenizer = load_model(args.model, device=args.device)
+    found, model, tokenizer = load(args)
+    if found.random and args.max_kl is not None:
+        raise ConfigError("--max-kl asks for what random weights do not have; leave it out, or take real weights")
     space = Space.of(
         model, page_size=args.page_size, residual_length=args.residual, M=args.M, nbits=args.nbits, policy=args.policy
     )
     print(f"{space.size} settings; the prompt of {args.context} tokens is run once", flush=True)
     workload = Workload(
         model, tokenizer, load_text(args.text), context=args.context, positions=args.positions,
-        calibration=args.calibration, progress=True,
+        calibration=args.calibration, random_weights=found.random, progress=True,
     )  # fmt: skip
     search = Search(
         workload.measure, space, workload.about(), storage=args.storage, name=args.study, memory=args.memory,
@@ -137,7 +141,9 @@ def _finish(args: argparse.Namespace, workload: Workload, search: Search, finali
 
 def _plain(value):
     value = value.item() if hasattr(value, "item") else value
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return None if isnan(value) else float(f"{value:.6g}")
+    return value
 
 
 def _draw(args: argparse.Namespace, search: Search, frame: pd.DataFrame, number: int) -> None:
@@ -150,7 +156,8 @@ def _draw(args: argparse.Namespace, search: Search, frame: pd.DataFrame, number:
     about = {key: value for key, value in search.study.user_attrs["about"].items() if key != "space"}
     shown = frame.drop(columns=["seconds", "worker"]).sort_values("milliseconds")
     path = args.out / f"tune-{args.study}.html"
-    write_figure(tuning_figure(frame, number), path, f"Settings of {args.model}", shown, settings=about)
+    figure = tuning_figure(frame, number, against=price(frame))
+    write_figure(figure, path, f"Settings of {args.model}", shown, settings=about)
     print(f"{path}: the picture")
 
 
@@ -165,7 +172,7 @@ def render(rows: pd.DataFrame) -> str:
             "policy": rows.policy,
             "ms a token": rows.milliseconds.map("{:.2f}".format),
             "+-": rows.milliseconds_error.map("{:.2f}".format),
-            "KL": rows.kl.map("{:.5f}".format),
+            "KL": rows.kl.map("{:.5f}".format).replace("nan", "-"),
             "cache": rows.bytes.map(readable_bytes),
             "grid": rows.grid.map(lambda grid: "report" if grid else ""),
         }

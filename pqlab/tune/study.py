@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ class Search:
 
     def frame(self) -> pd.DataFrame:
         """One row a measured setting: number, grid, its fields, those of `Measurement`, seconds, worker, best (on the
-        front of settings that no other beats in time and KL)."""
+        front of settings that no other beats in time and KL, or bytes where there is no KL)."""
         from optuna.trial import TrialState
 
         best = {trial.number for trial in self.study.best_trials} if self._measured() else set()
@@ -178,11 +179,12 @@ class Search:
             raise
         trial.set_user_attr("measured", asdict(found))
         count = len(self._measured()) + 1
+        kl = "" if isnan(found.kl) else f"KL {found.kl:.5f}, "
         self.say(
             f"[{count}/{self._wanted}] {setting}: {found.milliseconds:.2f} +- {found.milliseconds_error:.2f} ms, "
-            f"KL {found.kl:.5f}, {readable_bytes(found.bytes)} ({time.perf_counter() - begin:.1f} s)"
+            f"{kl}{readable_bytes(found.bytes)} ({time.perf_counter() - begin:.1f} s)"
         )
-        return found.milliseconds, found.kl
+        return found.milliseconds, found.bytes if isnan(found.kl) else found.kl
 
     def _skip(self, trial: optuna.Trial, why: str) -> None:
         trial.set_user_attr("why", why)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ PLAIN = 6
 class Measurement:
     """What a setting costs: milliseconds a token with its error, KL to the exact cache (nats), and bytes of the cache.
 
-    `milliseconds` is a plain step and the flush of a page, shared by its tokens.
+    `milliseconds` is a plain step and the flush of a page, shared by its tokens. `kl` is NaN where the model's weights
+    are random.
     """
 
     milliseconds: float
@@ -59,6 +61,7 @@ class Workload:
         positions: tokens behind it that the KL is a mean of.
         rounds: caches that are made and timed for a setting.
         calibration: text for the codebooks, which are made once for each M and nbits and kept (`default_codebooks`).
+        random_weights: the model's; then codebooks are random, too, and no KL is measured, since it means nothing.
 
     Raises:
         ValueError: the text is too short. ConfigError: the model's context is.
@@ -74,6 +77,7 @@ class Workload:
         positions: int = POSITIONS,
         rounds: int = ROUNDS,
         calibration: str | None = None,
+        random_weights: bool = False,
         progress: bool = False,
     ) -> None:
         limit = ModelShape.from_config(model).max_context
@@ -81,7 +85,7 @@ class Workload:
             raise ConfigError(f"context = {context} and {positions} positions are more than the model's {limit}; set "
                               f"context to at most {limit - positions}")  # fmt: skip
         self.model, self.tokenizer, self.context, self.rounds = model, tokenizer, context, rounds
-        self.positions, self.progress = positions, progress
+        self.positions, self.random_weights, self.progress = positions, random_weights, progress
         self._calibration = {} if calibration is None else {"text": calibration}
         self._shape = ModelShape.from_config(model)
         self._text = sha256(text.encode()).hexdigest()[:16]
@@ -98,6 +102,7 @@ class Workload:
             "text": self._text,
             "context": self.context,
             "positions": self.positions,
+            **({"weights": "random"} if self.random_weights else {}),
             "device": device_name(self.model.device),
             "threads": torch.get_num_threads() if self.model.device.type == "cpu" else 0,
         }
@@ -105,9 +110,12 @@ class Workload:
     def codebooks(self, setting: Setting) -> Codebooks:
         key = setting.M, setting.nbits
         if key not in self._books:
-            made = default_codebooks(
-                self.model, self.tokenizer, setting.pq(), progress=self.progress, **self._calibration
-            )
+            if self.random_weights:
+                made = Codebooks.random(self.model, config=setting.pq(), maps=True)
+            else:
+                made = default_codebooks(
+                    self.model, self.tokenizer, setting.pq(), progress=self.progress, **self._calibration
+                )
             self._books[key] = made.to(self.model.device)
         return self._books[key]
 
@@ -118,6 +126,9 @@ class Workload:
         return cost.reserved_bytes + cost.constant_bytes
 
     def kl(self, setting: Setting) -> float:
+        """Nats, mean over the positions; NaN where weights are random."""
+        if self.random_weights:
+            return nan
         frame = self.text.frame(from_codebooks(self.codebooks(setting)), setting.cache())
         return float(frame.kl.mean())
 
