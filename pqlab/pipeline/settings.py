@@ -13,6 +13,7 @@ from ..evaluation.evaluate import check_window
 from ..evaluation.longbench.tasks import TASKS
 from ..quantization import attention_geometry, merged_head_dim
 from ..quantization.geometry import text_config
+from ..quantization.samples import NUM_TOKENS
 
 LONGBENCH = "longbench"
 
@@ -53,7 +54,7 @@ class Settings:
     length: int = 2048
     context: int = 1024
     new_tokens: int = 64
-    samples: int = 8192
+    samples: int = NUM_TOKENS
     examples: int | None = None
     codebooks: Path | None = None
     breakdown: bool = False

@@ -194,7 +194,7 @@ def train(
     codecs: dict[tuple[int, str], PQCodec] = {}
     for key, members in batches.items():
         m, num_centroids, *_ = key
-        vectors, weights, directions = [], [], []
+        weights, directions = [], []
         for i, side in members:
             x, seen = parts[side][i].to(device).float(), samples.sensitivity.get(i)  # [H, n, d]
             if not x.isfinite().all():
@@ -207,15 +207,14 @@ def train(
                 else:
                     forward, backward = alike(x, forward, backward, m)
                 directions.append((forward, backward))
-                x = x @ to_float(forward)
             both = seen.weights() if weighted and seen else None
-            vectors.append(x)
             weights.append(torch.ones_like(x[..., 0]) if both is None else both[SIDES.index(side)].to(device))
+        sides = [parts[side][i] for i, side in members]
         books = product_kmeans(
-            _gather(vectors, sharers[key]),
+            _Shared(sides, [forward for forward, _ in directions], sharers[key], device),
             m,
             num_centroids,
-            weights=_gather([w[..., None] for w in weights], sharers[key])[..., 0],
+            weights=_Shared([w[..., None] for w in weights], [], sharers[key], device)[:][..., 0],
             iterations=iterations,
             seed=seed,
             progress=lambda part, _, before=done: report(STAGES[2], before + part, total),
@@ -224,7 +223,7 @@ def train(
         books = to_half(books)
         number = {head: g for g, group in enumerate(sharers[key]) for head in group}
         for j, member in enumerate(members):
-            heads, first = len(vectors[j]), number[j, 0]
+            heads, first = len(sides[j]), number[j, 0]
             own = scope == "head"
             centroids = books[first : first + heads].clone() if own else books[first].expand(heads, -1, -1, -1)
             codecs[member] = PQCodec(centroids, *(directions[j] if maps else ())).half()
@@ -240,15 +239,38 @@ def _sharers(heads: Sequence[int], scope: str) -> list[list[tuple[int, int]]]:
     return [together] if scope == "model" else [[head] for head in together]
 
 
-def _gather(parts: Sequence[Tensor], groups: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    """[G, n', d]: the samples of every group from parts [H, n, d]; many sharers give evenly spread ones of each."""
-    n = parts[0].shape[1]
-    count = min(n, max(1, MERGED_VECTORS // len(groups[0])))
-    chosen = torch.arange(count, device=parts[0].device) * n // count
-    every = count == n
-    return torch.stack(
-        [torch.cat([parts[j][h] if every else parts[j][h, chosen] for j, h in group]) for group in groups]
-    )
+class _Shared:
+    """Samples of the groups that share a codebook, `kmeans.Groups`: taken of members [H, n, d], mapped, some at a time.
+
+    Args:
+        maps: [H, d, d] of every member, or empty.
+        groups: of `_sharers`; many sharers give evenly spread samples of each.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Tensor],
+        maps: Sequence[Tensor],
+        groups: Sequence[Sequence[tuple[int, int]]],
+        device: torch.device,
+    ) -> None:
+        self.members, self.maps, self.groups, self.device = members, maps, groups, device
+        _, self.every, d = members[0].shape
+        self.count = min(self.every, max(1, MERGED_VECTORS // len(groups[0])))  # of a sharer
+        self.shape = (len(groups), self.count * len(groups[0]), d)
+        self._at, self._mapped = -1, torch.empty(0)  # the member that was looked at last
+
+    def __getitem__(self, groups: slice) -> Tensor:
+        return torch.stack([torch.cat([self._of(*sharer) for sharer in group]) for group in self.groups[groups]])
+
+    def _of(self, member: int, head: int) -> Tensor:
+        if member != self._at:
+            x = self.members[member].to(self.device).float()
+            self._at, self._mapped = member, x @ to_float(self.maps[member]) if self.maps else x
+        if self.count == self.every:
+            return self._mapped[head]
+        chosen = torch.arange(self.count, device=self.device) * self.every // self.count
+        return self._mapped[head, chosen]
 
 
 @contextmanager

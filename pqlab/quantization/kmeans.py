@@ -11,8 +11,8 @@ centroids in the wrong places (a quarter of the distortion at 256 centroids in 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,8 +32,17 @@ _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}  # of the samples that are train
 _RELOCATE_CODEBOOKS = {"cpu": 16, "cuda": 1024}  # at once: each needs a C x C matrix of distances
 
 
+class Groups(Protocol):
+    """Samples [G, n, d] that are made when they are asked for, some groups at a time: all may not fit into memory."""
+
+    shape: Sequence[int]
+    device: torch.device
+
+    def __getitem__(self, groups: slice) -> Tensor: ...
+
+
 def product_kmeans(
-    x: Tensor,
+    x: Tensor | Groups,
     num_subspaces: int,
     num_centroids: int,
     *,
@@ -48,7 +57,8 @@ def product_kmeans(
     error (the rest of the centroids repeat samples).
 
     Args:
-        x: [G, n, d] samples, any floating dtype; G is any grouping, e.g. (layer, kv head).
+        x: [G, n, d] samples, any floating dtype; G is any grouping, e.g. (layer, kv head). Every group is asked for
+            once, in order.
         num_subspaces: M, divides d.
         num_centroids: C, 1 to 256.
         weights: [G, n], positive: what the squared error of a sample counts; None: all count the same.
@@ -60,7 +70,7 @@ def product_kmeans(
     Raises:
         ValueError: sizes that do not fit, no samples, or samples that are not finite.
     """
-    if x.dim() != 3 or x.shape[1] == 0:
+    if len(x.shape) != 3 or x.shape[1] == 0:
         raise ValueError(f"samples must be [groups, n > 0, d], got {list(x.shape)}")
     groups, n, d = x.shape
     if num_subspaces < 1 or d % num_subspaces:
@@ -69,7 +79,7 @@ def product_kmeans(
         raise ValueError(f"num_centroids must be 1 to 256 (a code has 8 bits), got {num_centroids}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if weights is not None and (weights.shape != x.shape[:2] or not bool((weights > 0).all())):
+    if weights is not None and (tuple(weights.shape) != (groups, n) or not bool((weights > 0).all())):
         raise ValueError(f"weights must be positive and {[groups, n]}, got {list(weights.shape)}")
     books = torch.empty(groups, num_subspaces, num_centroids, d // num_subspaces, device=x.device)
     generator = torch.Generator(x.device).manual_seed(seed)
