@@ -58,6 +58,28 @@ def test_generation_on_the_kernels(setting, config):
 
 
 @pytest.mark.filterwarnings("default")
+def test_static_generation_without_kernels(make_model, caplog):
+    """Codes that the CUDA kernels do not read: `generate` makes no graph of what the reference does, and goes on."""
+    model = make_model("llama", head_dim=64).cuda().half()
+    books = Codebooks.random(model, config=PQConfig(M=32, nbits=6))
+    eager, static = (PagedPQCache(model, books, c, context=200, max_batch=2) for c in (EAGER, STATIC))
+    assert not static.is_compileable and "6-bit codes" in caplog.text
+    assert_same(generate(model, static, "pqlab"), generate(model, eager, "pqlab"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_first_static_generation_waits_for_its_kernels(make_model):
+    model = make_model("llama", head_dim=64).cuda().half()
+    books = Codebooks.random(model, config=PQConfig(M=16, nbits=4))  # of no other test
+    cache = PagedPQCache(model, books, STATIC, context=200, max_batch=2)
+    assert cache.is_compileable
+    before = dispatch.runs()
+    generate(model, cache, "pqlab")
+    new = {key for key, n in dispatch.runs().items() if n > before.get(key, 0)}
+    assert {(op, backend) for op, backend, _ in new if op == "step_"} == {("step_", "cuda")}, new
+
+
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled_by_inductor(setting, mode):
     model, books, _ = setting

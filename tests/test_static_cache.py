@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from test_cache_matrix import inputs_for
 from pqlab import CacheConfig, PagedPQCache, PQConfig
 from pqlab.cache.static import advance
 from pqlab.errors import ResidualOverflowError, UnsupportedModelError
+from pqlab.kernels import dispatch, use_backend
+from pqlab.kernels.backend import Backend, StepShape
 from pqlab.quantization import Codebooks
 from pqlab.transformers_api import cache_argument
 
@@ -152,6 +155,34 @@ def test_generate_compiles_it_by_itself_where_told_to(make_model):
     compile_config._compile_all_devices = True
     ours = generate(model, static, "greedy", compile_config=compile_config)
     assert torch.equal(ours.sequences, theirs.sequences)
+
+
+def test_what_a_graph_cannot_hold_is_said_before(make_model, monkeypatch, caplog):
+    """Of steps that the CUDA kernels do not run, `generate` must not make graphs: the reference reads lengths."""
+    model = make_model("llama")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    step = StepShape(16, 8, 6, 8, 6, 2, torch.float16)
+    assert dispatch.uncapturable(torch.device("cpu"), step) is None, "there are no graphs"
+    cuda = torch.device("cuda")
+    monkeypatch.setitem(dispatch._backends, "cuda", Refuses())
+    assert dispatch.uncapturable(cuda, step) == "6-bit codes" and Refuses.asked == [step]
+    with use_backend("-cuda"):
+        assert "forbidden" in dispatch.uncapturable(cuda, step)
+    with use_backend("reference"):
+        assert "reference is forced" in dispatch.uncapturable(cuda, step)
+    monkeypatch.setattr(dispatch, "uncapturable", lambda device, step: Refuses().refuses(device, step))
+    assert not PagedPQCache(model, books, STATIC, context=200).is_compileable
+    assert "static mode: steps are neither compiled nor captured; layer 0: 6-bit codes" in caplog.text
+    assert caplog.text.count("static mode") == 1, "one line a reason, not a layer"
+
+
+class Refuses(Backend):
+    name = "cuda"
+    asked: ClassVar[list[StepShape]] = []
+
+    def refuses(self, device, step):
+        self.asked.append(step)
+        return "6-bit codes"
 
 
 def test_full_is_loud(make_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import torch
@@ -19,6 +20,8 @@ from .exact_buffers import ExactBuffers
 from .layer import PagedPQLayer
 from .sequences import SequenceGroup, plain_state
 from .static import StaticGroup, StaticPagedPQLayer
+
+log = logging.getLogger("pqlab")
 
 DEFAULT_CONTEXT = 8192
 """Tokens the default pool is sized for where a model's config names no limit."""
@@ -93,6 +96,8 @@ class PagedPQCache(Cache):
             layers[index] = kind(index, self.group, self.codebooks.layer(index), *views, text, shared)
         self._quantized = [layers[index] for index in quantized]
         self._quantized[0].is_first = self._quantized[-1].is_last = True
+        if static:
+            self._allow_capture(getattr(model, "dtype", torch.float32), text.num_attention_heads)
         self._warned = False
         super().__init__(layers=layers)
 
@@ -227,6 +232,12 @@ class PagedPQCache(Cache):
             f'dequantizes the whole cache. model.set_attn_implementation("pqlab") reads the codes directly.{pads}',
             stacklevel=3,
         )
+
+    def _allow_capture(self, dtype: torch.dtype, query_heads: int) -> None:
+        found = {layer.index: layer.allow_capture(dtype, query_heads) for layer in self._quantized}
+        reasons = {why: index for index, why in reversed(found.items()) if why is not None}
+        for why, index in reasons.items():
+            log.warning("static mode: steps are neither compiled nor captured; layer %d: %s", index, why)
 
     def _make_pool(self, context: int, device: torch.device, max_batch: int, *, shrink: bool) -> PagePool:
         layouts = self.codebooks.layouts(self.settings.page_size)

@@ -53,7 +53,7 @@ class PagedPQLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_compileable = False
+    is_compileable = is_static = False
     is_croppable = True
     supports_early_init = False
 
@@ -253,7 +253,7 @@ class PagedPQLayer(CacheLayerMixin):
 
     def _attend_dequantized(self, query, keys, values, mask, scaling: float) -> torch.Tensor:
         """The step of `attend` as another attention would compute it: over the whole K and V, dequantized."""
-        if self.is_compileable:
+        if self.is_static:
             raise UnsupportedModelError('static mode reads codes; set mode="eager", or PQLAB_BACKEND to auto')
         dispatch.record("attention", "dequantize", "forced")
         start, steps = self.columns, keys.shape[2]

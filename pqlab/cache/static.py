@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from transformers.utils import is_torchdynamo_compiling
 
+from .. import kernels
 from ..config import CacheConfig
 from ..cost import max_pages_for
 from ..errors import ResidualOverflowError, UnsupportedModelError
+from ..kernels import dispatch
+from ..kernels.backend import StepShape
 from ..paging import PagePool
 from .layer import PagedPQLayer
 from .sequences import SequenceGroup, StepPlan, plain_state
@@ -154,9 +157,24 @@ class StaticPagedPQLayer(PagedPQLayer):
     """A `PagedPQLayer` whose decode step is tensors only; chunks go the eager way."""
 
     is_croppable = False
-    is_compileable = True
+    is_compileable = True  # unless `allow_capture` finds otherwise
+    is_static = True
     is_warm = False
     group: StaticGroup
+
+    def allow_capture(self, dtype: torch.dtype, query_heads: int) -> str | None:
+        """Build what a step of this layer needs; where that leaves no step that a CUDA graph can hold, say why, and
+        have `generate` run steps as they are.
+
+        Args:
+            dtype, query_heads: of the model's attention.
+        """
+        k, v = self.codec.k, self.codec.v
+        group = query_heads // k.num_heads
+        step = StepShape(k.head_dim, k.num_subspaces, k.nbits, v.num_subspaces, v.nbits, group, dtype)
+        why = dispatch.uncapturable(self.group.device, step)
+        self.is_compileable = why is None
+        return why
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -214,3 +232,5 @@ class StaticPagedPQLayer(PagedPQLayer):
             return
         self.is_warm = True
         self._step(query, keys, values, self.group.lengths, self.group.lengths, scaling)
+        if query.is_cuda:  # it asked for other kernels than `allow_capture` expected where a model was cast since
+            kernels.wait()

@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -41,6 +42,18 @@ class BuildStatus:
     error: str = ""
 
 
+class StepShape(NamedTuple):
+    """What a layer's decode step is compiled for; `group`: query heads of a kv head."""
+
+    head_dim: int
+    k_m: int
+    k_nbits: int
+    v_m: int
+    v_nbits: int
+    group: int
+    dtype: torch.dtype
+
+
 class Backend:
     """One implementation of the operations of `kernels.ops`. Subclass it, then `dispatch.register_backend(instance)`.
 
@@ -62,6 +75,10 @@ class Backend:
 
         Called before every operation with the operation's positional arguments, so it has to be cheap.
         """
+        return None
+
+    def refuses(self, device: torch.device, step: StepShape) -> str | None:
+        """Why such steps of one token would not run here, or None; what has to be built for them is waited for."""
         return None
 
     def again(self, op: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..paging.layout import TILE
 from . import reference
-from .backend import Backend, BuildStatus, append_part, decode_part, in_code_space
+from .backend import Backend, BuildStatus, StepShape, append_part, decode_part, in_code_space
 from .build import Extension
 from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
 from .cuda_memory import PreparedBooks, Workspaces, check
@@ -170,7 +170,21 @@ class CudaBackend(Backend):
         sides = ((args[4], args[6], args[13]), (args[5], args[7], args[14]))
         if not all(args[i].is_contiguous() for i in range(6)):
             return "buffers that are not dense"
-        return next(filter(None, (self._encode_kernel(x, p.shape[3], n).unable() for p, x, n in sides)), None)
+        reasons = [self._encode_kernel(x, p.shape[3], n).unable() for p, x, n in sides]  # both builds start
+        return next(filter(None, reasons), None)
+
+    def refuses(self, device: torch.device, step: StepShape) -> str | None:
+        arch, memory, _ = self._device(torch.empty(0, device=device))
+        d, k_m, k_nbits, v_m, v_nbits, group, dtype = step
+        wanted: list[Configuration] = [
+            DecodeConfig(d, k_m, k_nbits, v_m, v_nbits, dtype, vectors_per_block(group, 1), arch, memory),
+            *(EncodeConfig(d // m, nbits, dtype, arch) for m, nbits in ((k_m, k_nbits), (v_m, v_nbits))),
+        ]
+        found = [self.kernel(config) for config in wanted]
+        for kernel in found:
+            if kernel.extension is not None:
+                kernel.extension.wait()
+        return next(filter(None, (kernel.unable() for kernel in found)), None)
 
     # -- operations ------------------------------------------------------------------------------------------------
 

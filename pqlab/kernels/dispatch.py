@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelMissingError, PQCacheError
-from .backend import Backend, ReferenceBackend, Setting, append_part, current_setting, decode_part
+from .backend import Backend, ReferenceBackend, Setting, StepShape, append_part, current_setting, decode_part
 
 log = logging.getLogger("pqlab")
 
@@ -91,6 +91,22 @@ def chosen(op: str, device_type: str) -> tuple[str, str]:
     return backend.name, reason
 
 
+def uncapturable(device: torch.device, step: StepShape) -> str | None:
+    """Why a layer's decode step cannot be part of a CUDA graph, or None: it can, or the device has no graphs.
+
+    The reference reads lengths on the host. Kernels that have to be built are waited for, all of them at once.
+    """
+    if device.type != "cuda":
+        return None
+    setting = current_setting()
+    if setting.forced not in (None, "cuda"):
+        return f"{setting.forced} is forced"
+    if "cuda" in setting.forbidden:
+        return "cuda is forbidden by the setting"
+    backend = _backends.get("cuda")
+    return absences().get("cuda", "there is no cuda backend") if backend is None else backend.refuses(device, step)
+
+
 def run(op: str, device_type: str, args: tuple[Any, ...]) -> Any:
     backend, reason = _choose(op, device_type, args)
     key = (op, backend.name, reason)
@@ -154,7 +170,8 @@ def _refusal(name: str, op: str, device_type: str, args: tuple[Any, ...] | None)
         return _failed[op, name]
     if args is not None:
         parts = (("append_", append_part(args)), ("decode", decode_part(args))) if op == "step_" else ((op, args),)
-        return next(filter(None, (backend.unable(*part) for part in parts)), None)
+        reasons = [backend.unable(*part) for part in parts]  # all are asked: each starts the builds that it lacks
+        return next(filter(None, reasons), None)
     status = backend.status()
     return None if status.state in ("none", "ready") else status.detail
 

@@ -191,9 +191,11 @@ class Workload:
             count = max(64, setting.page_size)
             config = setting.cache("static")
             cache = self.text.cache(self.codebooks(setting), config, self.context, room=count + 16)
+            if not cache.is_compileable:
+                raise ConfigError("steps do not run on the CUDA kernels here, the log says why; they are not timed")
             step = decode_step(self.model, cache, "pqlab", self.context)
             step()
-            kernels.wait()  # for the kernels that the prompt and the step have asked for
+            kernels.wait()  # for the kernels that the prompt has asked for
         replay = captured(step)
         taken = []
         for _ in range(count):
