@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
-from pqlab import cli, kernels
+import pandas as pd
+import torch
+
+from pqlab import CacheConfig, Codebooks, PQConfig, cli, kernels
+from pqlab.benchmarks.model_bench import stretched
+from pqlab.benchmarks.random_models import random_model
+from pqlab.evaluation.plan import Plan
+from pqlab.evaluation.predicted_kl import COLUMNS
 
 
 def records(capsys, *options: str) -> dict[str, dict]:
@@ -24,6 +32,25 @@ def test_every_case_of_a_step_has_a_time(capsys):
     }  # fmt: skip
     for case, r in found.items():
         assert r["milliseconds"] and r["milliseconds"] > 0, (case, r["note"])
+
+
+def test_a_plan_is_a_case(tmp_path, capsys):
+    model = random_model("tiny", 64, torch.float32, "cpu")  # two layers of heads of 16
+    sides = {0: (PQConfig(M=16), PQConfig(M=8)), 1: (PQConfig(M=4), PQConfig(M=4, nbits=4))}
+    books = Codebooks.random(model.config, config=sides)
+    choices = pd.DataFrame([(0, "k", 16, 8, 8, 10, 0.1)], columns=COLUMNS)
+    for exact, name in ((False, "mixed"), (True, "exact")):
+        some = replace(books, layers={0: books.layers[0]}, exact={1: (2, 16)}) if exact else books
+        Plan(some, CacheConfig(), choices, {"kl": 0.1}).save(tmp_path / f"{name}.safetensors")
+    plan = Plan.load(tmp_path / "mixed.safetensors")
+    found = stretched(plan, random_model("smollm2", 64, torch.float32, "cpu"))
+    assert list(found) == list(range(30)) and found[14] == (PQConfig(M=64), PQConfig(M=32))
+    assert found[15] == (PQConfig(M=16), PQConfig(M=16, nbits=4))
+    row = records(capsys, "--no-compiled", "--no-eager", "--plan", str(tmp_path / "mixed.safetensors"))["plan mixed"]
+    assert row["milliseconds"] > 0 and row["note"] == f"{plan.bits:.4g} bits an element"
+    typed = ["bench", "model", "--shape", "tiny", "--device", "cpu", "--plan", str(tmp_path / "exact.safetensors")]
+    assert cli.main(typed) == 2
+    assert "the plan leaves layers [1] exact" in capsys.readouterr().out
 
 
 def test_time_to_the_first_token(capsys):

@@ -3,6 +3,7 @@
 The model has random weights and a cache filled with random tokens: speed does not depend on what they say. Cases:
 
     paged      PagedPQCache in static mode, flushes included, as a graph; codebooks with maps, as calibration makes them
+    plan ..    the same with M and nbits by layer and side as a plan has them (--plan), stretched over the layers
     exact ...  K and V in static buffers of exactly the context, with each exact attention torch offers, as a graph
     none       the same graph without attention and cache: what everything else costs
     compiled   any of these with the model compiled by inductor before it is captured
@@ -17,8 +18,9 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +29,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from .. import kernels
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
-from ..quantization import Codebooks
+from ..errors import ConfigError
+from ..evaluation.plan import Plan
+from ..quantization import Codebooks, attention_geometry
 from ..results.provenance import commit, device_name, today, versions
 from ..transformers_api import cache_argument
 from .decode_steps import EXACT_BACKENDS, NONE, Step, decode_step, exact_step, time_graph
@@ -46,19 +50,30 @@ class Timing:
 
 
 def bench_model(
-    shape: str, context: int, *, dtype=torch.float16, device="cuda", eager: bool = True, compiled: bool = True
+    shape: str,
+    context: int,
+    *,
+    dtype=torch.float16,
+    device="cuda",
+    eager: bool = True,
+    compiled: bool = True,
+    plans: Mapping[str, Plan] | None = None,
 ) -> list[Timing]:
-    """Milliseconds a token of every case for a model shape of `SHAPES` at `context` tokens, batch 1."""
+    """Milliseconds a token of every case for a model shape of `SHAPES` at `context` tokens, batch 1.
+
+    Args:
+        plans: by name, each another case; of whatever model.
+    """
     model = random_model(shape, context + ROOM, dtype, device)
     rows: list[Timing] = []
 
-    def measure(case: str, make: Callable[[], Step], graph: bool) -> None:
+    def measure(case: str, make: Callable[[], Step], graph: bool, note: str = "") -> None:
         try:
             step = make()
             step()  # kernels are built for what they are asked
             kernels.wait()
             ms = time_graph(step) if graph and device == "cuda" else _time_eager(step, device)
-            rows.append(Timing(case, ms))
+            rows.append(Timing(case, ms, note))
         except Exception as error:  # an exact attention that refuses these shapes is a row, not the end
             rows.append(Timing(case, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"))
         torch._dynamo.reset()  # compiled graphs hold caches
@@ -66,8 +81,9 @@ def bench_model(
         if device == "cuda":
             torch.cuda.empty_cache()
 
-    def paged(mode: str, how: bool, maps: bool = True) -> Step:
-        books = Codebooks.random(model.config, config=PQConfig(), maps=maps)
+    def paged(mode: str, how: bool, maps: bool = True, plan: Plan | None = None) -> Step:
+        pq = stretched(plan, model) if plan else PQConfig()
+        books = Codebooks.random(model.config, config=pq, maps=maps)
         cache = filled_paged(model, context, CacheConfig(mode=mode), codebooks=books)
         return decode_step(model, cache, "pqlab", context, compiled=how)
 
@@ -78,6 +94,9 @@ def bench_model(
             measure(f"exact {name}{end}", lambda name=name: exact_step(model, context, name, how), graph=True)
         measure(f"paged{end}", lambda: paged("static", how), graph=True)
         measure(f"paged, no maps{end}", lambda: paged("static", how, maps=False), graph=True)
+        for name, plan in (plans or {}).items():
+            note = f"{plan.bits:.4g} bits an element"
+            measure(f"plan {name}{end}", lambda plan=plan: paged("static", how, plan=plan), graph=True, note=note)
 
     as_graphs(False, list(EXACT_BACKENDS) if device == "cuda" else ("flash", "math"))
     if compiled:
@@ -87,6 +106,23 @@ def bench_model(
         measure("exact eager", exact, graph=False)
         measure("paged eager", lambda: paged("eager", False), graph=False)
     return rows
+
+
+def stretched(plan: Plan, model: PreTrainedModel) -> dict[int, tuple[PQConfig, PQConfig]]:
+    """(K, V) settings of the model's layers: those of the plan's at the same depth, as many bits an element."""
+    given, wanted = plan.codebooks.layers, attention_geometry(model)
+    settings = {}
+    for place, (layer, (_, d)) in enumerate(wanted.items()):
+        codec = list(given.values())[place * len(given) // len(wanted)]
+        sides = (codec.k, codec.v)
+        settings[layer] = tuple(PQConfig(M=side.num_subspaces * d // side.head_dim, nbits=side.nbits) for side in sides)
+    return settings
+
+
+def _whole(plan: Plan) -> Plan:
+    if plan.codebooks.exact:
+        raise ConfigError(f"the plan leaves layers {sorted(plan.codebooks.exact)} exact; give one without")
+    return plan
 
 
 def bench_prefill(shape: str, context: int, *, dtype=torch.float16, device="cuda") -> list[Timing]:
@@ -157,12 +193,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", action="store_true", help="the time to the first token instead of that per token")
     parser.add_argument("--no-eager", action="store_true", help="only what runs as one CUDA graph")
     parser.add_argument("--no-compiled", action="store_true", help="leave out the rows compiled by inductor")
+    parser.add_argument("--plan", nargs="+", type=Path, default=[], help="files of `pqlab plan`: a case each")
     parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
 
 
 def run(args: argparse.Namespace) -> int:
     """Time every case, print a table (and JSON); the exit status."""
     dtype = torch.float16 if args.device == "cuda" else torch.float32
+    try:
+        plans = {path.stem: _whole(Plan.load(path)) for path in args.plan}
+    except (ConfigError, OSError) as error:
+        print(f"bench model: {error}")
+        return 2
     records = []
     for shape in args.shape:
         for context in args.context:
@@ -171,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
             if args.prefill:
                 timings = bench_prefill(shape, context, dtype=dtype, device=args.device)
             else:
-                options = {"eager": not args.no_eager, "compiled": not args.no_compiled}
+                options = {"eager": not args.no_eager, "compiled": not args.no_compiled, "plans": plans}
                 timings = bench_model(shape, context, dtype=dtype, device=args.device, **options)
             for timing in timings:
                 ms = "-" if timing.milliseconds is None else f"{timing.milliseconds:.3f}"
