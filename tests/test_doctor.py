@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -46,6 +47,17 @@ def test_a_probe_that_fails_becomes_text_and_the_others_answer():
 def test_every_probe_answers_here(name):
     finding = examine({name: PROBES[name]})[name]
     assert finding.value and not finding.value.startswith("failed"), finding
+
+
+def test_a_folder_that_was_never_installed_is_no_problem(monkeypatch):
+    def none(name: str):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    monkeypatch.setattr(importlib.metadata, "requires", none)
+    for name in ("pqlab", "packages"):
+        finding = examine({name: PROBES[name]})[name]
+        assert "not installed" in finding.value and not finding.problem
 
 
 def test_all_probes_failing_still_gives_a_report(monkeypatch, capsys):

@@ -28,7 +28,11 @@ def _output(*command: str, timeout: float = 20) -> str:
 
 
 def pqlab_itself() -> Finding:
-    value = f"{importlib.metadata.version('pqlab')}, {Path(__file__).parents[1]}"
+    try:
+        version = importlib.metadata.version("pqlab")
+    except importlib.metadata.PackageNotFoundError:  # it can be used all the same
+        version = "not installed"
+    value = f"{version}, {Path(__file__).parents[1]}"
     try:
         from .. import PagedPQCache  # noqa: F401
     except Exception as error:
@@ -85,7 +89,11 @@ def packages(extra: str = "", why: str = "") -> Probe:
         from packaging.requirements import Requirement
 
         found, missing = [], []
-        for line in importlib.metadata.requires("pqlab") or []:
+        try:
+            lines = importlib.metadata.requires("pqlab") or []
+        except importlib.metadata.PackageNotFoundError:
+            return Finding("not known: pqlab is used from a folder, not installed")
+        for line in lines:
             wanted = Requirement(line)
             needed_always = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
             if wanted.name == "pqlab" or (needed_always if extra else not needed_always):

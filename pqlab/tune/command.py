@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--page-size", type=int, nargs="+", help="values to try instead of the report's grid")
     add("--residual", type=int, nargs="+", help="exact newest tokens to try")
     add("-M", type=int, nargs="+", help="subspaces to try (default: a quarter and half of the head size)")
-    add("--nbits", type=int, nargs="+", help="bits a code to try (default: 4 6 8)")
+    add("--nbits", type=int, nargs="+", help="bits a code to try (default: 4 6 8; on a GPU 4 8)")
     add("--policy", nargs="+", help="page policies to try (default: all)")
     add("--storage", default="tune.journal", help="a file (*.db, *.sqlite: SQLite; else a journal, the better one for "
         "several processes) or any Optuna storage URL")  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
+from ..kernels.cuda_config import NBITS as CUDA_NBITS
 from ..paging.policy import POLICIES
 from ..quantization import attention_geometry
 
@@ -77,7 +78,8 @@ class Space:
 
     @classmethod
     def of(cls, model: Any, **chosen: Sequence[Any] | None) -> Space:
-        """The space for a model: what is not chosen is the report's grid, M of d/4 and d/2, every policy.
+        """The space for a model: what is not chosen is the report's grid, M of d/4 and d/2, every policy, and the bits
+        that its device has kernels for.
 
         Raises:
             ConfigError: M does not divide a head size of the model.
@@ -88,7 +90,7 @@ class Space:
             "page_size": PAGE_SIZES,
             "residual_length": sorted({times * page for times in TIMES for page in PAGE_SIZES}),
             "M": [m for m in (d // 4, d // 2) if m],
-            "nbits": NBITS,
+            "nbits": CUDA_NBITS if model.device.type == "cuda" else NBITS,
             "policy": sorted(POLICIES, key=lambda name: (name != "lifo", name)),
         }
         values |= {name: given for name, given in chosen.items() if given}

@@ -68,6 +68,7 @@ class Search:
             raise ConfigError("a limit of memory needs a function that gives a setting's bytes; set needed")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.measure, self.space, self.memory, self.needed, self.say = measure, space, memory, needed, say
+        self._failed: dict[Setting, str] = {}  # in this process; another may be able to measure them
         about = {**about, "memory": memory, "space": {k: list(v) for k, v in asdict(space).items()}}
         kept = optuna.storages.InMemoryStorage() if storage is None else open_storage(storage)
         options = {"sampler": optuna.samplers.TPESampler(seed=seed, n_startup_trials=12), "study_name": name}
@@ -93,7 +94,7 @@ class Search:
             raise ConfigError(f"trials = {trials} is out of range (at least 1); the nearest good value is 1")
         self._wanted, self._tired = trials, 0
         if not self._is_done():
-            self.study.optimize(self._try, timeout=timeout, callbacks=[self._after], catch=(PQCacheError, ConfigError))
+            self.study.optimize(self._try, timeout=timeout, callbacks=[self._after])
 
     def frame(self) -> pd.DataFrame:
         """One row a measured setting: number, grid, its fields, those of `Measurement`, seconds, worker, best (on the
@@ -167,16 +168,18 @@ class Search:
             if bytes_needed > self.memory:
                 self._skip(trial, f"needs more than {readable_bytes(self.memory)}")
                 raise optuna.TrialPruned
-        if self._is_taken(setting, trial.number):
-            self._skip(trial, "measured before")
+        if setting in self._failed or self._is_taken(setting, trial.number):
+            self._skip(trial, self._failed.get(setting, "measured before"))
             raise optuna.TrialPruned
         begin = time.perf_counter()
         try:
             found = self.measure(setting)
         except (PQCacheError, ConfigError) as error:
-            self._skip(trial, f"{type(error).__name__}: {error}"[:300])
+            self._failed[setting] = f"{type(error).__name__}: {error}"[:300]
+            self._skip(trial, self._failed[setting])
             self.say(f"trial {trial.number}: {setting}: {error}")
-            raise
+            trial.set_constraint("measured", 1.0)  # a trial that only failed tells the sampler nothing
+            raise optuna.TrialPruned from error
         trial.set_user_attr("measured", asdict(found))
         count = len(self._measured()) + 1
         kl = "" if isnan(found.kl) else f"KL {found.kl:.5f}, "
