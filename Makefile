@@ -65,8 +65,17 @@ setup: package
 	have || $(BIN)/python -m pqlab setup --list "$(ASSETS)" \
 		|| $(call fail,the set-up stopped; its message is above. What is done stays done: make setup goes on from there)
 
-lab: setup
-	$(BIN)/jupyter lab notebooks/00_explore.ipynb --LabApp.news_url=None \
+# JupyterLab asks everybody whether to fetch its news; the answer of an environment of our own is no.
+$(STAMPS)/settings: $(STAMPS)/package
+ifeq ($(CONDA),)
+	@mkdir -p "$(VENV)/share/jupyter/lab/settings" && printf '%s\n' \
+		'{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
+		> "$(VENV)/share/jupyter/lab/settings/overrides.json"
+endif
+	@touch $@
+
+lab: setup $(STAMPS)/settings
+	$(BIN)/jupyter lab notebooks/00_explore.ipynb \
 		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
