@@ -34,6 +34,17 @@ def test_a_row_per_context_and_cache(make_model, tiny_tokenizer):
         baseline_vs_paged(model, tiny_tokenizer, [4094], codebooks=books, new_tokens=3)
 
 
+def test_static_caches_are_emptied_and_used_again(make_model, tiny_tokenizer):
+    model = make_model("llama")
+    options = {"codebooks": Codebooks.random(model, config=PQConfig(M=8, nbits=8)), "new_tokens": 9}
+    static = baseline_vs_paged(model, tiny_tokenizer, [100], static=True, **options)
+    eager = baseline_vs_paged(model, tiny_tokenizer, [100], **options)
+    assert list(static.cache) == ["exact", "paged"] and (static.token_ms > 0).all()
+    bytes_of = {n: f.set_index("cache").cache_bytes for n, f in (("static", static), ("eager", eager))}
+    assert bytes_of["static"]["exact"] >= bytes_of["eager"]["exact"], "a buffer for all tokens from the start"
+    assert bytes_of["static"]["paged"] > 0
+
+
 def test_ratios_are_exact_over_paged():
     rows = [("exact", 2.0, 30.0, 400, 0, 900.0), ("paged", 4.0, 10.0, 100, 150, 300.0)]
     names = ["cache", "first_token_seconds", "token_ms", "cache_bytes", "reserved_bytes", "peak_bytes"]

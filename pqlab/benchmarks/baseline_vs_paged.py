@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
@@ -43,6 +44,7 @@ def baseline_vs_paged(
     text: str = "pride",
     batch: int = 1,
     new_tokens: int = 32,
+    static: bool = False,
 ) -> pd.DataFrame:
     """A row per context and cache.
 
@@ -50,9 +52,11 @@ def baseline_vs_paged(
         contexts: tokens of the prompts; batch: rows, each another piece of the text.
         codebooks: default: those of `pqlab.default_codebooks`.
         text: name of a shipped text, or a file.
+        static: caches of fixed size, whose steps `generate` compiles by itself on a GPU: transformers' StaticCache, and
+            `CacheConfig(mode="static")`.
 
     Returns:
-        DataFrame: context, cache ("exact": transformers' DynamicCache with sdpa, "paged"), first_token_seconds,
+        DataFrame: context, cache ("exact": transformers' own cache with sdpa, "paged"), first_token_seconds,
         token_ms (median), cache_bytes (held for the tokens), reserved_bytes (pages taken in advance), peak_bytes (of
         the generation, above what was there before it; NaN where the system does not say).
 
@@ -66,20 +70,23 @@ def baseline_vs_paged(
             f"the longest context is {limit - new_tokens}"
         )
     books = codebooks or default_codebooks(model, tokenizer)
-    settings = config or CacheConfig()
+    settings = replace(config or CacheConfig(), mode="static" if static else "eager")
 
     def paged(tokens: int) -> tuple[Cache, str]:
         return PagedPQCache(model, books, settings, context=tokens, max_batch=batch), "pqlab"
 
+    def exact_of(tokens: int) -> Cache:
+        return StaticCache(model.config, tokens) if static else DynamicCache(config=model.config)
+
     caches: Mapping[str, Callable[[int], tuple[Cache, str]]] = {
-        "exact": lambda tokens: (DynamicCache(config=model.config), "sdpa"),
+        "exact": lambda tokens: (exact_of(tokens), "sdpa"),
         "paged": paged,
     }
     rows = []
     for context in contexts:
         ids = torch.cat(text_windows(tokenizer, load_text(text), context, batch))
         for name, make in caches.items():
-            found = time_generation(model, ids, make, new_tokens)
+            found = time_generation(model, ids, make, new_tokens, static=static)
             record = found.record()
             known = found.peak_bytes is not None and found.before_bytes is not None
             record["peak_bytes"] = found.peak_bytes - found.before_bytes if known else float("nan")
@@ -101,6 +108,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--text", default="pride", help="name of a shipped text, or a file")
     add("--batch", type=int, default=1, help="rows")
     add("--new-tokens", type=int, default=32, help="generated tokens")
+    add("--static", action="store_true", help="static caches, whose steps generate() compiles on a GPU")
     add("--page-size", type=int, default=CacheConfig().page_size, help="tokens of a page")
     add("--residual", type=int, default=CacheConfig().residual_length, help="exact newest tokens")
     add("--json", action="store_true", help="print one JSON object, on the last line")
@@ -112,18 +120,20 @@ def run(args: argparse.Namespace) -> int:
         config = CacheConfig(page_size=args.page_size, residual_length=args.residual)
         found, model, tokenizer = load(args)
         books = Codebooks.random(model, config=PQConfig(), maps=True) if found.random else None
-        options = {"text": args.text, "batch": args.batch, "new_tokens": args.new_tokens}
+        options = {"text": args.text, "batch": args.batch, "new_tokens": args.new_tokens, "static": args.static}
         frame = baseline_vs_paged(model, tokenizer, args.context, codebooks=books, config=config, **options)
     except (ConfigError, UnsupportedModelError, ValueError, OSError) as error:
         print(f"bench baseline: {error}")
         return 2
     kind = "random weights" if found.random else args.text
-    print(f"{args.model}, {kind}, batch {args.batch} on {device_name(args.device)}")
+    mode = "static" if args.static else "eager"
+    print(f"{args.model}, {kind}, batch {args.batch}, {mode} on {device_name(args.device)}")
     print(render(frame))
     if args.json:
         about = {"benchmark": "baseline", "model": args.model, "random_weights": found.random, "batch": args.batch}
         about |= {"device": device_name(args.device), "date": today(), "commit": commit(), "versions": versions()}
         about |= {"threads": torch.get_num_threads(), "half": args.half, "page_size": args.page_size}
+        about |= {"mode": mode}
         print(json.dumps({**about, "records": frame.round(5).to_dict("records")}))
     return 0
 

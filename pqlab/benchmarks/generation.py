@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 _WARM = 2  # tokens of the run that is not timed
+_WARM_COMPILED = 6  # the first steps of a compiled model are compiled, warmed up and captured
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,29 @@ class Generation:
 
 
 @torch.inference_mode()
-def time_generation(model: PreTrainedModel, ids: torch.Tensor, make_cache: MakeCache, new_tokens: int) -> Generation:
+def time_generation(
+    model: PreTrainedModel, ids: torch.Tensor, make_cache: MakeCache, new_tokens: int, *, static: bool = False
+) -> Generation:
     """Generate greedily behind prompts, once to warm up and once by the clock.
 
     Args:
         ids: int64 [batch, context], without pads.
         make_cache: called with the tokens of a sequence, prompt and new ones.
         new_tokens: 2 at least; the end of a text does not end it.
+        static: the caches are static ones, whose steps `generate` compiles on a GPU. Compiled steps are of one cache's
+            memory, so the same one is emptied and used again.
     """
     ids = ids.to(model.device)
     total = ids.shape[1] + new_tokens
-    _generate(model, ids, *make_cache(total), _WARM, None)
+    kept = make_cache(total) if static else None
+    _generate(model, ids, *(kept or make_cache(total)), min(new_tokens, _WARM_COMPILED) if static else _WARM, None)
     kernels.wait()  # kernels are built for what they are asked
     release(model.device)  # or what the warm-up left free would hide what the timed run takes
+    if kept:
+        kept[0].reset()
     clock = _Clock()
     with memory_peak(model.device) as peak, counted() as runs:
-        cache, name = make_cache(total)
+        cache, name = kept or make_cache(total)
         _generate(model, ids, cache, name, new_tokens, clock)
     steps = [1e3 * (b - a) for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
     held, reserved, constants = cache_bytes(cache)
@@ -136,5 +144,5 @@ def _generate(model, ids, cache, name: str, new_tokens: int, clock: _Clock | Non
     with attention(model, name):
         model.generate(
             ids, attention_mask=torch.ones_like(ids), **cache_argument(model, cache), do_sample=False, streamer=clock,
-            max_new_tokens=new_tokens, min_new_tokens=new_tokens, disable_compile=True,
+            max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         )  # fmt: skip
