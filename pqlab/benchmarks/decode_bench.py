@@ -37,18 +37,24 @@ RAGGED = tuple(4096 + 28672 * ((7 * row) % 16) // 15 for row in range(16))
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: query and kv heads, M subspaces of 8-bit codes at head size d, tokens of every row."""
+    """One layer: query and kv heads, M subspaces of 8-bit codes at head size d (V may have its own), tokens a row."""
 
     heads: int
     kv_heads: int
     tokens: tuple[int, ...]
     m: int = 64
     head_dim: int = 128
+    v_m: int | None = None
+
+    @property
+    def ms(self) -> tuple[int, int]:
+        """M of K and of V."""
+        return self.m, self.m if self.v_m is None else self.v_m
 
     @property
     def name(self) -> str:
         tokens = f"{self.tokens[0]}" if len(set(self.tokens)) == 1 else f"{min(self.tokens)}-{max(self.tokens)}"
-        bits = 8 * self.m / self.head_dim
+        bits = 8 * sum(self.ms) / 2 / self.head_dim
         return f"{self.heads}/{self.kv_heads} d{self.head_dim} {bits:g} bit, batch {len(self.tokens)}, {tokens} tokens"
 
 
@@ -57,6 +63,8 @@ CASES = (
     Case(32, 8, RAGGED),
     Case(32, 32, (32768,), m=32),
     Case(32, 8, (32768,), m=32),
+    Case(32, 32, (32768,), m=128, v_m=64),
+    Case(32, 8, (32768,), m=128, v_m=64),
     Case(9, 3, (8192,), m=32, head_dim=64),
 )
 
@@ -95,7 +103,7 @@ def decode_arguments(
 ) -> tuple[Any, ...]:
     """Random arguments of `ops.decode`: pages shuffled over a pool that is a little too large."""
     g = torch.Generator(device=device).manual_seed(seed)
-    batch, d, m, heads = len(case.tokens), case.head_dim, case.m, case.kv_heads
+    batch, d, heads = len(case.tokens), case.head_dim, case.kv_heads
     beside = SINKS + WINDOW if exact_tokens else 0
     coded = [max(0, n - beside) for n in case.tokens]
     per_row = -(-max(coded) // page_size)
@@ -106,13 +114,13 @@ def decode_arguments(
 
     pages = [
         torch.randint(0, 256, (max_pages, heads, page_size // 16, m, 16), generator=g, device=device, dtype=torch.uint8)
-        for _ in range(2)
+        for m in case.ms
     ]
     table = torch.randperm(max_pages, generator=g, device=device)[: batch * per_row].view(batch, per_row)
     used = torch.arange(per_row, device=device) * page_size < torch.tensor(coded, device=device)[:, None]
     exact = [SINKS, WINDOW] if exact_tokens else [0, 0]
     lengths = torch.tensor([[exact[0], n, exact[1]] for n in coded], dtype=torch.int32, device=device)
-    books = [random(heads, m, 256, d // m) for _ in range(2)]
+    books = [random(heads, m, 256, d // m) for m in case.ms]
     sinks = [random(batch, heads, SINKS, d).half() for _ in range(2)]
     window = [random(batch, heads, SLOTS, d).half() for _ in range(2)]
     q = random(batch, case.heads, 1, d).half()
@@ -268,7 +276,7 @@ def bench_decode(case: Case, timer: Timer, read: ReadRate) -> dict[str, Any]:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
         microseconds = timer(lambda: ops.decode(*args))
-    coded = int(args[4][:, 1].sum()) * case.kv_heads * case.m * 2
+    coded = int(args[4][:, 1].sum()) * case.kv_heads * sum(case.ms)
     exact = (SINKS + WINDOW) * len(case.tokens) * case.kv_heads * case.head_dim * 4
     ragged = len(set(case.tokens)) > 1
     exact_bytes = sum(case.tokens) * case.kv_heads * case.head_dim * 4
