@@ -26,6 +26,10 @@ DECODE = [
     DecodeConfig(128, 64, 8, 64, 8, torch.float16, 4, 80),  # no bulk copies, less shared memory
     DecodeConfig(96, 48, 8, 48, 8, torch.float16, 1, 80),
     DecodeConfig(64, 32, 4, 32, 4, torch.float16, 2, 89),  # both sides 4 bits, the smallest shared memory
+    DecodeConfig(128, 128, 8, 64, 8, torch.float16, 4, 90),  # keys of 8 bits an element
+    DecodeConfig(128, 64, 8, 128, 8, torch.float16, 1, 90),  # values
+    DecodeConfig(128, 128, 8, 128, 8, torch.bfloat16, 4, 80),  # both, the smallest blocks
+    DecodeConfig(96, 96, 8, 96, 4, torch.float16, 3, 90),
 ]
 ENCODE = [
     EncodeConfig(2, 8, torch.float16, 90),
@@ -79,7 +83,7 @@ def test_encode_compiles(config, tmp_path):
     [
         (DecodeConfig(256, 128, 8, 128, 8, torch.float16, 1, 90), "head size 256"),
         (DecodeConfig(128, 64, 7, 64, 8, torch.float16, 1, 90), "7-bit"),
-        (DecodeConfig(128, 128, 8, 64, 8, torch.float16, 1, 90), "M = 128"),
+        (DecodeConfig(128, 8, 8, 64, 8, torch.float16, 1, 90), "M = 8"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float64, 1, 90), "float64"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 75), "older"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 89), "shared memory"),

@@ -21,8 +21,8 @@ MAX_VECTORS = 4
 """Query vectors (query heads of a kv head times new tokens) that one block works for: registers bound it."""
 SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448}
 """Bytes a block can have, by architecture; for compiling where there is no device to ask."""
-_SHAPES = ((16, 4), (16, 3), (16, 2), (12, 2), (16, 1), (12, 1), (8, 1))
-"""(warps a block, chunks of codes on their way to a warp), best first."""
+_SHAPES = ((16, 4), (16, 3), (16, 2), (12, 2), (16, 1), (12, 1), (8, 1), (6, 1))
+"""(warps a block, chunks of codes on their way to a warp), best first; with a copy engine (9.0) warps come first."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class DecodeConfig:
     def shape(self) -> tuple[int, int] | None:
         """(warps, slots) of the best block that the device's shared memory can hold, or None."""
         limit = self.shared_memory or SHARED_MEMORY.get(self.arch, 101376)
-        return next((s for s in _SHAPES if self.smem_bytes(*s) <= limit), None)
+        shapes = _SHAPES if self.arch < 90 else sorted(_SHAPES, reverse=True)
+        return next((s for s in shapes if self.smem_bytes(*s) <= limit), None)
 
     def unsupported(self) -> str | None:
         """Why there is no kernel for this, or None; a constant text per cause."""
@@ -91,8 +92,8 @@ class DecodeConfig:
         for m, nbits in ((self.k_m, self.k_nbits), (self.v_m, self.v_nbits)):
             if nbits not in NBITS:
                 return f"{nbits}-bit codes: the kernel reads {NBITS}"
-            if m % 16 or self.head_dim % m or self.head_dim // m not in (2, 4, 8):
-                return f"M = {m} at head size {self.head_dim}: 2, 4 or 8 dimensions a subspace, M a multiple of 16"
+            if m % 16 or self.head_dim % m or self.head_dim // m not in (1, 2, 4, 8):
+                return f"M = {m} at head size {self.head_dim}: 1, 2, 4 or 8 dimensions a subspace, M a multiple of 16"
         if self.shape() is None:
             return "the codebooks do not fit into this GPU's shared memory"
         return None

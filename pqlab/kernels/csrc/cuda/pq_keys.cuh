@@ -11,7 +11,7 @@ __device__ __forceinline__ void key_warp(const DecodeParams& p, const Place<Cfg>
                                          const Share& share, CodeStream<Cfg::NP, Cfg::SLOTS>& stream, Turn& turn,
                                          const int* early) {
   using K = typename Cfg::K;
-  constexpr int D = Cfg::D, NY = K::MP / 16;  // NY: registers of four codes, per token
+  constexpr int CODES = K::CODES, NY = K::MP / 16;  // NY: registers of four codes, per token
   const int lane = at.lane;
   Query<Cfg> query;
   query.load(p, at, b);
@@ -24,8 +24,9 @@ __device__ __forceinline__ void key_warp(const DecodeParams& p, const Place<Cfg>
 #pragma unroll
     for (int n = 0; n < 4; ++n) select |= (((n ^ (rot & 3)) >> 1) * 4 + ((n ^ rot) & 1) * 2) << (4 * n);
   const bool swap = rot & 4;
-  // Row r of matrix m is subspace 4 (2m + (r & 1)) + (r >> 1): quad position i then receives groups 2m, 2m + 1.
-  uint32_t key_row = (4 * (2 * (lane >> 3) + (lane & 1)) + (lane & 7) / 2) * 16;
+  // Row r of matrix m is entry 4 (2m + (r & 1)) + (r >> 1): quad position i then receives groups 2m, 2m + 1. Of two
+  // codes an entry, odd rows take the second, other matrices the other one: eight rows then lie in different banks.
+  uint32_t key_row = ((4 * (2 * (lane >> 3) + (lane & 1)) + (lane & 7) / 2) * CODES + (lane & (CODES - 1))) * 16;
   keep(select), keep(key_row);
 
   const Scores<Cfg> scores(at, query.spread(at));
@@ -37,35 +38,40 @@ __device__ __forceinline__ void key_warp(const DecodeParams& p, const Place<Cfg>
     uint32_t codes = stream.wait();
     if constexpr (K::C == 16) {  // spread nibbles to bytes: a row per subspace, as ldmatrix needs
       const uint32_t wide = smem_address(at.scores) + Cfg::pair_spread;
-      for (int s = lane; s < 2 * D / K::DM; s += 32)
+      for (int s = lane; s < 2 * K::M; s += 32)
         store_shared(wide + s * 16, spread_nibbles(load_shared_8(codes + s * 8)));
       stream.release(p, k);
       codes = wide;
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      // Codes: y[t][n] holds, for token 2 col + t of the tile, those of lookups 4n .. 4n + 3 of this lane.
-      constexpr int bytes = D / K::DM * 16;
-      uint32_t x[2][NY], y[2][NY];
+      // Codes: y[c][t][n] holds, for token 2 col + t of the tile, those of lookups 4n .. 4n + 3 of this lane.
+      constexpr int bytes = K::M * 16;
+      uint32_t x[CODES][2][NY], y[CODES][2][NY];
 #pragma unroll
-      for (int n = 0; n < NY; n += 2) {
-        uint32_t m[4];
-        if constexpr (NY == 1) {
-          ldmatrix_x2_trans(m[0], m[1], codes + j * bytes + (key_row & 255));
-        } else {  // padded subspaces read row 0: any code does, their entries are 0
-          const bool inside = (n + 2) * 256 <= bytes || static_cast<int>(n * 256 + key_row) < bytes;
-          ldmatrix_x4_trans(m, codes + j * bytes + (inside ? n * 256 + key_row : 0));
+      for (int c = 0; c < CODES; ++c)
+#pragma unroll
+        for (int n = 0; n < NY; n += 2) {
+          uint32_t m[4];
+          const uint32_t first = n * CODES * 256, row = key_row ^ c * 16;
+          if constexpr (NY == 1) {
+            ldmatrix_x2_trans(m[0], m[1], codes + j * bytes + (row & 255));
+          } else {  // padded entries read row 0: any code does, they are 0
+            const bool inside = (n + 2) * CODES * 256 <= bytes || static_cast<int>(first + row) < bytes;
+            ldmatrix_x4_trans(m, codes + j * bytes + (inside ? first + row : 0));
+          }
+#pragma unroll
+          for (int i = 0; i < (NY == 1 ? 1 : 2); ++i) {
+            x[c][0][n + i] = prmt(m[2 * i], m[2 * i + 1], select);
+            x[c][1][n + i] = prmt(m[2 * i], m[2 * i + 1], select | 0x1111);
+          }
         }
 #pragma unroll
-        for (int i = 0; i < (NY == 1 ? 1 : 2); ++i) {
-          x[0][n + i] = prmt(m[2 * i], m[2 * i + 1], select);
-          x[1][n + i] = prmt(m[2 * i], m[2 * i + 1], select | 0x1111);
-        }
-      }
+      for (int c = 0; c < CODES; ++c)
 #pragma unroll
-      for (int t = 0; t < 2; ++t)
+        for (int t = 0; t < 2; ++t)
 #pragma unroll
-        for (int n = 0; n < NY; ++n) y[t][n] = kRot == 8 && swap ? x[t][n ^ (kRot == 8)] : x[t][n];
+          for (int n = 0; n < NY; ++n) y[c][t][n] = kRot == 8 && swap ? x[c][t][n ^ (kRot == 8)] : x[c][t][n];
       if (j == 1 && K::C == 256) stream.release(p, k);
 
       scores.tile(y, at.scores + (turn.buffer * kChunk + j * kTile) * Cfg::HS, [&] {

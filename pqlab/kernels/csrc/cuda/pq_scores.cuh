@@ -1,6 +1,6 @@
 // Scores of a tile of keys: products of looked-up centroids with the query, on the tensor cores. No torch.
 //
-// The lane of token pair `col` and quad position `quad` looks up, at step l, subspace quad of group l ^ rot of the
+// The lane of token pair `col` and quad position `quad` looks up, at step l, entry quad of group l ^ rot of the
 // block, rot being col as far as there are groups: so the 32 lanes of a lookup touch 32 different banks.
 #pragma once
 #include "pq_lookup.cuh"
@@ -51,6 +51,7 @@ struct Scores {
   uint32_t which;   // of two neighbours
   uint32_t couple;  // the first of the two vectors that the lane will hold; HG: none
   uint32_t place;   // where its scores go, less those of the tile
+  uint32_t halves;  // of two lookups of an entry: in even groups the first is by the first code, in odd ones it is not
 
   __device__ __forceinline__ Scores(const Place<Cfg>& at_, const uint32_t* words) : at(at_) {
     const int col = at.col, quad = at.quad;
@@ -64,6 +65,8 @@ struct Scores {
     couple = turn & 1 ? HG : turn / 2 * together + 2 * quad % together;
     place = col * HS + (kSparse ? couple : 0);
     keep(which), keep(couple), keep(place);
+    halves = at.odd ? 0x3254u : 0x7610u;  // of an even step
+    if constexpr (K::CODES == 2) keep(halves);
 #pragma unroll
     for (int t = 0; t < products; ++t) {
       const int g = kSparse ? t * together + col % together : 0;
@@ -74,8 +77,8 @@ struct Scores {
         for (int j = 0; j < (kSparse ? 4 : 2); ++j) {  // the word of lookup w / EW that meets rows 8j + 2 quad of B
           const int four = 2 * j + (quad >> 1), w = 2 * m + (kSparse ? four >> 2 : j), l = w / EW;
           const int group = (l & ~(kRot - 1)) + ((l & (kRot - 1)) ^ permutation ^ (kSparse ? quad & 1 : 0));
-          const int subspace = group * 4 + (kSparse ? four & 3 : quad);
-          b[t][m][j] = g < HG ? words[g * (DP / 2) + subspace * EW + w % EW] : 0u;
+          const int entry = group * 4 + (kSparse ? four & 3 : quad);
+          b[t][m][j] = g < HG ? words[g * (DP / 2) + entry * EW + w % EW] : 0u;
         }
     }
   }
@@ -83,15 +86,24 @@ struct Scores {
   // `codes` of two tokens (2 col, 2 col + 1 of the tile), in the order of the lookups -> `to` [tokens][HS]: rows col are
   // the even tokens, rows 8 + col the odd ones. `wait`: until there is room.
   template <int NY, typename WAIT>
-  __device__ __forceinline__ void tile(const uint32_t (&codes)[2][NY], float* to, WAIT&& wait) const {
+  __device__ __forceinline__ void tile(const uint32_t (&codes)[K::CODES][2][NY], float* to, WAIT&& wait) const {
     float d[products][4] = {};
     unrolled<DP / 8 / (EW > 2 ? EW : 2)>([&](auto step) {
       constexpr int per = EW > 2 ? 1 : 2 / EW;  // lookups a step, for each token
       uint32_t z[2][per][EW];
       unrolled<2 * per>([&](auto i) {
         constexpr int t = i.value & 1, l = step.value * per + (i.value >> 1), r = l % kRot;
-        lookup<EW, K::block_offset(l / kRot)>(
-            z[t][i.value >> 1], at.smem, entry_address<K>(codes[t][l >> 2], l & 3, low[r / kPack], r % kPack));
+        auto find = [&](const uint32_t (&of)[2][NY], uint32_t (&entry)[EW]) {
+          lookup<EW, K::block_offset(l / kRot)>(
+              entry, at.smem, entry_address<K>(of[t][l >> 2], l & 3, low[r / kPack], r % kPack));
+        };
+        uint32_t (&entry)[EW] = z[t][i.value >> 1];
+        find(codes[0], entry);
+        if constexpr (K::CODES == 2) {
+          uint32_t other[1];
+          find(codes[1], other);
+          entry[0] = l & 1 ? prmt(other[0], entry[0], halves) : prmt(entry[0], other[0], halves);
+        }
       });
       unrolled<per * EW / 2>([&](auto n) {  // words 2m, 2m + 1 of both tokens are the A of the m-th product
         constexpr int w = 2 * n.value, m = step.value * (per * EW / 2) + n.value;

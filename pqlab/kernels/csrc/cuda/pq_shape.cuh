@@ -13,31 +13,35 @@ constexpr int kPlanBytes = 80;       // of Plan
 constexpr float kLn2 = 0.6931471805599453f;
 
 // One side (keys or values) of a codebook in shared memory: entries of DM fp16; the entries of one code are a row of
-// `blocks` blocks of 128 bytes. Two forms, each with an address that takes one instruction:
+// `blocks` blocks of 128 bytes. An entry is a subspace's centroid; subspaces of one dimension go in pairs, an entry is
+// then looked up with both CODES and half of what is found counts. Two forms, each with an address that takes one
+// instruction:
 //  * pairs of blocks, C rows of 256 bytes: code << 8 | low byte, a byte permute;
 //  * one block after the other, C rows of 128 bytes, where there are no pairs: code * 128 + low, a dot product of bytes.
-template <int D, int M, int NBITS>
+template <int D, int M_, int NBITS>
 struct Side {
+  static constexpr int M = M_;
   static_assert(D % M == 0 && M % 16 == 0, "M must divide the head size and be a multiple of 16");
   static_assert(NBITS == 8 || NBITS == 4, "codes of 8 or 4 bits");
-  static constexpr int DM = D / M;
-  static_assert(DM == 2 || DM == 4 || DM == 8, "2, 4 or 8 dimensions a subspace");
+  static constexpr int CODES = D == M ? 2 : 1;  // an entry
+  static constexpr int DM = D / M * CODES;
+  static_assert(DM == 2 || DM == 4 || DM == 8, "1, 2, 4 or 8 dimensions a subspace");
   static constexpr int EW = DM / 2;  // 32-bit words an entry
   static constexpr int C = 1 << NBITS;
   static constexpr int blocks = (2 * D + 127) / 128;
   static constexpr int DP = blocks * 64;        // head size, padded to whole blocks
-  static constexpr int MP = DP / DM;            // subspaces, padded likewise; the padding's entries are zero
+  static constexpr int MP = DP / DM;            // entries a row, padded likewise; the padding is zero
   static constexpr int tile_bytes = M * 2 * NBITS;
-  static constexpr int rotations = 8 / EW;      // groups of 4 subspaces in a block
+  static constexpr int rotations = 8 / EW;      // groups of 4 entries in a block
   static constexpr bool PAIRS = blocks % 2 == 0;
   static constexpr int book_bytes = blocks * C * 128;
   // Byte offset of block b in the side's part of the books, code 0.
   static __host__ __device__ constexpr int block_offset(int b) {
     return PAIRS ? (b >> 1) * C * 256 + (b & 1) * 128 : b * C * 128;
   }
-  // Byte offset of a subspace's entry in it.
-  static __host__ __device__ constexpr int entry_offset(int subspace) {
-    return block_offset(subspace * EW * 4 >> 7) + (subspace * EW * 4 & 127);
+  // Byte offset of an entry in it.
+  static __host__ __device__ constexpr int entry_offset(int entry) {
+    return block_offset(entry * EW * 4 >> 7) + (entry * EW * 4 & 127);
   }
   static constexpr int row_bytes = PAIRS ? 256 : 128;
 };

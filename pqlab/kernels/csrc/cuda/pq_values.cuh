@@ -9,7 +9,7 @@ namespace pqlab {
 template <typename Cfg>
 struct OwnDims {
   using V = typename Cfg::V;
-  static constexpr int VR = V::MP >= 32 ? V::MP / 32 : 1;  // subspaces
+  static constexpr int VR = V::MP >= 32 ? V::MP / 32 : 1;  // entries
   static constexpr int U = VR * V::EW;
   static __device__ __forceinline__ int of(int word, int lane) {
     return V::MP >= 32 || lane < V::MP ? (word / V::EW * 32 + lane) * V::DM + word % V::EW * 2 : Cfg::D;
@@ -24,15 +24,16 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
   using V = typename Cfg::V;
   constexpr int HG = Cfg::HG, HS = Cfg::HS, D = Cfg::D, DP = Cfg::DP;
   using Dim = OwnDims<Cfg>;
-  constexpr int VR = Dim::VR, U = Dim::U;
+  constexpr int VR = Dim::VR, U = Dim::U, CODES = V::CODES;
   const int lane = at.lane;
   const bool diagonal = at.diagonal, odd = at.odd;
   ExactTokens<Cfg, Dim::U, Dim> exact(p, at, row, b, share.e0, share.e1);  // first: their rows come from far away
   stream.start(p, b, row.coded, share, early);
   // Two ways to fill the tensor cores. One query vector: a word (two dimensions of a token) is two columns of A, the
   // two rows of B are diagonal; A's lower rows are the lane's second word. More: the words of two tokens are
-  // shuffled to pairs of tokens, rows are one dimension and the other, and columns of B are two vectors.
-  constexpr bool kWords = HG == 1 && U % 2 == 0;
+  // shuffled to pairs of tokens, rows are one dimension and the other, and columns of B are two vectors. That takes
+  // half a word at a time, so it is the way, too, where a word is looked up with two codes.
+  constexpr bool kWords = HG == 1 && U % 2 == 0 && CODES == 1;
   constexpr int NHP = (HG + 1) / 2;
   float acc[kWords ? U / 2 : U][NHP][4] = {};
   float top[HG], sum[HG];  // running maximum (log2 units, the same in all lanes), the lane's part of the sum
@@ -42,6 +43,24 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
     return kWords ? acc[word >> 1][0][(word & 1) * 2 + dim] : acc[word][g >> 1][dim * 2 + (g & 1)];
   };
   exact.attend(p, at, b, top, sum, sums);
+  // Both codes of a word lie side by side, 32 bytes. Every other four lanes take the second first, or they would meet
+  // the four before them in their banks; the word's two dimensions change places there until the end.
+  constexpr bool kTurn = CODES == 2 && V::C == 256;
+  const bool turned = kTurn && lane & 4;
+  auto turn_dims = [&] {
+    if constexpr (kTurn) {
+#pragma unroll
+      for (int word = 0; word < U; ++word)
+#pragma unroll
+        for (int g = 0; g < HG; ++g) {
+          const float first = sums(word, 0, g), second = sums(word, 1, g);
+          sums(word, 0, g) = turned ? second : first, sums(word, 1, g) = turned ? first : second;
+        }
+    }
+  };
+  turn_dims();
+  uint32_t first_dim = turned ? 0x7632u : 0x5410u, second_dim = turned ? 0x5410u : 0x7632u;  // of two tokens' words
+  if constexpr (kTurn) keep(first_dim), keep(second_dim);
   mbarrier_wait(at.value_books, 0);
 
   uint32_t low = V::entry_offset(lane % (V::MP < 32 ? V::MP : 32));  // of the lane's lookups
@@ -102,16 +121,25 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
     }
 
     const uint32_t codes = stream.wait();
-    uint4 vc[2][VR];  // the 16 codes of tile j of subspace 32 r + lane
+    uint4 vc[CODES][2][VR];  // the 16 codes of tile j of entry 32 r + lane
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int r = 0; r < VR; ++r) {
         const int mine = V::MP < 32 ? lane % V::MP : r * 32 + lane, sub = D == DP || mine < D / V::DM ? mine : 0;
-        if constexpr (V::C == 256)
-          vc[j][r] = load_shared_16(codes + j * V::tile_bytes + sub * 16);
-        else
-          vc[j][r] = spread_nibbles(load_shared_8(codes + j * V::tile_bytes + sub * 8));
+        const uint32_t tile = codes + j * V::tile_bytes;
+        if constexpr (kTurn) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) vc[c][j][r] = load_shared_16(tile + sub * 32 + (turned == (c == 0) ? 16 : 0));
+        } else if constexpr (CODES == 2) {
+          const uint4 both = load_shared_16(tile + sub * 16);
+          vc[0][j][r] = spread_nibbles(make_uint2(both.x, both.y));
+          vc[1][j][r] = spread_nibbles(make_uint2(both.z, both.w));
+        } else if constexpr (V::C == 256) {
+          vc[0][j][r] = load_shared_16(tile + sub * 16);
+        } else {
+          vc[0][j][r] = spread_nibbles(load_shared_8(tile + sub * 8));
+        }
       }
     stream.release(p, k);  // its barrier also shows the weights to all lanes
 
@@ -122,27 +150,29 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
         for (int hp = 0; hp < NHP; ++hp) pf[hp] = load_shared_16(from[hp] + j * kTile * 2 + u * 4);
       if constexpr (kWords || u % 2 == 0) {
         constexpr int tokens = kWords ? 2 : 4;
-        uint32_t x[tokens][U];
-        unrolled<tokens * VR>([&](auto i) {
-          constexpr int r = i.value % VR, t = 2 * u + i.value / VR;
-          constexpr int span = V::EW;  // blocks that 32 subspaces span
-          const uint4 c = vc[j][r];
+        uint32_t x[CODES][tokens][U];
+        unrolled<CODES * tokens * VR>([&](auto i) {
+          constexpr int n = i.value % (tokens * VR), by = i.value / (tokens * VR), r = n % VR, t = 2 * u + n / VR;
+          constexpr int span = V::EW;  // blocks that 32 entries span
+          const uint4 c = vc[by][j][r];
           uint32_t entry[V::EW];
           lookup<V::EW, K::book_bytes + V::block_offset(r * span)>(
               entry, at.smem, entry_address<V>(t < 4 ? c.x : t < 8 ? c.y : t < 12 ? c.z : c.w, t & 3, low, 0));
 #pragma unroll
-          for (int e = 0; e < V::EW; ++e) x[i.value / VR][r * V::EW + e] = entry[e];
+          for (int e = 0; e < V::EW; ++e) x[by][n / VR][r * V::EW + e] = entry[e];
         });
         if constexpr (kWords) {
           const uint32_t f = u % 4 == 0 ? pf[0].x : u % 4 == 1 ? pf[0].y : u % 4 == 2 ? pf[0].z : pf[0].w;
           const uint32_t b0 = prmt(f, 0, even_token), b1 = prmt(f, 0, odd_token);
 #pragma unroll
-          for (int n = 0; n < U; n += 2) mma_16816(acc[n / 2][0], x[0][n], x[0][n + 1], x[1][n], x[1][n + 1], b0, b1);
+          for (int n = 0; n < U; n += 2)
+            mma_16816(acc[n / 2][0], x[0][0][n], x[0][0][n + 1], x[0][1][n], x[0][1][n + 1], b0, b1);
         } else {
+          const auto &y = x[0], &z = x[CODES - 1];  // by the first code, by the second
 #pragma unroll
           for (int n = 0; n < U; ++n) {
-            const uint32_t a0 = prmt(x[0][n], x[1][n], 0x5410), a1 = prmt(x[0][n], x[1][n], 0x7632);
-            const uint32_t a2 = prmt(x[2][n], x[3][n], 0x5410), a3 = prmt(x[2][n], x[3][n], 0x7632);
+            const uint32_t a0 = prmt(y[0][n], y[1][n], first_dim), a1 = prmt(z[0][n], z[1][n], second_dim);
+            const uint32_t a2 = prmt(y[2][n], y[3][n], first_dim), a3 = prmt(z[2][n], z[3][n], second_dim);
 #pragma unroll
             for (int hp = 0; hp < NHP; ++hp)
               mma_16816(acc[n][hp], a0, a1, a2, a3, u & 2 ? pf[hp].z : pf[hp].x, u & 2 ? pf[hp].w : pf[hp].y);
@@ -153,6 +183,7 @@ __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cf
   }
 
   // What this warp has: into its ring, which is empty now.
+  turn_dims();
   __syncwarp();
   float* const mine = at.sums(at.warp);
 #pragma unroll
