@@ -2,8 +2,7 @@
 //   PQ_DM dimensions a subspace | PQ_NBITS bits a code (8 or 4) | PQ_T element type of the vectors
 // Every function returns null, or a message that stays valid for the life of the process.
 #include "pq_append.cuh"
-#include "pq_encode.cuh"
-#include "pq_grid.cuh"
+#include "pq_find.cuh"
 #include "pq_launch.cuh"
 
 namespace {
@@ -14,37 +13,46 @@ constexpr int kFew = kCentroids >= 64 ? 8 : 2;  // threads a tile where there ar
 
 unsigned ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Whether the tokens are many enough to be worth a grid for every subspace, and their vectors lie well for it.
-bool takes_grids(const pqlab::EncodeParams& p) {
+using Table = std::conditional<PQ_DM == 1, pqlab::Line, pqlab::Grid>::type;
+
+// Whether the tokens are many enough to be worth a table of every subspace, and their vectors lie well for it.
+bool takes_tables(const pqlab::EncodeParams& p) {
   const uintptr_t x = reinterpret_cast<uintptr_t>(p.x), bytes = sizeof(PQ_T);
-  const bool aligned = (x | p.x_stride[0] * bytes | p.x_stride[1] * bytes) % 16 == 0 && p.M % pqlab::kTogether == 0 &&
-                       reinterpret_cast<uintptr_t>(p.books) % sizeof(float2) == 0;
-  return PQ_DM == 2 && kCentroids == pqlab::kPlane && p.n > 7168 && aligned;  // LOG.md: where the two ways are equal
+  const bool aligned = (x | p.x_stride[0] * bytes | p.x_stride[1] * bytes) % 16 == 0 && p.M % Table::together == 0 &&
+                       reinterpret_cast<uintptr_t>(p.books) % (4 * Table::dims) == 0;
+  return PQ_DM == Table::dims && kCentroids == 256 && p.n > Table::many && aligned;
 }
 
-const char* encode_with_grids(const pqlab::EncodeParams& p, pqlab::Grid* grids, void* stream) {
-  const dim3 grid(ceil_div(p.n, 8 * pqlab::kFindThreads), p.M / pqlab::kTogether, p.G);
-  const auto kernel = pqlab::pq_find_kernel<PQ_T>;
-  if (const char* m = pqlab::allow_smem(kernel, pqlab::kFindSmem)) return m;
-  const float2* const books = reinterpret_cast<const float2*>(p.books);
-  const auto make = pqlab::pq_grid_kernel;
-  if (const char* m = pqlab::launch(make, dim3(p.G * p.M), pqlab::kGridThreads, 0, stream, books, grids)) return m;
-  const pqlab::Grid* const made = grids;
-  return pqlab::launch(kernel, grid, pqlab::kFindThreads, pqlab::kFindSmem, stream, p, made);
+[[maybe_unused]] const char* make_tables(const float* books, pqlab::Grid* tables, int count, void* stream) {
+  const float2* const points = reinterpret_cast<const float2*>(books);
+  return pqlab::launch(pqlab::pq_grid_kernel, dim3(count), pqlab::kGridThreads, 0, stream, points, tables);
+}
+[[maybe_unused]] const char* make_tables(const float* books, pqlab::Line* tables, int count, void* stream) {
+  return pqlab::launch(pqlab::pq_line_kernel, dim3(count), pqlab::kLineThreads, 0, stream, books, tables);
+}
+
+const char* encode_by_tables(const pqlab::EncodeParams& p, Table* tables, void* stream) {
+  const dim3 grid(ceil_div(p.n, 8 * pqlab::kFindThreads), p.M / Table::together, p.G);
+  const auto kernel = pqlab::pq_find_kernel<PQ_T, Table>;
+  constexpr int smem = Table::together * sizeof(Table);
+  if (const char* m = pqlab::allow_smem(kernel, smem)) return m;
+  if (const char* m = make_tables(p.books, tables, p.G * p.M, stream)) return m;
+  const Table* const made = tables;
+  return pqlab::launch(kernel, grid, pqlab::kFindThreads, smem, stream, p, made);
 }
 
 }  // namespace
 
 // Bytes of the memory, aligned to 16, that pqlab_encode needs for this call.
 PQ_API int64_t pqlab_encode_room(const pqlab::EncodeParams* p) {
-  return takes_grids(*p) ? static_cast<int64_t>(sizeof(pqlab::Grid)) * p->G * p->M : 0;
+  return takes_tables(*p) ? static_cast<int64_t>(sizeof(Table)) * p->G * p->M : 0;
 }
 
 PQ_API const char* pqlab_encode(const pqlab::EncodeParams* params, void* room, void* stream) {
   const pqlab::EncodeParams& p = *params;
   if (p.n == 0 || p.G == 0) return nullptr;
   if (p.page_ids && reinterpret_cast<uintptr_t>(p.codes) & 15) return "pages must be aligned to 16 bytes";
-  if (takes_grids(p)) return encode_with_grids(p, static_cast<pqlab::Grid*>(room), stream);
+  if (takes_tables(p)) return encode_by_tables(p, static_cast<Table*>(room), stream);
   const int tiles = ceil_div(p.first_slot % 16 + p.n, 16);
   const bool few = p.n <= 2048;
   const auto kernel = few ? pqlab::pq_encode_kernel<PQ_T, PQ_DM, PQ_NBITS, kFew>

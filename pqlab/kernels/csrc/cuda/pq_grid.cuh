@@ -1,9 +1,9 @@
 // Nearest centroid in the plane, for many tokens: a grid over the centroids with a list of candidates for every cell.
 //
 // pq_grid_kernel makes a Grid for every subspace of two dimensions. A cell lists every centroid that may be the nearest
-// one of some point in it, in ascending order, so that a point compares a handful instead of all 256. pq_find_kernel
-// then reads a token's cell and compares its list, as the reference computes distances: the first least one wins. The
-// outermost cells reach far out. Points beyond them, and cells whose list found no room, take the list of all.
+// one of some point in it, in ascending order, so that a point compares a handful instead of all 256: the list of its
+// cell, as the reference computes distances, and the first least one wins. The outermost cells reach far out. Points
+// beyond them, and cells whose list found no room, take the list of all.
 //
 // A centroid is left out of a cell when another one is nearer everywhere in it: the difference of two squared distances
 // is linear, so its least value over the cell lies in a corner. The cell is taken a little too large and the difference
@@ -20,6 +20,7 @@ constexpr int kListWords = 3072;                                 // of four cand
 constexpr uint32_t kAll = (kPlane / 4) << 16;                    // the list of all centroids comes first
 
 struct Grid {
+  static constexpr int dims = 2, together = 4, many = 7168;  // see pq_find.cuh
   float low[2], cells_a_unit[2];
   uint32_t cell[kSide * kSide];  // first word of the list | words << 16
   uint32_t list[kListWords];
@@ -153,8 +154,10 @@ __global__ void __launch_bounds__(kGridThreads)
   }
 }
 
-// The index of the centroid nearest to v, the lowest of equals.
-__device__ __forceinline__ int nearest(const Grid& grid, float2 v) {
+// The index of the centroid nearest to the point at `p`, the lowest of equals.
+template <typename T>
+__device__ __forceinline__ int nearest(const Grid& grid, const T* p) {
+  const float2 v = load_float2(p);
   const float x = (v.x - grid.low[0]) * grid.cells_a_unit[0], y = (v.y - grid.low[1]) * grid.cells_a_unit[1];
   auto near = [](float i) { return i > (0.1f - kReach) * kSide && i < (0.9f + kReach) * kSide; };  // false for NaN
   auto column = [](float i) { return static_cast<int>(fminf(fmaxf(i, 0.f), kSide - 1.f)); };
@@ -175,36 +178,6 @@ __device__ __forceinline__ int nearest(const Grid& grid, float2 v) {
     }
   }
   return code;
-}
-
-// Codes of p.n tokens: a thread takes a token at a time and kTogether subspaces, whose vectors are one aligned load.
-constexpr int kTogether = 4, kFindThreads = 512;
-constexpr int kFindSmem = kTogether * sizeof(Grid);
-
-template <typename T>
-__global__ void __launch_bounds__(kFindThreads)
-    pq_find_kernel(const __grid_constant__ EncodeParams p, const Grid* grids) {
-  struct alignas(16) Vectors {
-    T of[2 * kTogether];
-  };
-  extern __shared__ __align__(16) Grid grid[];  // [kTogether]
-  const int g = blockIdx.z, m = blockIdx.y * kTogether, page_size = 16 * p.tiles_per_page;
-  const uint4* const from = reinterpret_cast<const uint4*>(grids + static_cast<int64_t>(g) * p.M + m);
-  for (int i = threadIdx.x; i < kFindSmem / 16; i += kFindThreads) reinterpret_cast<uint4*>(grid)[i] = from[i];
-  __syncthreads();
-  const T* const x = static_cast<const T*>(p.x) + g * p.x_stride[0] + m * 2;
-  for (int t = blockIdx.x * kFindThreads + threadIdx.x; t < p.n; t += gridDim.x * kFindThreads) {
-    const Vectors mine = *reinterpret_cast<const Vectors*>(x + t * p.x_stride[1]);
-    const int place = p.first_slot + t;
-    uint8_t* to = p.codes + (static_cast<int64_t>(g) * p.n + t) * p.M + m;
-    if (p.page_ids) {
-      const int page = place / page_size, slot = place % page_size;
-      const int64_t tile = (static_cast<int64_t>(p.page_ids[page]) * p.G + g) * p.tiles_per_page + slot / 16;
-      to = p.codes + (tile * p.M + m) * 16 + slot % 16;
-    }
-#pragma unroll
-    for (int s = 0; s < kTogether; ++s) to[s * (p.page_ids ? 16 : 1)] = nearest(grid[s], load_float2(mine.of + 2 * s));
-  }
 }
 
 }  // namespace pqlab
