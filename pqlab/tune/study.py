@@ -169,7 +169,7 @@ class Search:
                 self._skip(trial, f"needs more than {readable_bytes(self.memory)}")
                 raise optuna.TrialPruned
         if setting in self._failed or self._is_taken(setting, trial.number):
-            self._skip(trial, self._failed.get(setting, "measured before"))
+            self._skip(trial, self._failed.get(setting, "measured before, or another process is at it"))
             raise optuna.TrialPruned
         begin = time.perf_counter()
         try:
