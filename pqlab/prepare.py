@@ -66,10 +66,8 @@ def _kernels() -> tuple[str, list[Path]]:
     kernels.wait()
     report = kernels.backend_report().as_dict()
     for name, build in report["builds"].items():
-        if build["state"] == "failed":  # no reason to stop: plain torch does the same, slower
-            print(
-                f"pqlab: the {name} kernels could not be built; plain torch runs instead.\n{build['error']}", flush=True
-            )
+        if build["state"] == "failed":  # no reason to stop: what runs instead does the same, slower
+            print(f"pqlab: the build of {name} failed; {build['instead']}.\n{build['error']}", flush=True)
     paths = [Path(build["path"]) for build in report["builds"].values() if build["state"] == "ready" and build["path"]]
     return "; ".join(f"{c['op']} on {c['device']}: {c['backend']}" for c in report["choices"]), paths
 

@@ -284,9 +284,9 @@ def backends() -> Finding:
         path = f", {build['path']}" if build["path"] else ""
         details[f"{name} build"] = f"{build['state']} {build['detail']}".strip() + path
         if build["state"] == "failed":
-            failed.append(f"the {name} kernels could not be built: {' '.join(build['error'].split())[-400:]}")
+            failed.append(f"the build of {name} failed ({build['instead']}): {' '.join(build['error'].split())[-400:]}")
     value = f"setting {report['setting']}: {', '.join(sorted({choice['backend'] for choice in chosen.values()}))}"
-    remedy = "Plain torch runs instead; the whole message: import pqlab; pqlab.kernels.wait(); pqlab.backend_report()"
+    remedy = "The whole message: import pqlab; pqlab.kernels.wait(); pqlab.backend_report()"
     return Finding(value, "; ".join(failed), remedy if failed else "", details)
 
 

@@ -30,7 +30,8 @@ class BuildStatus:
     """How far the compiled part of a backend is, for reports.
 
     state is "none" (nothing to build), "off" (not wanted), "building", "ready" or "failed"; `seconds` is the time of
-    the build, or of loading it from the cache (`cached`); `error` holds the compiler's output.
+    the build, or of loading it from the cache (`cached`); `error` holds the compiler's output; `instead` says what
+    happens without it.
     """
 
     state: str = "none"
@@ -40,6 +41,7 @@ class BuildStatus:
     path: str = ""
     flags: list[str] = field(default_factory=list)
     error: str = ""
+    instead: str = "plain torch runs instead"
 
 
 class StepShape(NamedTuple):
@@ -69,6 +71,10 @@ class Backend:
 
     def status(self) -> BuildStatus:
         return BuildStatus()
+
+    def builds(self) -> dict[str, BuildStatus]:
+        """Everything that is built for it, by name: itself, and what it can do without."""
+        return {self.name: self.status()}
 
     def unable(self, op: str, args: tuple[Any, ...]) -> str | None:
         """Why this call cannot run here, or None when it can. The text is a constant per cause: it is counted.

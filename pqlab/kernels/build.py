@@ -78,8 +78,11 @@ class Extension:
     Args:
         name: of the library, e.g. "pqlab_cpu"; letters, digits and underscores.
         sources: files to compile. Headers beside them (any file of the same folders) take part in the key.
+        headers: those of other folders, which take part in it, too.
         load: called with the path once there is a library; what it raises makes the build "failed".
         cflags, ldflags, cuda_cflags, with_cuda: as in `torch.utils.cpp_extension.load`.
+        instead: what happens without the library, for reports; the default is that of `BuildStatus`.
+        then: called with the mode of `start` once the library is loaded, e.g. to start the next build.
     """
 
     def __init__(
@@ -88,17 +91,21 @@ class Extension:
         sources: Sequence[Path],
         load: Callable[[Path], None],
         *,
+        headers: Sequence[Path] = (),
         cflags: Sequence[str] = (),
         ldflags: Sequence[str] = (),
         cuda_cflags: Sequence[str] = (),
         with_cuda: bool = False,
+        instead: str = BuildStatus.instead,
+        then: Callable[[str], None] = lambda mode: None,
     ) -> None:
         self.name = name
-        self.sources = [Path(source) for source in sources]
+        self.sources, self.headers = [Path(source) for source in sources], [Path(header) for header in headers]
         self.cflags, self.ldflags, self.cuda_cflags = list(cflags), list(ldflags), list(cuda_cflags)
         self.with_cuda = with_cuda
-        self.status = BuildStatus("off", "nothing has started a build", flags=[*cflags, *cuda_cflags, *ldflags])
-        self._load = load
+        flags = [*cflags, *cuda_cflags, *ldflags]
+        self.status = BuildStatus("off", "nothing has started a build", flags=flags, instead=instead)
+        self._load, self._then = load, then
         self._finished = threading.Event()
         self._finished.set()
 
@@ -110,6 +117,7 @@ class Extension:
         key = self._key()
         for folder in (cache_folder(), _fallback_folder()):
             if _is_ours(folder) and self._use_cached(folder, key, begin):
+                self._then(mode)
                 return
         if mode == "off":
             self._set("off", "building is turned off (PQLAB_BUILD=off) and the cache has no build that fits")
@@ -122,9 +130,9 @@ class Extension:
         self._set("building", f"{self.name} is still being built; pqlab.kernels.wait() blocks until it is ready")
         line = ProgressLine(f"pqlab: building {self.name} (once; cached afterwards)")
         if mode == "eager":
-            self._build(key, line)
+            self._build(key, line, mode)
         else:
-            threading.Thread(target=self._build, args=(key, line), daemon=True, name=f"build-{self.name}").start()
+            threading.Thread(target=self._build, args=(key, line, mode), daemon=True, name=f"build-{self.name}").start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the build has ended, well or badly; False when `timeout` seconds ran out first."""
@@ -134,7 +142,8 @@ class Extension:
 
     def _key(self) -> str:
         """Two hashes: of what makes a library unfit to load here, and of the compiler, which may be gone later."""
-        files = sorted({file for source in self.sources for file in source.parent.iterdir() if file.is_file()})
+        beside = {file for source in self.sources for file in source.parent.iterdir() if file.is_file()}
+        files = sorted(beside.union(self.headers))
         here = hashlib.sha256()
         for part in (
             torch.__version__, os.path.dirname(torch.__file__), sys.implementation.cache_tag, _cpu_flags(),
@@ -166,7 +175,7 @@ class Extension:
 
     # -- building ----------------------------------------------------------------------------------------------------
 
-    def _build(self, key: str, line: ProgressLine) -> None:
+    def _build(self, key: str, line: ProgressLine, mode: str) -> None:
         begin = time.perf_counter()
         try:
             root, remark = _writable_folder()
@@ -184,6 +193,8 @@ class Extension:
         finally:
             ready = self.status.state == "ready"
             line.finish(f"ready in {time.perf_counter() - begin:.1f} s" if ready else self.status.detail)
+            if ready:
+                self._then(mode)
             self._finished.set()
 
     def _compile(self, root: Path, key: str, begin: float) -> Path:

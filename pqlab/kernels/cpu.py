@@ -10,6 +10,7 @@ import ctypes
 import platform
 import struct
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .backend import Backend, BuildStatus, version
 from .build import Extension
 from .checks import BOOK_DTYPES
 from .cpu_again import CALL, repeat
+from .cpu_caller import Caller
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 
@@ -39,7 +41,7 @@ _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append
 _IDENTITY = "the identity codec (nbits 32) runs on the reference only"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Held:
     """What decode takes of the tensors that stay from call to call."""
 
@@ -65,7 +67,10 @@ class CpuBackend(Backend):
         self._like_lse: dict[tuple[int, ...], Tensor] = {}
         sources = sorted(SOURCES.glob("*.cpp"))
         flags = compile_flags(machine)
-        self.extension = Extension("pqlab_cpu", sources, self._load, cflags=flags, ldflags=link_flags())
+        self.caller = Caller(self._forget_held)
+        self.extension = Extension(
+            "pqlab_cpu", sources, self._load, cflags=flags, ldflags=link_flags(), then=self.caller.extension.start
+        )
 
     def _load(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -77,6 +82,12 @@ class CpuBackend(Backend):
         library.pq_prepare_book.restype = None
         self._library = library
 
+    def _forget_held(self) -> None:
+        """Have every call checked once more: what repeats them has changed."""
+        for held in tuple(self._held.values()):
+            held.alive = False
+        self._held.clear()
+
     @property
     def isa(self) -> str:
         """Vector instructions in the library: "avx512 vbmi", "avx2" or "generic"; "" before it is loaded."""
@@ -85,8 +96,14 @@ class CpuBackend(Backend):
     def status(self) -> BuildStatus:
         return self.extension.status
 
+    def builds(self) -> dict[str, BuildStatus]:
+        return {self.name: self.status(), "cpu caller": self.caller.extension.status}
+
     def wait(self, timeout: float | None = None) -> bool:
-        return self.extension.wait(timeout)
+        start = time.monotonic()
+        if not self.extension.wait(timeout):
+            return False
+        return self.caller.extension.wait(None if timeout is None else timeout - (time.monotonic() - start))
 
     def unable(self, op: str, args: tuple[Any, ...]) -> str | None:
         if self._library is None:
@@ -201,7 +218,11 @@ class CpuBackend(Backend):
         else:
             return None
         held = self._held.get((*nbits, *map(id, tensors)))
-        return held and repeat(held, self._library.pq_decode, op, q, new_shape, _DTYPES[q.dtype])
+        if held is None:
+            return None
+        kernel, dtype_code = self._library.pq_decode, _DTYPES[q.dtype]
+        compiled = self.caller.repeat(held, kernel, op, args, dtype_code)
+        return compiled or repeat(held, kernel, op, q, new_shape, dtype_code)
 
     def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:
         """The books as the kernel reads them, made once for a tensor; empty when it reads them as they are."""

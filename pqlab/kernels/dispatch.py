@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,18 +28,20 @@ FIRST_CHOICE = "first choice"
 
 _backends: dict[str, Backend] = {"reference": ReferenceBackend()}
 _absent: dict[str, str] = {}  # backend -> why it was never registered
-_runs: Counter[tuple[str, str, str]] = Counter()  # (op, backend, reason) -> calls
+_runs: Counter[tuple[str, str, str]] = Counter()  # (op, backend, reason) -> calls, those of `_known` apart
 _last: dict[str, tuple[str, str]] = {}  # op -> (backend, reason) of the latest call
 _failed: dict[tuple[str, str], str] = {}  # (op, backend) -> what it raised when it ran; not tried again
 
 
-class _Known(NamedTuple):
+@dataclass(slots=True)
+class _Known:
     """How a call ran: what checks and choice come to again for the same lasting tensors under the same setting."""
 
     setting: Setting
     again: Callable[..., Any]  # of `Backend.again`
     key: tuple[str, str, str]  # of `_runs`
     last: tuple[str, str]
+    calls: int = 0  # that `_runs` does not have yet: to look it up there takes as long as all else here
 
 
 _MOST_KNOWN = 4096
@@ -49,7 +52,7 @@ _known: dict[tuple[Any, ...], _Known] = {}
 def register_backend(backend: Backend) -> None:
     """Put a backend in the place of its name; what one of that name failed at before is tried again."""
     _backends[backend.name] = backend
-    _known.clear()
+    _forget_known()
     for key in [key for key in _failed if key[1] == backend.name]:
         del _failed[key]
 
@@ -69,7 +72,10 @@ def absences() -> dict[str, str]:
 
 def runs() -> dict[tuple[str, str, str], int]:
     """Calls so far: (op, backend, reason) -> count."""
-    return dict(_runs)
+    total = _runs.copy()
+    for known in tuple(_known.values()):
+        total[known.key] += known.calls
+    return dict(total)
 
 
 def record(op: str, backend: str, reason: str) -> None:
@@ -120,7 +126,7 @@ def run(op: str, device_type: str, args: tuple[Any, ...]) -> Any:
         if not _may_fall_back(backend.name, error):
             raise
         _failed[op, backend.name] = f"it failed when it ran ({type(error).__name__}: {' '.join(str(error).split())})"
-        _known.clear()
+        _forget_known()
         return run(op, device_type, args)
 
 
@@ -134,7 +140,7 @@ def run_again(like: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     except (RuntimeError, MemoryError):
         return None  # it will fail again where another backend can be chosen
     if results is not None:
-        _runs[known.key] += 1
+        known.calls += 1
         _last[like[0]] = known.last
     return results
 
@@ -146,9 +152,18 @@ def run_first(op: str, like: tuple[Any, ...], check: Callable[..., None], x: Ten
     again = _backends[_last[op][0]].again(op, args)
     if again is not None:
         if len(_known) >= _MOST_KNOWN:  # of tensors that are gone
-            _known.clear()
+            _forget_known()
+        before = _known.get(like)
         _known[like] = _Known(current_setting(), again, (op, *_last[op]), _last[op])
+        if before is not None:
+            _runs[before.key] += before.calls
     return results
+
+
+def _forget_known() -> None:
+    for known in tuple(_known.values()):
+        _runs[known.key] += known.calls
+    _known.clear()
 
 
 def _may_fall_back(name: str, error: Exception) -> bool:

@@ -95,7 +95,7 @@ def backend_report() -> BackendReport:
     builds = {}
     for name in NAMES:
         if name in dispatch.backends():
-            builds[name] = dispatch.backends()[name].status()
+            builds |= dispatch.backends()[name].builds()
         else:
             builds[name] = BuildStatus("absent", dispatch.absences().get(name, "not registered"))
     return BackendReport(current_setting().text, tuple(choices), builds)
