@@ -55,7 +55,7 @@ static_assert(sizeof(at::TensorBase) == sizeof(void*), "a tensor is a pointer to
 // Where the arguments of an operation of kernels/ops.py stand.
 struct Places {
     Py_ssize_t count, q, page_table, lengths, scale;
-    Py_ssize_t k, v, before;      // of a step; else negative
+    Py_ssize_t k, v, before;       // of a step; else negative
     std::vector<Py_ssize_t> held;  // tensors that stay from call to call, the codebooks first
 };
 
@@ -182,7 +182,7 @@ PyMethodDef again_method{"again", (PyCFunction)(void (*)())again, METH_FASTCALL,
 // op: "decode" or "step_"; args: a tuple of its arguments, whose tensors have been checked; held, versions: cpu.Held and
 // its versions of the codebooks; kernel: the address of `pq_decode`; packed: the last part of struct pq_decode_args, as
 // long as it is; dtype: of enum pq_dtype.
-PyObject* repeat(PyObject*, PyObject* given) {
+PyObject* repeat(PyObject*, PyObject* given) try {
     const char *op, *packed;
     Py_ssize_t packed_bytes;
     PyObject *args, *held;
@@ -192,7 +192,8 @@ PyObject* repeat(PyObject*, PyObject* given) {
                           &packed, &packed_bytes, &dtype))
         return nullptr;
     const Places& at = std::strcmp(op, "decode") ? STEP : DECODE;
-    if (PyTuple_GET_SIZE(args) != at.count || packed_bytes != sizeof(pq_decode_args) - offsetof(pq_decode_args, k_pages))
+    const Py_ssize_t held_bytes = sizeof(pq_decode_args) - offsetof(pq_decode_args, k_pages);
+    if (PyTuple_GET_SIZE(args) != at.count || packed_bytes != held_bytes)
         return PyErr_Format(PyExc_ValueError, "arguments of %s do not fit", op);
     auto known = std::make_unique<Known>();
     known->places = &at;
@@ -226,6 +227,8 @@ PyObject* repeat(PyObject*, PyObject* given) {
     PyObject* function = PyCFunction_New(&again_method, capsule);
     Py_DECREF(capsule);
     return function;
+} catch (const std::exception& error) {
+    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
 }
 
 PyMethodDef methods[] = {
