@@ -108,6 +108,30 @@ def test_the_key_follows_sources_and_flags(folders):
 
 
 @needs_compiler
+def test_the_key_follows_headers_of_other_folders(folders):
+    header = folders / "struct.h"
+    keys = set()
+    for text in ("#define SIZE 1\n", "#define SIZE 2\n"):
+        header.write_text(text)
+        keys |= {trial(folders, headers=[header])[0]._key(), trial(folders)[0]._key()}
+    assert len(keys) == 3
+
+
+@needs_compiler
+def test_what_comes_next_begins_when_a_library_is_there(folders):
+    begun: list[str] = []
+    for _ in ("built", "cached"):
+        extension, answers = trial(folders, then=begun.append)
+        extension.start("eager")
+        assert (extension.status.state, answers, begun) == ("ready", [42], ["eager"])
+        begun.clear()
+    (folders / "source" / "trial.cpp").write_text("no\n")
+    extension, _ = trial(folders, then=begun.append)
+    extension.start("eager")
+    assert extension.status.state == "failed" and not begun
+
+
+@needs_compiler
 def test_a_killed_build_leaves_nothing_in_the_way(folders, monkeypatch):
     switch = slow_compiler(folders, monkeypatch)
     script = (
