@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from pqlab.cost import CacheCost
 from pqlab.evaluation import eval_command, fidelity, methods
 from pqlab.evaluation.evaluate import evaluate
 from pqlab.evaluation.methods import Setting
+from pqlab.memory import MIB
 from pqlab.quantization import Origin
 from pqlab.results.provenance import device_name
 from pqlab.shapes import ModelShape
@@ -230,3 +232,27 @@ def test_a_run_without_numbers_still_prints(tiny, capsys):
     assert "page_size" in eval_command.render_table(result.table())
     assert eval_command.render_positions(result.by_position()) == "no method was measured"
     assert result.record()["methods"][1]["error"].startswith("ConfigError")
+
+
+def test_peaks_are_those_of_real_caches(make_model, tiny_tokenizer, monkeypatch):
+    """A token takes 24 KiB in float32: the exact cache and what its copies leave, and the paged one's window."""
+    model = make_model("llama", head_dim=128, num_key_value_heads=6)
+    books = {"mine": Codebooks.random(model, config=PQConfig(M=32, nbits=4))}
+    broken = methods.from_codebooks("broken", books["mine"], Setting(model, tiny_tokenizer, SMALL))
+    monkeypatch.setitem(methods._MAKERS, "broken", lambda setting: replace(broken, cache=_no_cache))
+    options = {"codebooks": books, "windows": 1, "length": 1200, "config": SMALL}
+    result = evaluate(model, tiny_tokenizer, ["kivi-4", "broken"], **options)
+    table = result.table().set_index("method")
+    exact = 1200 * 2 * 2 * 6 * 128 * 4 / MIB
+    assert 0.9 * exact < table.peak_mib["exact"] < 3 * exact
+    assert 0 < table.peak_mib["mine"] < exact / 3 and table.peak_mib["mine"] <= table.prompt_peak_mib["mine"]
+    assert table[["peak_mib", "prompt_peak_mib"]].loc[["kivi-4", "broken"]].isna().all(axis=None)
+    assert table.note["broken"] == "no peak: OSError: no memory to look at" and table.kl["broken"] > 0
+    rows = {row["method"]: row for row in result.record()["methods"]}
+    assert rows["kivi-4"]["peak_mib"] is None
+    assert rows["mine"]["peak_mib"] == pytest.approx(table.peak_mib["mine"], rel=1e-4)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _no_cache(context: int):
+    raise OSError("no memory to look at")

@@ -10,8 +10,8 @@ import torch
 
 from pqlab import CacheConfig, ConfigError, PagedPQCache, cli
 from pqlab.benchmarks.memory_timeline import EXACT, PAGED, memory_timeline, summary
-from pqlab.benchmarks.process_memory import ProcessMemory
 from pqlab.memory import MIB
+from pqlab.process_memory import ProcessMemory
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
 

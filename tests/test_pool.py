@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from pqlab.benchmarks.process_memory import resident_bytes
 from pqlab.errors import ConfigError, OutOfMemoryError, PageAllocationError
 from pqlab.paging import POLICIES, PageLayout, PagePolicy, PagePool, PageTable, PoolLayout
+from pqlab.process_memory import resident_bytes
 
 
 def layout(max_pages: int = 8) -> PoolLayout:

@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 
 from pqlab import load_text
 from pqlab.benchmarks.generation import cache_bytes, time_generation
-from pqlab.benchmarks.memory_peak import memory_peak
 from pqlab.cli import main
+from pqlab.memory_peak import memory_peak
 from pqlab.pipeline import runner
 from pqlab.pipeline.results import Results
 from pqlab.pipeline.settings import Settings, resolved_m

@@ -14,10 +14,10 @@ from .. import kernels
 from ..cache import PagedPQCache
 from ..cache.contiguous import ContiguousPQLayer
 from ..evaluation.longbench.answers import MakeCache
+from ..memory_peak import memory_peak
 from ..model_runs import attention, counted
+from ..process_memory import release
 from ..transformers_api import cache_argument
-from .memory_peak import memory_peak
-from .process_memory import release
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

@@ -24,10 +24,10 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..memory import MIB, readable_bytes
+from ..process_memory import ProcessMemory
 from ..quantization import Codebooks
 from ..results.provenance import commit, device_name, today, versions
 from ..transformers_api import cache_argument
-from .process_memory import ProcessMemory
 from .random_models import SHAPES, random_model
 
 PAGED, EXACT = "paged pq", "exact"

@@ -18,8 +18,10 @@ from .records import merged
 
 NOTES = """\
 Token bits: codes, scales and zero points of a quantized token over its elements. Totals: one sequence, exact window and
-model constants included. Change: of perplexity. KL: nats, mean; +- is the standard error over windows. Top-1: positions
-whose likeliest token is that of the exact cache. Worst: mean KL of the worst 1 % of positions."""
+model constants included. Peak: the most that the device held above the model while a real cache, in the model's dtype,
+decoded the end of a window, and while its prompt was prefilled, activations included; - for what is only simulated.
+Change: of perplexity. KL: nats, mean; +- is the standard error over windows. Top-1: positions whose likeliest token is
+that of the exact cache. Worst: mean KL of the worst 1 % of positions."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +128,8 @@ def render_table(table: pd.DataFrame) -> str:
         "exact tokens": table.exact_tokens.map("{:.0f}".format),
         "constants MiB": table.constants_mib.map("{:.2f}".format),
         **{f"{c // 1024}K MiB": (table[f"bytes_{c}"] / MIB).map("{:.1f}".format) for c in CONTEXTS},
+        "peak MiB": table.peak_mib.map("{:.1f}".format),
+        "with prompt": table.prompt_peak_mib.map("{:.1f}".format),
     }
     columns |= {
         "perplexity": table.perplexity.map("{:.3f}".format),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from tqdm.auto import tqdm
+from transformers.cache_utils import DynamicCache
 
 from ..config import CacheConfig
 from ..cost import EXACT_BYTES
@@ -33,6 +34,7 @@ from ..quantization.geometry import text_config
 from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
 from . import fidelity, methods
 from .methods import Method, Setting, token_elements
+from .peak import Peak, cache_peaks
 from .teacher_forced import schedule
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class Evaluation:
         methods: those that could be made, by name.
         failures: why a method has no numbers, by name.
         order: names as they were asked for.
+        peaks: what real caches took of the device at their most, by name; see `peak.cache_peaks`.
+        unwatched: why a method that has a real cache has no peak, by name.
         settings: everything that the numbers depend on, as JSON types.
         exact_token_bytes: bytes of one exact fp16 token in all quantized layers, K and V.
     """
@@ -65,6 +69,8 @@ class Evaluation:
     methods: Mapping[str, Method]
     failures: Mapping[str, str]
     order: tuple[str, ...]
+    peaks: Mapping[str, Peak]
+    unwatched: Mapping[str, str]
     settings: Mapping[str, Any]
     exact_token_bytes: int
 
@@ -74,7 +80,9 @@ class Evaluation:
         Returns:
             DataFrame: method; token_bits (stored for a quantized token, per element); exact_tokens (sinks + R);
             constants_mib (codebooks and maps, shared by all sequences); bytes_<context>, of one sequence with its
-            window and the model constants; the columns of `fidelity.summarize`; note, which for a method without
+            window and the model constants; peak_mib, the most that the device held above the model while a real cache
+            decoded the end of the first window, and prompt_peak_mib, while its beginning was prefilled (NaN for
+            methods that are only simulated); the columns of `fidelity.summarize`; note, which for a method without
             numbers says why it has none.
         """
         sizes = {f"bytes_{context}": context * self.exact_token_bytes for context in contexts}
@@ -91,7 +99,13 @@ class Evaluation:
                 }
             rows.append(row)
             notes.append(self.failures.get(name) or (method.note if method else ""))
-        stored = pd.DataFrame(rows, columns=["method", "token_bits", "exact_tokens", "constants_mib", *sizes])
+        for i, row in enumerate(rows):
+            if peak := self.peaks.get(row["method"]):
+                row |= {"peak_mib": peak.decode / MIB, "prompt_peak_mib": peak.prompt / MIB}
+            if why := self.unwatched.get(row["method"]):
+                notes[i] = f"{notes[i]}; no peak: {why}".removeprefix("; ")
+        columns = ["method", "token_bits", "exact_tokens", "constants_mib", *sizes, "peak_mib", "prompt_peak_mib"]
+        stored = pd.DataFrame(rows, columns=columns)
         measured = fidelity.summarize(self.frame)
         if len(measured):
             one = measured.iloc[0]
@@ -182,7 +196,9 @@ def evaluate(
     for name in tqdm([*chosen, *codebooks], desc="preparing", unit="method", disable=not progress):
         try:
             books = codebooks.get(name)
-            made[name] = methods.make(name, setting) if books is None else _from_given(name, books, setting)
+            method = methods.make(name, setting) if books is None else _from_given(name, books, setting)
+            check_window(windows, length, prompt, skip, method.config, model)
+            made[name] = method
         except Exception as error:
             errors[name] = error
     frame = fidelity.compare(
@@ -195,6 +211,9 @@ def evaluate(
         own_configs={name: method.config for name, method in made.items()},
         failures=errors,
     )
+    caches = {EXACT: (lambda context: DynamicCache(config=model.config), model.config._attn_implementation)}
+    caches |= {name: (m.cache, "pqlab") for name, m in made.items() if m.cache and name not in errors}
+    peaks, unwatched = cache_peaks(model, ids[0], caches, progress=progress)
     settings = {
         "date": today(),
         "commit": commit(),
@@ -220,6 +239,8 @@ def evaluate(
         methods=made,
         failures={name: _why(error) for name, error in errors.items()},
         order=(*chosen, *codebooks),
+        peaks=peaks,
+        unwatched={name: _why(error) for name, error in unwatched.items()},
         settings=settings,
         exact_token_bytes=token_elements(setting.geometry) * EXACT_BYTES,
     )

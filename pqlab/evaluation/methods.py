@@ -8,11 +8,13 @@ method says that it is another cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..cost import EXACT_BYTES, INT32, coded_tokens
 from ..errors import ConfigError
@@ -59,6 +61,8 @@ class Method:
         page_bytes: of K and V of all quantized layers as stored: codes, scales, zero points.
         constant_bytes: codebooks and maps, shared by all sequences.
         note: how the method was brought to equal terms; "" when there is nothing to say.
+        cache: tokens that a sequence may reach -> a real cache, for the "pqlab" attention, whose codebooks are copies
+            of its own; None for a method that is only simulated.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Method:
     page_bytes: int
     constant_bytes: int = 0
     note: str = ""
+    cache: Callable[[int], PagedPQCache] | None = None
 
     @property
     def token_bits(self) -> float:
@@ -80,14 +85,21 @@ class Method:
         return self.config.num_sinks + self.config.residual_length
 
     def total_bytes(self, context: int) -> int:
-        """Bytes of one sequence of `context` tokens: pages, page table, sinks, window, and the model constants.
+        """`sequence_bytes` of this method."""
+        return sequence_bytes(context, self.config, self.page_bytes, self.token_elements, self.constant_bytes)
 
-        The window counts as it is allocated, R + page_size tokens in fp16. Sliding-window layers, the same for every
-        method, do not count.
-        """
-        pages = coded_tokens(context, self.config) // self.config.page_size
-        exact = (self.config.num_sinks + self.config.window_length) * self.token_elements * EXACT_BYTES
-        return pages * self.page_bytes + INT32 * (pages + 3) + exact + self.constant_bytes
+
+def sequence_bytes(
+    context: int, config: CacheConfig, page_bytes: int, token_elements: int, constant_bytes: int = 0
+) -> int:
+    """Bytes of one sequence of `context` tokens: pages, page table, sinks, window, and the model constants.
+
+    The window counts as it is allocated, R + page_size tokens in fp16. Sliding-window layers, the same for every
+    method, do not count. The other arguments are those of `Method`.
+    """
+    pages = coded_tokens(context, config) // config.page_size
+    exact = (config.num_sinks + config.window_length) * token_elements * EXACT_BYTES
+    return pages * page_bytes + INT32 * (pages + 3) + exact + constant_bytes
 
 
 Maker = Callable[[Setting], Method]
@@ -155,11 +167,23 @@ def from_codebooks(
         quantize=teacher_forced.from_codebooks(codebooks.to(setting.model.device)),
         config=config,
         token_elements=token_elements(setting.geometry),
-        page_bytes=sum(k.page_bytes + v.page_bytes for k, v in codebooks.layouts(config.page_size))
-        + token_elements(codebooks.exact) * config.page_size * EXACT_BYTES,
+        page_bytes=_page_bytes(codebooks, config.page_size),
         constant_bytes=codebooks.nbytes,
         note=note,
+        cache=lambda context: PagedPQCache(setting.model, deepcopy(codebooks), config, context=context),
     )
+
+
+def stored_bytes(codebooks: Codebooks, config: CacheConfig, context: int) -> int:
+    """`sequence_bytes` of a cache with these codebooks."""
+    elements = token_elements(codebooks.geometry | codebooks.exact)
+    return sequence_bytes(context, config, _page_bytes(codebooks, config.page_size), elements, codebooks.nbytes)
+
+
+def _page_bytes(codebooks: Codebooks, page_size: int) -> int:
+    """Of a page's tokens in all full-attention layers: codes, and fp16 in the layers that are left exact."""
+    codes = sum(k.page_bytes + v.page_bytes for k, v in codebooks.layouts(page_size))
+    return codes + token_elements(codebooks.exact) * page_size * EXACT_BYTES
 
 
 def token_elements(geometry: Geometry) -> int:
