@@ -16,7 +16,7 @@ COMMANDS = {
     "doctor": ("pqlab.doctor", "say what is installed, what works, and what to do about the rest"),
     "eval": ("pqlab.evaluation.eval_command", "bits, bytes and fidelity of every method: KL, perplexity, agreement"),
     "explain": ("pqlab.explain", "say what an error code means and what to set"),
-    "plan": ("pqlab.evaluation.plan", "choose M by layer and side under a budget of bits or KL"),
+    "plan": ("pqlab.evaluation.plan_command", "choose M by layer and side under a budget of bits, MiB or KL"),
     "presets": ("pqlab.tune.presets_command", "the report's tables of settings, derived again on this machine"),
     "run": ("pqlab.pipeline.command", "the report's pipeline: baseline, sampling, training, evaluation"),
     "setup": ("pqlab.prepare", "fetch the default model, calibrate its codebooks, build the kernels"),

@@ -9,8 +9,7 @@ import torch
 
 from pqlab import CacheConfig, Codebooks, PQConfig
 from pqlab.cli import main
-from pqlab.evaluation import calibration_bench, retrieval, texts_bench
-from pqlab.evaluation import plan as plan_module
+from pqlab.evaluation import calibration_bench, plan_command, retrieval, texts_bench
 from pqlab.evaluation.fidelity import compare, text_windows
 from pqlab.evaluation.key_values import key_values
 from pqlab.evaluation.passkey import passkey
@@ -77,7 +76,7 @@ def test_a_plan_made_on_a_gpu_holds_on_the_cpu(models, tiny_tokenizer, tmp_path)
 
 
 def test_commands(make_model, tiny_tokenizer, monkeypatch, capsys, tmp_path):
-    for module in (calibration_bench, texts_bench, retrieval, plan_module):
+    for module in (calibration_bench, texts_bench, retrieval, plan_command):
         monkeypatch.setattr(module, "load_model", lambda name, device: (make_model("llama").to(device), tiny_tokenizer))
     monkeypatch.setenv("PQLAB_CACHE", str(tmp_path))
     monkeypatch.setattr(calibration_bench, "VARIANTS", {"default": {"num_tokens": 600}})

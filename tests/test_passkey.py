@@ -69,6 +69,16 @@ def test_exact_storage_is_exact_and_codes_are_not(tiny_tokenizer, make_model):
     assert frame.key.nunique() == 4
 
 
+def test_a_method_with_a_window_of_its_own(tiny_tokenizer, make_model):
+    model = make_model("llama")
+    codes = from_codebooks(Codebooks.random(model, config=PQConfig(M=4, nbits=2)))
+    own = {"wide": CacheConfig(page_size=16, residual_length=250)}
+    options = {"lengths": [250], "depths": [0.5], "own_configs": own}
+    frame = passkey(model, tiny_tokenizer, "abc " * 200, {"wide": codes, "small": codes}, SMALL, **options)
+    exact, wide, small = frame.logp
+    assert wide == pytest.approx(exact, abs=1e-3) and abs(small - exact) > 1e-3, "all of it lies in the wide window"
+
+
 def test_every_pair_is_asked_for_under_every_method(tiny_tokenizer, make_model):
     """Continuations share the prefill: a question must not see another one's tokens, whatever was flushed meanwhile."""
     model = make_model("gemma3")

@@ -11,8 +11,9 @@ import torch
 from pqlab import CacheConfig, Codebooks, PQConfig
 from pqlab.errors import ConfigError
 from pqlab.evaluation import methods
+from pqlab.evaluation.allocation import allocate
 from pqlab.evaluation.fidelity import compare, last_hidden
-from pqlab.evaluation.plan import Plan, Planner, allocate, plan
+from pqlab.evaluation.plan import Plan, Planner, plan
 from pqlab.evaluation.predicted_kl import predict_kl
 from pqlab.evaluation.teacher_forced import TeacherForcedCache, from_codebooks
 from pqlab.quantization import CodebookError, IdentityCodec, LayerCodec
@@ -121,7 +122,7 @@ def test_layers_are_left_exact_where_no_choice_holds(tiny, planner, tmp_path):
     best = planner.plan(bits=4)
     made = planner.plan(kl=best.certificate["kl"] * 0.7)
     assert 1 <= len(made.codebooks.exact) < len(planner.candidates[1])
-    fewer = planner._made(4, list(made.codebooks.exact)[:-1]) if len(made.codebooks.exact) > 1 else best
+    fewer = planner._made(planner._largest, list(made.codebooks.exact)[:-1]) if len(made.codebooks.exact) > 1 else best
     assert fewer.certificate["kl"] > made.certificate["kl"], "one exact layer less does not hold"
     rows = made.choices[made.choices.bits == 16]
     assert set(rows.layer) == set(made.codebooks.exact) and (rows.kl == 0).all()

@@ -35,6 +35,7 @@ from ..results.provenance import commit, device_name, file_sha256, text_record, 
 from . import fidelity, methods
 from .methods import Method, Setting, token_elements
 from .peak import Peak, cache_peaks
+from .plan import planned_config
 from .teacher_forced import schedule
 
 if TYPE_CHECKING:
@@ -167,7 +168,8 @@ def evaluate(
         codebooks: more methods, name -> codebooks or the file that holds them.
         text: name of a shipped text or path of a file; `calibration` likewise, for methods that are trained.
         windows, length: windows of `length` tokens, one behind the other, after the first `skip` tokens.
-        config: sinks, residual length and page size of all methods that do not bring their own.
+        config: sinks, residual length and page size of all methods that do not bring their own; MILLION and plans for a
+            context do.
         prompt: tokens that are prefilled as one chunk and not counted; 1 counts every position that is decoded.
         progress: show bars.
 
@@ -247,9 +249,12 @@ def evaluate(
 
 
 def _from_given(name: str, books: Codebooks | str | Path, setting: Setting) -> Method:
+    """A plan for a context is measured with the sinks and the window that were chosen for it."""
+    own = None
     if not isinstance(books, Codebooks):
-        books = Codebooks.load(books, setting.model)
-    return methods.from_codebooks(name, books, setting)
+        own, books = planned_config(books), Codebooks.load(books, setting.model)
+    note = f"its own {own.num_sinks} sinks and R {own.residual_length}" if own else ""
+    return methods.from_codebooks(name, books, setting, config=own, note=note)
 
 
 def check_window(windows: int, length: int, prompt: int, skip: int, config: CacheConfig, model: Any) -> None:

@@ -26,6 +26,7 @@ from ..models import load_model, load_text
 from ..quantization import Codebooks
 from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
 from .fidelity import last_hidden
+from .plan import planned_configs
 from .teacher_forced import Quantize, TeacherForcedCache, from_codebooks, schedule
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -70,6 +71,7 @@ def retrieve(
     depths: Sequence[float] = DEPTHS,
     trials: int = 1,
     seed: int = 0,
+    own_configs: Mapping[str, CacheConfig] | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Every question about everything that a task hides, under the exact cache and every method.
@@ -82,6 +84,7 @@ def retrieve(
         depths: where something is hidden, 0 the beginning and 1 the end of the text.
         trials: texts of every length, with other names and numbers.
         seed: of the names and numbers.
+        own_configs: name -> config of methods that are not run under `config`.
 
     Returns:
         DataFrame: method ("exact" first), length, depth, trial, key, found (bool), logp (of the answer, nats).
@@ -113,12 +116,12 @@ def retrieve(
             prompt, questions = token_ids(tokenizer, ids, haystack)
             prefix = DynamicCache(config=model.config)
             last_hidden(model, torch.tensor([prompt], device=model.device), prefix)
-            coded = schedule(len(prompt) + 1, len(prompt), config)[-1].coded
             for name, quantize in {"exact": _unchanged, **methods}.items():
-                quantize = _once(quantize, coded)
+                own = (own_configs or {}).get(name, config)
+                quantize = _once(quantize, schedule(len(prompt) + 1, len(prompt), own)[-1].coded)
                 for needle, (question, answer) in zip(haystack.needles, questions, strict=True):
                     behind = torch.tensor([question + answer], device=model.device)
-                    cache = TeacherForcedCache(model, quantize, config, prefix=prefix)
+                    cache = TeacherForcedCache(model, quantize, own, prefix=prefix)
                     hidden = last_hidden(model, behind, cache)[-len(answer) - 1 : -1]
                     log_p = model.get_output_embeddings()(hidden).float().log_softmax(-1)
                     target = behind[0, -len(answer) :]
@@ -195,6 +198,7 @@ def run(args: argparse.Namespace, name: str, hide: Hide) -> int:
         books = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
         books = books or {"pq-4": default_codebooks(model, tokenizer)}
         methods = {title: from_codebooks(book.to(model.device)) for title, book in books.items()}
+        options["own_configs"] = planned_configs(args.codebooks)
         frame = retrieve(hide, model, tokenizer, load_text(args.text), methods, config, progress=True, **options)
     except (ValueError, OSError) as error:
         print(f"pqlab bench {name}: {error}")

@@ -21,6 +21,7 @@ from ..quantization import Codebooks, calibrate
 from ..quantization.samples import NUM_TOKENS
 from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity
+from .plan import planned_configs
 from .teacher_forced import from_codebooks
 
 NOVEL, OTHER_NOVEL, SPANISH = "emma", "pride", "genesis-es"
@@ -59,6 +60,7 @@ def transfer(
     length: int = 2048,
     config: CacheConfig | None = None,
     codebooks: Mapping[str, Codebooks] | None = None,
+    own_configs: Mapping[str, CacheConfig] | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """KL to the exact cache of codebooks from every text on every text.
@@ -67,6 +69,7 @@ def transfer(
         calibration: name -> a text, or several (see `collect_kv`), of which `num_tokens` are read.
         measured: name -> a text, whose first windows are measured.
         codebooks: more columns of codebooks that are there already (such as plans), by name.
+        own_configs: name -> config of those that are not measured under `config`.
 
     Returns:
         DataFrame: calibration, text, kl (nats), kl_error (over windows), change (of perplexity), agreement, and ratio:
@@ -80,9 +83,9 @@ def transfer(
         books[name] = calibrate(model, tokenizer, text, pq, **options)
     books |= codebooks or {}
     methods = {name: from_codebooks(book.to(model.device)) for name, book in books.items()}
-    parts = []
+    parts, options = [], {"own_configs": own_configs, "progress": progress}
     for name in measured:
-        table = fidelity.summarize(fidelity.compare(model, ids[name], methods, config, progress=progress))
+        table = fidelity.summarize(fidelity.compare(model, ids[name], methods, config, **options))
         parts.append(table.assign(text=name).rename(columns={"method": "calibration"}))
     found = pd.concat(parts, ignore_index=True)
     first = found[found.text == next(iter(measured))].set_index("calibration").kl
@@ -108,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         model, tokenizer = load_model(args.model, device=args.device)
         options["codebooks"] = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
+        options["own_configs"] = planned_configs(args.codebooks)
         frame = transfer(model, tokenizer, *texts(), progress=True, **options)
     except (ValueError, OSError) as error:
         print(f"pqlab bench texts: {error}")
