@@ -13,7 +13,8 @@ from pqlab.evaluation.exact_tokens import RESIDUALS, ExactTokens, exact_sizes, m
 from pqlab.evaluation.fidelity import compare
 from pqlab.evaluation.methods import Setting, sequence_bytes
 from pqlab.evaluation.options import Options
-from pqlab.evaluation.plan import Plan, Planner, plan, planned_configs
+from pqlab.evaluation.plan import Plan, Planner, plan
+from pqlab.evaluation.plan_file import planned_configs
 from pqlab.evaluation.teacher_forced import from_codebooks
 from pqlab.memory import MIB
 

@@ -35,7 +35,7 @@ from ..results.provenance import commit, device_name, file_sha256, text_record, 
 from . import fidelity, methods
 from .methods import Method, Setting, token_elements
 from .peak import Peak, cache_peaks
-from .plan import planned_config
+from .plan_file import planned_config
 from .teacher_forced import schedule
 
 if TYPE_CHECKING:

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from math import ceil
+from math import ceil, inf
 
 import pandas as pd
 import torch
 
+from ..errors import ConfigError
 from .allocation import allocate, rows_of
 from .exact_tokens import ExactTokens
 from .methods import sequence_bytes
@@ -126,3 +127,24 @@ def records(options: Iterable[Option]) -> list[dict[str, float]]:
         }
         for option in options
     ]
+
+
+def check_budget(bits: float | None, mib: float | None, kl: float | None, context: int | None) -> None:
+    """Raise `ConfigError` unless there is one budget above 0 that goes with the context, None where there is none."""
+    given = {name: value for name, value in (("bits", bits), ("mib", mib), ("kl", kl)) if value is not None}
+    if len(given) != 1:
+        raise ConfigError("give one budget: bits= (per element), mib= (of a sequence of context= tokens) or kl= (nats)")
+    ((name, value),) = given.items()
+    if not 0 < value < inf:
+        raise ConfigError(f"{name} = {value} is no budget; give a number above 0")
+    if context is not None and context < 1:
+        raise ConfigError(
+            f"context = {context} is out of range (at least 1); give the tokens that a sequence may reach"
+        )
+    if name == "mib" and context is None:
+        raise ConfigError(f"mib = {mib} is for a sequence of how many tokens? Give context=")
+    if name == "bits" and context is not None:
+        raise ConfigError(
+            f"bits = {bits} counts no exact tokens, so the largest window would always win; for a context of "
+            f"{context} tokens give mib= or kl=, or leave the context out"
+        )

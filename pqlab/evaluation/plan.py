@@ -13,22 +13,17 @@ What a choice costs is predicted, not tried: `predicted_kl` by layer and side, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import inf, isnan
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
 from ..memory import MIB
 from ..quantization import Codebooks, LayerCodec, attention_geometry, collect_kv, origin_of, train
-from ..quantization.codebook_file import read
 from ..quantization.samples import NUM_TOKENS
 from ..quantization.sensitivity import value_metrics
 from ..results.provenance import device_name
@@ -36,9 +31,9 @@ from .allocation import Chosen, allocate, rows_of, worst_layers
 from .exact_tokens import ExactTokens, exact_sizes, measured
 from .fidelity import compare, summarize, text_windows
 from .methods import stored_bytes
-from .options import COLUMNS as TRIED
-from .options import Option, Options, records
-from .predicted_kl import COLUMNS, predict_kl
+from .options import Option, Options, check_budget, records
+from .plan_file import Plan
+from .predicted_kl import predict_kl
 from .teacher_forced import from_codebooks
 
 if TYPE_CHECKING:
@@ -53,82 +48,6 @@ LENGTH, CONTEXT_LENGTH = 1024, 2048
 
 _WIDE, _WIDE_SHARE = 8, 0.25  # bits that only this share of the layers may get: training them takes twice the time
 _HELD_OUT = 0.2  # of the text, from its end: costs and certificate are not measured on what was trained on
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What `plan` chose.
-
-    Attributes:
-        codebooks: a codec per (layer, side), with the M that was chosen.
-        config: sinks, residual length and page size that the measurements hold for.
-        choices: layer, side, M, nbits (both 0 for an exact layer), bits (per element), kl (nats; predicted, of this
-            side alone).
-        certificate: what was measured, on what, with which error bars, and for a context what else was to be had.
-    """
-
-    codebooks: Codebooks
-    config: CacheConfig
-    choices: pd.DataFrame
-    certificate: Mapping[str, Any]
-
-    @property
-    def bits(self) -> float:
-        """Token bits: codes per element, averaged over layers and sides."""
-        return self.codebooks.bits_per_element
-
-    @property
-    def tried(self) -> pd.DataFrame:
-        """The sinks and windows that the plan was chosen from: num_sinks, residual_length, bits, predicted_kl, bytes.
-
-        Under a budget of bytes, the best that fits; under one of KL, the fewest bytes predicted to keep it. Empty for
-        a plan without a context.
-        """
-        return pd.DataFrame(self.certificate.get("tried", ()), columns=TRIED)
-
-    def total_bytes(self, context: int) -> int:
-        """Bytes of one sequence of `context` tokens, model constants included; see `methods.sequence_bytes`."""
-        return stored_bytes(self.codebooks, self.config, context)
-
-    def cache(self, model: PreTrainedModel, **settings) -> PagedPQCache:
-        """A cache of this plan; settings are those of `PagedPQCache`."""
-        return PagedPQCache(model, self.codebooks, self.config, **settings)
-
-    def save(self, path: str | Path) -> None:
-        """One file, which `Codebooks.load` reads too."""
-        choices = self.choices.to_dict("records")
-        self.codebooks.save(path, {"config": asdict(self.config), "choices": choices, "certificate": self.certificate})
-
-    @classmethod
-    def load(cls, path: str | Path, model: Any = None) -> Plan:
-        """Read what `save` wrote; refused like `Codebooks.load` when it is not for `model`."""
-        codebooks = Codebooks.load(path, model)
-        header, _ = read(path)
-        if "choices" not in header:
-            raise ConfigError(f"{Path(path).name} holds codebooks without a plan; use Codebooks.load")
-        choices = pd.DataFrame(header["choices"])[COLUMNS]
-        return cls(codebooks, CacheConfig(**header["config"]), choices, header["certificate"])
-
-    def __repr__(self) -> str:
-        kl, error = (self.certificate[name] for name in ("kl", "kl_error"))
-        around = "" if isnan(error) else f" +- {error:.5f}"  # one window has no error
-        size = f"{self.bits:.3g} bits per element"
-        if context := self.certificate.get("context"):
-            exact = f"{self.config.num_sinks} sinks, R {self.config.residual_length}"
-            size += f", {exact}, {self.total_bytes(context) / MIB:.2f} MiB at {context} tokens"
-        return f"Plan({size}, KL {kl:.5f}{around} nats on {self.certificate['on']})"
-
-
-def planned_config(path: str | Path) -> CacheConfig | None:
-    """The sinks, residual length and page size that belong to a file: those of a plan for a context, else None."""
-    header, _ = read(path)
-    chosen = header.get("certificate", {}).get("context") is not None
-    return CacheConfig(**header["config"]) if chosen else None
-
-
-def planned_configs(paths: Sequence[str | Path]) -> dict[str, CacheConfig]:
-    """`planned_config` of files that have one, by the files' stems."""
-    return {Path(path).stem: own for path in paths if (own := planned_config(path)) is not None}
 
 
 def plan(
@@ -354,24 +273,3 @@ class Planner:
             size = stored_bytes(books, config, self.context)
             certificate |= {"context": self.context, "bytes": size, "tried": records(tried)}
         return Plan(books, config, table, certificate)
-
-
-def check_budget(bits: float | None, mib: float | None, kl: float | None, context: int | None) -> None:
-    """Raise `ConfigError` unless there is one budget above 0 that goes with the context, None where there is none."""
-    given = {name: value for name, value in (("bits", bits), ("mib", mib), ("kl", kl)) if value is not None}
-    if len(given) != 1:
-        raise ConfigError("give one budget: bits= (per element), mib= (of a sequence of context= tokens) or kl= (nats)")
-    ((name, value),) = given.items()
-    if not 0 < value < inf:
-        raise ConfigError(f"{name} = {value} is no budget; give a number above 0")
-    if context is not None and context < 1:
-        raise ConfigError(
-            f"context = {context} is out of range (at least 1); give the tokens that a sequence may reach"
-        )
-    if name == "mib" and context is None:
-        raise ConfigError(f"mib = {mib} is for a sequence of how many tokens? Give context=")
-    if name == "bits" and context is not None:
-        raise ConfigError(
-            f"bits = {bits} counts no exact tokens, so the largest window would always win; for a context of "
-            f"{context} tokens give mib= or kl=, or leave the context out"
-        )

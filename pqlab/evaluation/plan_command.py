@@ -13,7 +13,9 @@ from ..memory import MIB
 from ..models import calibration_text, load_model
 from ..models.defaults import CALIBRATION_TEXT
 from .exact_tokens import RESIDUALS, SINKS
-from .plan import BITS, DEFAULT_BITS, Plan, Planner, check_budget
+from .options import check_budget
+from .plan import BITS, DEFAULT_BITS, Planner
+from .plan_file import Plan
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

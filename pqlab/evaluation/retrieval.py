@@ -26,7 +26,7 @@ from ..models import load_model, load_text
 from ..quantization import Codebooks
 from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
 from .fidelity import last_hidden
-from .plan import planned_configs
+from .plan_file import planned_configs
 from .teacher_forced import Quantize, TeacherForcedCache, from_codebooks, schedule
 
 LENGTHS = (512, 1024, 2048, 4096)

@@ -21,7 +21,7 @@ from ..quantization import Codebooks, calibrate
 from ..quantization.samples import NUM_TOKENS
 from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity
-from .plan import planned_configs
+from .plan_file import planned_configs
 from .teacher_forced import from_codebooks
 
 NOVEL, OTHER_NOVEL, SPANISH = "emma", "pride", "genesis-es"
