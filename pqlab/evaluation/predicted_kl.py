@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..config import CacheConfig
 from ..paging.layout import SIDES
 from ..quantization import LayerCodec, attention_geometry
-from ..transformers_api import cache_argument
+from .fidelity import CHUNK, last_hidden
 from .teacher_forced import attend_decoded, schedule
 
 if TYPE_CHECKING:
@@ -108,19 +108,34 @@ class _Watching(DynamicCache):
 def _gradients(model, ids: Tensor, generator: torch.Generator) -> tuple[dict[int, _Watched], list[dict[int, Tensor]]]:
     """What every layer attended to, and d log p(y_t) summed over t / d output [1, Hq, n, d] for each draw of labels."""
     cache = _Watching(model)
-    logits = model(ids, **cache_argument(model, cache), use_cache=True).logits[0].float()
+    hidden = last_hidden(model, ids, cache)
     watched = cache.watched
-    log_p = logits.log_softmax(-1)
+    nudges = [w.nudge for w in watched.values()]
     gradients = []
-    for draw in range(_DRAWS):
-        labels = log_p.detach().exp().multinomial(1, generator=generator)
-        found = torch.autograd.grad(
-            log_p.gather(1, labels).sum(), [w.nudge for w in watched.values()], retain_graph=draw + 1 < _DRAWS
-        )
+    for draw, of_hidden in enumerate(_at_the_head(model.get_output_embeddings(), hidden.detach(), generator)):
+        found = torch.autograd.grad(hidden, nudges, of_hidden, retain_graph=draw + 1 < _DRAWS)
         gradients.append(dict(zip(watched, found, strict=True)))
     for w in watched.values():
         w.key, w.value, w.nudge = w.key.detach(), w.value.detach(), None
     return watched, gradients
+
+
+def _at_the_head(head: nn.Module, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """d log p(y_t) / d hidden_t, y drawn from the model's distribution: [draws, n, hidden size] of hidden [n, hidden
+    size]. A few positions at a time, since vocabularies are large."""
+    parts = []
+    for rows in hidden.split(CHUNK):
+        rows = rows.clone().requires_grad_()
+        log_p = head(rows).float().log_softmax(-1)
+        upto = log_p.detach().exp().cumsum(-1)
+        found = []
+        for draw in range(_DRAWS):
+            # by the inverse of the cumulated distribution: multinomial takes seconds for a quarter of a million words
+            at = torch.rand(len(rows), 1, generator=generator, device=rows.device) * upto[:, -1:]
+            labels = torch.searchsorted(upto, at).clamp_max(upto.shape[1] - 1)
+            found += torch.autograd.grad(log_p.gather(1, labels).sum(), rows, retain_graph=draw + 1 < _DRAWS)
+        parts.append(torch.stack(found))
+    return torch.cat(parts, 1)
 
 
 def _local_errors(
