@@ -9,12 +9,12 @@ namespace pqlab {
 template <typename Cfg, bool VALUE>
 __global__ void pq_prepare_kernel(const float* __restrict__ books, uint8_t* __restrict__ image, int64_t entries) {
   using S = typename std::conditional<VALUE, typename Cfg::V, typename Cfg::K>::type;
-  constexpr int M = S::M, dims = Cfg::D / M;
+  constexpr int dims = S::DM / S::CODES, M = Cfg::D / dims;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;  // (h, m, c)
   if (i >= entries) return;
   const int c = i % S::C, m = i / S::C % M;
   const int64_t h = i / S::C / M;
-  const int at = (VALUE ? Cfg::K::book_bytes : 0) + S::entry_offset(m / S::CODES) + c * S::row_bytes;
+  const int at = (VALUE ? Cfg::value_image : 0) + S::entry_offset(m / S::CODES) + c * S::row_bytes;
   __half* to = reinterpret_cast<__half*>(image + h * Cfg::book_bytes + at) + m % S::CODES;
 #pragma unroll
   for (int j = 0; j < dims; ++j) to[j] = __float2half_rn(books[i * dims + j]);

@@ -22,20 +22,6 @@
 
 namespace pqlab {
 
-// A row that stores nothing: out 0, lse -inf.
-template <typename Cfg>
-__device__ __forceinline__ void store_nothing(const DecodeParams& p, const Place<Cfg>& at, int b) {
-  constexpr int D = Cfg::D;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < Cfg::HG * D; i += Cfg::NW * 32) {
-    const int g = i / D, dim = i % D;
-    if (at.first_vector + g >= at.vectors) continue;
-    const size_t vector = (static_cast<size_t>(b) * p.H + at.h) * at.vectors + at.first_vector + g;
-    static_cast<typename Cfg::T*>(p.out)[vector * D + dim] = from_float<typename Cfg::T>(0.f);
-    if (dim == 0) p.lse[vector] = -INFINITY;
-  }
-}
-
 // ONE: the batch is one row.
 template <typename Cfg, bool ONE>
 __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid_constant__ DecodeParams p) {
@@ -74,8 +60,9 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
     fence_barrier_init();
   }
   if constexpr (!kBulk) __syncthreads();  // else the thread that asks has made the barrier
-  fetch_books<K, NT>(books, smem_address(smem), at.key_books, 0);
-  fetch_books<V, NT>(books + K::book_bytes, smem_address(smem) + K::book_bytes, at.value_books, NP * 32);
+  const uint32_t to = smem_address(smem);
+  fetch_books<NT>(books, to, K::book_bytes, at.key_books, threadIdx.x, 0);
+  fetch_books<NT>(books + K::book_bytes, to + K::book_bytes, V::book_bytes, at.value_books, threadIdx.x, NP * 32);
   if constexpr (kBulk) __syncthreads();
   if constexpr (ONE)  // needed from here on, not before: the compiler would wait for them ahead of the barrier
     for (int* x : {lengths, lengths + 1, lengths + 2, early, early + 1}) asm volatile("" : "+r"(*x));

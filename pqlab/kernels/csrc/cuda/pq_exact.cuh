@@ -13,7 +13,7 @@ struct ExactTokens {
 
   int sinks, oldest;  // slot of the oldest token of the window
   int next, end;      // token to be read next
-  Raw<T> k[AT_ONCE][U], v[AT_ONCE][U], q[HG][U];
+  Raw<T> k[AT_ONCE][U] = {}, v[AT_ONCE][U] = {}, q[HG][U] = {};  // or the compiler keeps those of the row before
 
   // Asks for the first of them.
   __device__ __forceinline__ ExactTokens(const DecodeParams& p, const Place<Cfg>& at, const Row& row, int b, int e0,

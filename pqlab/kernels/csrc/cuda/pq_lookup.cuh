@@ -48,29 +48,30 @@ __device__ __forceinline__ void unrolled(F&& f) {
 }
 
 // Address of the entry of byte `byte` of `codes`, less the block's offset; see Side. `low` is a plain number, or for
-// pairs of blocks a register whose byte `at` is the low byte and whose top byte is zero.
+// pairs of blocks a register whose byte `at` is the low byte and whose top byte says how many times 64 KiB further on.
 template <typename S>
 __device__ __forceinline__ uint32_t entry_address(uint32_t codes, int byte, uint32_t low, int at) {
   if constexpr (S::PAIRS)
-    return prmt(codes, low, 0x7704u + at + (byte << 4));
+    return prmt(codes, low, 0xF704u + at + (byte << 4));
   else
     return __dp4a(codes, 128u << (8 * byte), low);
 }
 
-// Asks for one side's codebook; the barrier completes when it is there. Called by all threads, thread `one` of them
-// works for all where there is a copy engine. Blocks of the same head start at different places, or they would all ask
-// the same slices of L2 at a time.
-template <typename S, int THREADS>
-__device__ __forceinline__ void fetch_books(const uint8_t* books, uint32_t to, uint32_t barrier, int one) {
+// Asks for a codebook; the barrier completes when it is there. Called by threads 0 .. THREADS - 1, of which `one` works
+// for all where there is a copy engine. Blocks of the same head start at different places, or they would all ask the same
+// slices of L2 at a time.
+template <int THREADS>
+__device__ __forceinline__ void fetch_books(const uint8_t* books, uint32_t to, uint32_t bytes, uint32_t barrier,
+                                            int thread, int one) {
 #if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == one) {
-    const uint32_t at = blockIdx.x % 8 * (S::book_bytes / 8);  // asking costs 100 cycles and more: two copies, not eight
-    mbarrier_expect(barrier, S::book_bytes);
-    bulk_copy(to + at, books + at, S::book_bytes - at, barrier);
+  if (thread == one) {
+    const uint32_t at = blockIdx.x % 8 * (bytes / 8);  // asking costs 100 cycles and more: two copies, not eight
+    mbarrier_expect(barrier, bytes);
+    bulk_copy(to + at, books + at, bytes - at, barrier);
     if (at) bulk_copy(to, books, at, barrier);
   }
 #else
-  for (int i = threadIdx.x * 16; i < S::book_bytes; i += THREADS * 16) cp_async_16(to + i, books + i);
+  for (uint32_t i = thread * 16; i < bytes; i += THREADS * 16) cp_async_16(to + i, books + i);
   cp_async_arrive(barrier);
 #endif
 }
@@ -112,7 +113,7 @@ struct Place {
   // The part of a warp, once it is through with its codes: sums [HG][DP], in place of its ring; (maximum, sum) of every
   // warp and query vector.
   __device__ __forceinline__ float* sums(int of_warp) const {
-    return reinterpret_cast<float*>(smem + Cfg::book_bytes + of_warp * Cfg::ring_bytes);
+    return reinterpret_cast<float*>(smem + Cfg::ring_offset + of_warp * Cfg::ring_bytes);
   }
   __device__ __forceinline__ float2* totals() const { return reinterpret_cast<float2*>(smem + Cfg::total_offset); }
 

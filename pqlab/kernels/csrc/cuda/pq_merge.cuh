@@ -5,34 +5,87 @@
 
 namespace pqlab {
 
+// Merging, a lane has four dimensions of every 128 of them.
+template <typename Cfg>
+constexpr int kSlices = (Cfg::DP + 127) / 128;
+
+// What a warp has of a row: sums(word, 0 or 1, g) of the dimensions DIM::of(word, lane) and the next, and for every query
+// vector its maximum and the lane's part of the sum of weights. Into its ring, which is empty then.
+template <typename Cfg, int U, typename DIM, typename SUM>
+__device__ __forceinline__ void leave_part(const Place<Cfg>& at, const float (&top)[Cfg::HG],
+                                           const float (&total)[Cfg::HG], SUM&& sums) {
+  __syncwarp();
+  float* const mine = at.sums(at.warp);
+#pragma unroll
+  for (int g = 0; g < Cfg::HG; ++g) {
+    float x = total[g];
+#pragma unroll
+    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
+    if (at.lane == 0) at.totals()[at.warp * Cfg::HG + g] = make_float2(top[g], x);
+    if (at.lane < Cfg::V::MP)
+#pragma unroll
+      for (int w = 0; w < U; ++w)
+        *reinterpret_cast<float2*>(mine + g * Cfg::DP + DIM::of(w, at.lane)) =
+            make_float2(sums(w, 0, g), sums(w, 1, g));
+  }
+}
+
 // Parts [blocks][HG][D + 4] that blocks left for one row (maximum, sum, two floats of nothing, D sums) -> the places of
 // the warps' parts, at most NW: warp n takes parts n, n + NW, ...
 template <typename Cfg>
 __device__ __forceinline__ void fetch_parts(const Place<Cfg>& at, const float* parts, int blocks) {
-  constexpr int HG = Cfg::HG, NW = Cfg::NW, D = Cfg::D;
+  constexpr int HG = Cfg::HG, NW = Cfg::NW, D = Cfg::D, SLICES = kSlices<Cfg>;
+  constexpr int AHEAD = SLICES > 1 ? 2 : 1;  // long parts come in many rounds where a head has many blocks
   if (at.warp >= blocks || at.lane * 4 >= D) return;
-  auto part = [&](int n, int g) { return parts + static_cast<size_t>(n * HG + g) * (D + 4); };
+  auto total_of = [&](int n, int g) {
+    return __ldcg(reinterpret_cast<const float2*>(parts + static_cast<size_t>(n * HG + g) * (D + 4)));
+  };
+  auto sums_of = [&](int n, int g, int slice) {
+    const float* const from = parts + static_cast<size_t>(n * HG + g) * (D + 4) + 4;
+    return __ldcg(reinterpret_cast<const float4*>(from + slice * 128 + at.lane * 4));
+  };
   float2 total[HG];
-  float4 sums[HG];
+  float4 sums[HG][SLICES];
 #pragma unroll
   for (int g = 0; g < HG; ++g) {  // all on their way before the first is used
-    total[g] = __ldcg(reinterpret_cast<const float2*>(part(at.warp, g)));
-    sums[g] = __ldcg(reinterpret_cast<const float4*>(part(at.warp, g) + 4 + at.lane * 4));
+    total[g] = total_of(at.warp, g);
+#pragma unroll
+    for (int i = 0; i < SLICES; ++i) sums[g][i] = sums_of(at.warp, g, i);
   }
 #pragma unroll 1
-  for (int n = at.warp + NW; n < blocks; n += NW)
+  for (int n = at.warp + NW; n < blocks; n += AHEAD * NW) {
+    float2 t[AHEAD][HG];
+    float4 s[AHEAD][HG][SLICES];
 #pragma unroll
-    for (int g = 0; g < HG; ++g) {
-      const float2 t = __ldcg(reinterpret_cast<const float2*>(part(n, g)));
-      const float4 s = __ldcg(reinterpret_cast<const float4*>(part(n, g) + 4 + at.lane * 4));
-      const float best = fmaxf(total[g].x, t.x), f0 = exp2_approx(total[g].x - best), f1 = exp2_approx(t.x - best);
-      total[g] = make_float2(best, total[g].y * f0 + t.y * f1);
-      sums[g].x = sums[g].x * f0 + s.x * f1, sums[g].y = sums[g].y * f0 + s.y * f1;
-      sums[g].z = sums[g].z * f0 + s.z * f1, sums[g].w = sums[g].w * f0 + s.w * f1;
-    }
+    for (int j = 0; j < AHEAD; ++j)
+#pragma unroll
+      for (int g = 0; g < HG; ++g) {
+        const int of = j ? min(n + j * NW, blocks - 1) : n;
+        t[j][g] = total_of(of, g);
+#pragma unroll
+        for (int i = 0; i < SLICES; ++i) s[j][g][i] = sums_of(of, g, i);
+      }
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j)
+#pragma unroll
+      for (int g = 0; g < HG; ++g) {
+        const float best = fmaxf(total[g].x, t[j][g].x), f0 = exp2_approx(total[g].x - best);
+        const float f1 = j == 0 || n + j * NW < blocks ? exp2_approx(t[j][g].x - best) : 0.f;
+        total[g] = make_float2(best, total[g].y * f0 + t[j][g].y * f1);
+#pragma unroll
+        for (int i = 0; i < SLICES; ++i) {
+          float4& sum = sums[g][i];
+          const float4 more = s[j][g][i];
+          sum.x = sum.x * f0 + more.x * f1, sum.y = sum.y * f0 + more.y * f1;
+          sum.z = sum.z * f0 + more.z * f1, sum.w = sum.w * f0 + more.w * f1;
+        }
+      }
+  }
 #pragma unroll
   for (int g = 0; g < HG; ++g) {
-    *reinterpret_cast<float4*>(at.sums(at.warp) + g * Cfg::DP + at.lane * 4) = sums[g];
+#pragma unroll
+    for (int i = 0; i < SLICES; ++i)
+      *reinterpret_cast<float4*>(at.sums(at.warp) + g * Cfg::DP + i * 128 + at.lane * 4) = sums[g][i];
     if (at.lane == 0) at.totals()[at.warp * HG + g] = total[g];
   }
 }
@@ -103,7 +156,7 @@ struct HomeMap {
   }
 };
 
-// Called by all threads of a block after its value warps left sums in their rings and (maximum, sum) in the totals. The
+// Called by all threads of a block after its warps left their parts. The
 // last of the blocks that share a row, found by drawing tickets, merges what they left in memory, by the same code: no
 // second kernel, no waiting.
 template <typename Cfg, bool ONE>
@@ -115,7 +168,7 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cf
   const int row_group = (b * p.H + at.h) * gridDim.z + blockIdx.z;
   // Parts of one (kv head, group) lie one after the other: split + b is different for all of them.
   float* const parts = p.partial + static_cast<size_t>(at.h * gridDim.z + blockIdx.z) * (p.splits + p.B) * HG * (D + 4);
-  int first = Cfg::NP, end = NW;
+  int first = Cfg::first_part, end = NW;
   bool final = share.blocks == 1;
   HomeMap<Cfg, ONE> home;
   if (final)
@@ -126,7 +179,8 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cf
   while (true) {
     __syncthreads();
 #pragma unroll 1
-    for (int g = at.warp; g < HG; g += NW) {  // a warp a vector, four dimensions a lane
+    for (int i = at.warp; i < HG * kSlices<Cfg>; i += NW) {  // a warp a vector, or 128 dimensions of it
+      const int g = i / kSlices<Cfg>, dim = i % kSlices<Cfg> * 128 + at.lane * 4;
       const float2 total =
           at.lane >= first && at.lane < end ? at.totals()[at.lane * HG + g] : make_float2(-1e30f, 0.f);
       float best = total.x;
@@ -136,7 +190,6 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cf
       float all = factor * total.y;
 #pragma unroll
       for (int o = 16; o; o >>= 1) all += __shfl_xor_sync(~0u, all, o);
-      const int dim = at.lane * 4;
       float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
       for (int n = first; n < end; ++n) {
@@ -179,6 +232,20 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cf
     home.fetch(p, at);
     fetch_parts(at, parts + static_cast<size_t>(share.block0 + b) * HG * (D + 4), share.blocks);
     first = 0, end = min(share.blocks, NW), final = true;
+  }
+}
+
+// A row that stores nothing: out 0, lse -inf.
+template <typename Cfg>
+__device__ __forceinline__ void store_nothing(const DecodeParams& p, const Place<Cfg>& at, int b) {
+  constexpr int D = Cfg::D;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Cfg::HG * D; i += Cfg::NW * 32) {
+    const int g = i / D, dim = i % D;
+    if (at.first_vector + g >= at.vectors) continue;
+    const size_t vector = (static_cast<size_t>(b) * p.H + at.h) * at.vectors + at.first_vector + g;
+    static_cast<typename Cfg::T*>(p.out)[vector * D + dim] = from_float<typename Cfg::T>(0.f);
+    if (dim == 0) p.lse[vector] = -INFINITY;
   }
 }
 

@@ -98,6 +98,16 @@ __device__ __forceinline__ void fence_barrier_init() {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(bar) : "memory");
 }
+// The same; whether this arrival completes the barrier's phase.
+__device__ __forceinline__ bool mbarrier_arrive_last(uint32_t bar) {
+  uint32_t pending;
+  asm volatile(
+      "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%1];\nmbarrier.pending_count.b64 %0, state;\n}"
+      : "=r"(pending)
+      : "r"(bar)
+      : "memory");
+  return pending == 1;
+}
 __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
 #define PQ_TEST "mbarrier.try_wait.parity.shared.b64"

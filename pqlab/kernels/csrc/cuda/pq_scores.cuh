@@ -31,6 +31,14 @@ struct Query {
   }
 };
 
+template <typename ADD>
+__device__ __forceinline__ void put(float* to, float x, ADD add) { *to = add ? *to + x : x; }
+template <typename ADD>
+__device__ __forceinline__ void put(float* to, float2 x, ADD add) {
+  float2& at = *reinterpret_cast<float2*>(to);
+  at = add ? make_float2(at.x + x.x, at.y + x.y) : x;
+}
+
 // A of a product holds what the lanes looked up: rows are tokens, and the columns of row r have its permutation. B holds
 // the query.
 //  * One vector: column n of B has the permutation n, so the scores are the diagonal of the result.
@@ -39,7 +47,7 @@ struct Query {
 template <typename Cfg>
 struct Scores {
   using K = typename Cfg::K;
-  static constexpr int HG = Cfg::HG, HS = Cfg::HS, DP = Cfg::DP, EW = K::EW;
+  static constexpr int HG = Cfg::HG, HS = Cfg::HS, DP = K::DP, EW = K::EW;
   static constexpr int kRot = K::rotations, kPack = K::PAIRS ? 3 : 1;
   static constexpr bool kSparse = HG > 1;
   static constexpr int classes = kSparse ? kRot / 2 : kRot, together = 8 / classes;  // vectors a product
@@ -53,12 +61,15 @@ struct Scores {
   uint32_t place;   // where its scores go, less those of the tile
   uint32_t halves;  // of two lookups of an entry: in even groups the first is by the first code, in odd ones it is not
 
-  __device__ __forceinline__ Scores(const Place<Cfg>& at_, const uint32_t* words) : at(at_) {
+  // words: query vectors, `stride` apart. buffer: where the codebook lies, in 64 KiB (pairs of blocks only).
+  __device__ __forceinline__ Scores(const Place<Cfg>& at_, const uint32_t* words, int stride = DP / 2,
+                                    uint32_t buffer = 0)
+      : at(at_) {
     const int col = at.col, quad = at.quad;
 #pragma unroll
     for (int j = 0; j < kRot; ++j)
       low[j / kPack] |= (((j ^ (col & (kRot - 1))) * 4 + quad) * EW * 4) << (8 * (j % kPack));
-    for (uint32_t& x : low) keep(x);
+    for (uint32_t& x : low) x |= buffer << 24, keep(x);
     which = at.odd ? 0xEEEEEEEEu : 0x44444444u;
     // Product t has its permutations turned by 2t, so that other lanes hold its results.
     const int turn = 2 * quad / together ^ (col >> 1 & (classes - 1));
@@ -78,15 +89,16 @@ struct Scores {
           const int four = 2 * j + (quad >> 1), w = 2 * m + (kSparse ? four >> 2 : j), l = w / EW;
           const int group = (l & ~(kRot - 1)) + ((l & (kRot - 1)) ^ permutation ^ (kSparse ? quad & 1 : 0));
           const int entry = group * 4 + (kSparse ? four & 3 : quad);
-          b[t][m][j] = g < HG ? words[g * (DP / 2) + entry * EW + w % EW] : 0u;
+          b[t][m][j] = g < HG ? words[g * stride + entry * EW + w % EW] : 0u;
         }
     }
   }
 
   // `codes` of two tokens (2 col, 2 col + 1 of the tile), in the order of the lookups -> `to` [tokens][HS]: rows col are
-  // the even tokens, rows 8 + col the odd ones. `wait`: until there is room.
-  template <int NY, typename WAIT>
-  __device__ __forceinline__ void tile(const uint32_t (&codes)[K::CODES][2][NY], float* to, WAIT&& wait) const {
+  // the even tokens, rows 8 + col the odd ones. `wait`: until there is room. `add`: to what is there.
+  template <int NY, typename WAIT, typename ADD = std::false_type>
+  __device__ __forceinline__ void tile(const uint32_t (&codes)[K::CODES][2][NY], float* to, WAIT&& wait,
+                                       ADD add = {}) const {
     float d[products][4] = {};
     unrolled<DP / 8 / (EW > 2 ? EW : 2)>([&](auto step) {
       constexpr int per = EW > 2 ? 1 : 2 / EW;  // lookups a step, for each token
@@ -119,14 +131,12 @@ struct Scores {
     wait();
     to += place;
     if constexpr (!kSparse) {
-      if (at.diagonal) to[0] = at.odd ? d[0][1] : d[0][0], to[8 * HS] = at.odd ? d[0][3] : d[0][2];
+      if (at.diagonal) put(to, at.odd ? d[0][1] : d[0][0], add), put(to + 8 * HS, at.odd ? d[0][3] : d[0][2], add);
     } else if (couple < HG) {  // with three vectors the fourth place is nobody's
       constexpr int last = products - 1;
       const bool second = last && couple >= static_cast<uint32_t>(together);
-      *reinterpret_cast<float2*>(to) =
-          second ? make_float2(d[last][0], d[last][1]) : make_float2(d[0][0], d[0][1]);
-      *reinterpret_cast<float2*>(to + 8 * HS) =
-          second ? make_float2(d[last][2], d[last][3]) : make_float2(d[0][2], d[0][3]);
+      put(to, second ? make_float2(d[last][0], d[last][1]) : make_float2(d[0][0], d[0][1]), add);
+      put(to + 8 * HS, second ? make_float2(d[last][2], d[last][3]) : make_float2(d[0][2], d[0][3]), add);
     }
   }
 };

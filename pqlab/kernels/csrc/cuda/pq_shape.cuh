@@ -56,11 +56,15 @@ struct DecodeConfig {
   static constexpr int D = D_, HG = HG_, NW = NW_, NP = NW_ / 2, SLOTS = SLOTS_;
   static_assert(HG >= 1 && HG <= 4 && NW % 2 == 0, "at most four query vectors a block, pairs of warps");
   static constexpr int DP = K::DP;
+  static constexpr int first_part = NP;  // warps behind this one have parts of the result
   static constexpr int own_words = (V::MP >= 32 ? V::MP / 32 : 1) * V::EW;  // pairs of dimensions a lane of it sums
   // Exact tokens a value warp has on their way: they are in registers.
   static constexpr int exact_room = 16 / (own_words * static_cast<int>(sizeof(T))), exact_most = HG > 2 ? 2 : 4;
   static constexpr int EXACT = exact_room < 1 ? 1 : exact_room < exact_most ? exact_room : exact_most;
   static constexpr int book_bytes = K::book_bytes + V::book_bytes;  // keys, then values
+  static constexpr int value_image = K::book_bytes;                 // where values' begin in what is prepared,
+  static constexpr int value_books = K::book_bytes;                 // and in shared memory
+  static constexpr int ring_offset = book_bytes;
   // Shared memory: books | ring of every warp | of every pair: two buffers of scores, weights, spread keys | barriers
   static constexpr int max_tile = K::tile_bytes > V::tile_bytes ? K::tile_bytes : V::tile_bytes;
   static constexpr int slot_bytes = 2 * max_tile;
@@ -68,7 +72,7 @@ struct DecodeConfig {
   static constexpr int ring_bytes = SLOTS * slot_bytes > merge_bytes ? SLOTS * slot_bytes : merge_bytes;
   static constexpr int HS = HG == 3 ? 4 : HG;  // scores of a token, padded to a power of two
   static constexpr int score_bytes = kChunk * HS * 4;
-  static constexpr int pair_offset = book_bytes + NW * ring_bytes;
+  static constexpr int pair_offset = ring_offset + NW * ring_bytes;
   static constexpr int pair_weights = 2 * score_bytes;
   static constexpr int pair_spread = pair_weights + HG * kChunk * 2;
   static constexpr int pair_bytes = pair_spread + (KBITS == 8 ? 0 : 2 * KM * 16);
@@ -214,6 +218,10 @@ struct Plan {
   // One of its numbers, read in a way that says that it is the same for all lanes.
   __device__ __forceinline__ int uniform(const int& x) const {
     return __shfl_sync(~0u, *const_cast<const volatile int*>(&x), 0);
+  }
+  __device__ __forceinline__ bool more() const {  // of the block's work, behind this row
+    const int end = uniform(part.end);
+    return uniform(part.begin) < end && uniform(part.before) < end;
   }
   __device__ __forceinline__ Row row() const { return Row(uniform(sinks), uniform(coded), uniform(window)); }
   __device__ __forceinline__ Share shared() const {

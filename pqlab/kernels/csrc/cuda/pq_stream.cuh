@@ -41,6 +41,23 @@ struct CodeStream {
     return static_cast<int>(tile) > last_tile ? before : at;  // the last tile stands for one behind it
   }
 
+  // Two tiles of `bytes` to a slot; `together`: they lie one after the other.
+  __device__ __forceinline__ void copy(int to_slot, const uint8_t* first, const uint8_t* second, int bytes,
+                                       bool together) const {
+    const uint32_t to = ring + to_slot * slot_bytes;
+#if __CUDA_ARCH__ >= 900
+    const uint32_t bar = barriers + 8 * to_slot;
+    if (together) {
+      bulk_copy_one(to, first, 2 * bytes, bar, 2 * bytes);
+    } else {
+      bulk_copy_one(to, first, bytes, bar, 2 * bytes);
+      bulk_copy_one(to + bytes, second, bytes, bar, 0);
+    }
+#else
+    for (int i = lane * 16; i < 2 * bytes; i += 512) cp_async_16(to + i, (i < bytes ? first : second - bytes) + i);
+#endif
+  }
+
   __device__ __forceinline__ void fetch(const DecodeParams& p, int k, int to_slot) {
     if (k < chunks) {
       if ((k & 15) == 0 && k > 0) {
@@ -48,35 +65,32 @@ struct CodeStream {
         next = place(p, k + 16 + lane / 2);
       }
       const uint32_t first = __shfl_sync(~0u, now, 2 * k & 31), second = __shfl_sync(~0u, now, (2 * k & 31) + 1);
-      const uint32_t to = ring + to_slot * slot_bytes;
-      const uint8_t* from = pages + static_cast<size_t>(first) * tile_bytes;
-#if __CUDA_ARCH__ >= 900
-      const uint32_t bar = barriers + 8 * to_slot;
-      if (second == first + 1) {  // mostly: the same page
-        bulk_copy_one(to, from, 2 * tile_bytes, bar, 2 * tile_bytes);
-      } else {
-        bulk_copy_one(to, from, tile_bytes, bar, 2 * tile_bytes);
-        bulk_copy_one(to + tile_bytes, pages + static_cast<size_t>(second) * tile_bytes, tile_bytes, bar, 0);
-      }
-#else
-      const uint8_t* from2 = pages + static_cast<size_t>(second) * tile_bytes - tile_bytes;
-      for (int i = lane * 16; i < 2 * tile_bytes; i += 512) cp_async_16(to + i, (i < tile_bytes ? from : from2) + i);
-#endif
+      copy(to_slot, pages + static_cast<size_t>(first) * tile_bytes, pages + static_cast<size_t>(second) * tile_bytes,
+           tile_bytes, second == first + 1);  // mostly: the same page
     }
 #if __CUDA_ARCH__ < 900
     cp_async_commit();  // also when empty: the waits count groups
 #endif
   }
 
-  // Takes a row: the warp's share of its chunks, and asks for the first ones. `early`: what the page table says of
-  // `early_tile` of the first 32 chunks, if that was asked before the length of the row was known.
-  __device__ __forceinline__ void start(const DecodeParams& p, int row, int coded, const Share& share,
-                                        const int* early) {
+  // Takes the warp's share of a row's chunks.
+  __device__ __forceinline__ void take(const DecodeParams& p, int row, int coded, const Share& share) {
     table = p.page_table + static_cast<size_t>(row) * p.table_stride;
     last_tile = (coded - 1) / kTile;
     first = share.first + pair, step = share.step;
-    const int left = max(0, share.end - first + step - 1);
-    chunks = step == NP ? left / NP : __umulhi(left, p.turn_magic);
+    chunks = chunks_from(p, share, first);
+  }
+  // How many chunks of a share a warp has whose first is this one.
+  static __device__ __forceinline__ int chunks_from(const DecodeParams& p, const Share& share, int first) {
+    const int left = max(0, share.end - first + share.step - 1);
+    return share.step == NP ? left / NP : __umulhi(left, p.turn_magic);
+  }
+
+  // Takes a row, and asks for the first chunks. `early`: what the page table says of `early_tile` of the first 32 chunks,
+  // if that was asked before the length of the row was known.
+  __device__ __forceinline__ void start(const DecodeParams& p, int row, int coded, const Share& share,
+                                        const int* early) {
+    take(p, row, coded, share);
     now = early ? early_place(p, lane / 2, early[0]) : place(p, lane / 2);
     int s = slot;
 #pragma unroll
