@@ -65,7 +65,7 @@ PQ_API const char* pqlab_encode(const pqlab::EncodeParams* params, void* room, v
 PQ_API const char* pqlab_append(const pqlab::AppendParams* params, void* stream) {
   pqlab::AppendParams p = *params;
   if (p.B == 0) return nullptr;
-  if (p.maps && (p.D % pqlab::kMapSlice || p.D > pqlab::kMapMost)) return "maps are for head sizes 32, 64, 96 and 128";
+  if (p.maps && (p.D % pqlab::kMapSlice || p.D > pqlab::kMapMost)) return "maps are for head sizes that are multiples of 32, up to 256";
   for (const void* map : {p.side[0].map, p.side[1].map, static_cast<const void*>(p.q_map)})
     if (reinterpret_cast<uintptr_t>(map) & 15) return "maps must be aligned to 16 bytes";
   const int tokens = pqlab::map_chunks(p.B), queries = pqlab::map_chunks(p.B * p.G * p.S);

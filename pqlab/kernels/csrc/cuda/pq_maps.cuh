@@ -2,13 +2,14 @@
 //
 // A map is a D x D matrix a kv head, fp16, or int8 in units of 1/127; vectors are T, sums are fp32. At batch 1 all that
 // counts is that every matrix is on its way at once, and few instructions: a block takes 32 or 16 outputs of one head's
-// map, and up to eight vectors, for which it reads the matrix once. D is a multiple of 32, up to 128 (cuda_config.py).
+// map, and up to eight vectors, for which it reads the matrix once. D is a multiple of 32, up to 256 (cuda_config.py).
 #pragma once
 #include "pq_ptx.cuh"
 
 namespace pqlab {
 
-constexpr int kMapThreads = 128, kMapWarps = kMapThreads / 32, kMapVectors = 8, kMapMost = 128;  // kMapMost: of D
+constexpr int kMapThreads = 128, kMapWarps = kMapThreads / 32, kMapVectors = 8;
+constexpr int kMapMost = 256, kMapRound = 128;  // of D; rows (columns) of the matrix that are in registers at a time
 constexpr int kMapSlice = 32, kTransposedSlice = 16;  // outputs a block
 constexpr int kMapSmem = kMapVectors * (kMapMost + kMapWarps * kMapSlice) * 4;
 
@@ -55,15 +56,17 @@ __device__ __forceinline__ void fold(float (&y)[COUNT], int lane) {
   if constexpr (HALF > 1) fold<HALF / 2, LANE>(y, lane);
 }
 
-// Vectors to shared memory as floats, kMapMost apart, zeros behind D, N at a time; at(v) is where vector v begins.
+// Vectors to shared memory as floats, kMapMost apart, zeros behind D up to whole rounds, N at a time; at(v) is where
+// vector v begins.
 template <int N, typename F>
 __device__ __forceinline__ void map_vectors(float* smem, int n, int D, F&& at) {
 #pragma unroll 1
-  for (int v = 0; v < n; v += N)
+  for (int r = threadIdx.x; r < (D + kMapRound - 1) / kMapRound * kMapRound; r += kMapThreads)
+#pragma unroll 1
+    for (int v = 0; v < n; v += N)
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      smem[(v + i) * kMapMost + threadIdx.x] =
-          threadIdx.x < D ? to_float(at(min(v + i, n - 1))[threadIdx.x]) : 0.f;
+      for (int i = 0; i < N; ++i)
+        smem[(v + i) * kMapMost + r] = r < D ? to_float(at(min(v + i, n - 1))[r]) : 0.f;
 }
 
 // y = x M: a thread has four columns of the slice, of every 16th row. `map` is the head's; at(v) is where vector v
@@ -74,33 +77,41 @@ __device__ __forceinline__ void map_rows(const E* map, int D, int slice, int n, 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = threadIdx.x >> 3;
   const E* const m = map + row * D + slice * kMapSlice + (threadIdx.x & 7) * 4;
   Four<E> raw[8] = {};
+  auto ask = [&](int first) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (row + 16 * i < D) raw[i] = load_four(m + 16 * i * D);
+    for (int i = 0; i < 8; ++i)
+      if (first + row + 16 * i < D) raw[i] = load_four(m + (first + 16 * i) * D);
+  };
+  ask(0);
 #pragma unroll
   for (int j = 0; j < (N == 1 ? 1 : EACH); ++j)
     if (warp + kMapWarps * j < n) token.read(j, warp + kMapWarps * j);
   map_vectors<N>(smem, n, D, at);
   __syncthreads();
-  float4 w[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) w[i] = raw[i].floats();
   float* const parts = smem + kMapVectors * kMapMost;  // [vectors][warps][slice]
 #pragma unroll 1
-  for (int v = 0; v < n; v += N) {
-    float y[N][4] = {};
+  for (int first = 0; first < D; first += kMapRound) {
+    float4 w[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
+    for (int i = 0; i < 8; ++i) w[i] = raw[i].floats();
+    if (first + kMapRound < D) ask(first + kMapRound);
+#pragma unroll 1
+    for (int v = 0; v < n; v += N) {
+      float y[N][4] = {};
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const float x = smem[(v + k) * kMapMost + first + row + 16 * i];
+          y[k][0] = fmaf(x, w[i].x, y[k][0]), y[k][1] = fmaf(x, w[i].y, y[k][1]);
+          y[k][2] = fmaf(x, w[i].z, y[k][2]), y[k][3] = fmaf(x, w[i].w, y[k][3]);
+        }
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const float x = smem[(v + k) * kMapMost + row + 16 * i];
-        y[k][0] = fmaf(x, w[i].x, y[k][0]), y[k][1] = fmaf(x, w[i].y, y[k][1]);
-        y[k][2] = fmaf(x, w[i].z, y[k][2]), y[k][3] = fmaf(x, w[i].w, y[k][3]);
+        fold<2, 8>(y[k], lane);
+        float& part = parts[((v + k) * kMapWarps + warp) * kMapSlice + (lane & 7) * 4 + (lane >> 3)];
+        part = first ? part + y[k][0] : y[k][0];
       }
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      fold<2, 8>(y[k], lane);
-      parts[((v + k) * kMapWarps + warp) * kMapSlice + (lane & 7) * 4 + (lane >> 3)] = y[k][0];
     }
   }
   __syncthreads();
@@ -122,28 +133,38 @@ __device__ __forceinline__ void map_transposed(const __half* map, int D, int sli
   constexpr int ROWS = kTransposedSlice / kMapWarps;
   static_assert(ROWS == 4 && N <= 8, "see fold, and who stores what");
   const int lane = threadIdx.x & 31, row = slice * kTransposedSlice + (threadIdx.x >> 5) * ROWS;
-  Four<__half> raw[ROWS] = {};
+  constexpr int ROUNDS = kMapMost / kMapRound;
+  Four<__half> raw[ROUNDS][ROWS] = {};
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i)
-    if (4 * lane < D) raw[i] = load_four(map + (row + i) * D + 4 * lane);
+  for (int r = 0; r < ROUNDS; ++r)
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+      if (r * kMapRound + 4 * lane < D) raw[r][i] = load_four(map + (row + i) * D + r * kMapRound + 4 * lane);
   map_vectors<N>(smem, n, D, at);
   __syncthreads();
-  float4 w[ROWS];
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i) w[i] = raw[i].floats();
 #pragma unroll 1
   for (int v = 0; v < n; v += N) {
-    float mine = 0.f;
+    float y[N][ROWS] = {}, mine = 0.f;
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      if (r * kMapRound >= D) break;
+      float4 w[ROWS];
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) w[i] = raw[r][i].floats();
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const float4 x = *reinterpret_cast<const float4*>(smem + (v + k) * kMapMost + r * kMapRound + 4 * lane);
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+          y[k][i] = fmaf(x.x, w[i].x, fmaf(x.y, w[i].y, fmaf(x.z, w[i].z, fmaf(x.w, w[i].w, y[k][i]))));
+      }
+    }
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float4 x = *reinterpret_cast<const float4*>(smem + (v + k) * kMapMost + 4 * lane);
-      float y[ROWS];
+      fold<2, 8>(y[k], lane);
 #pragma unroll
-      for (int i = 0; i < ROWS; ++i) y[i] = fmaf(x.x, w[i].x, fmaf(x.y, w[i].y, fmaf(x.z, w[i].z, x.w * w[i].w)));
-      fold<2, 8>(y, lane);
-#pragma unroll
-      for (int o = 4; o; o >>= 1) y[0] += __shfl_xor_sync(~0u, y[0], o);
-      if ((lane & 7) == k) mine = y[0];
+      for (int o = 4; o; o >>= 1) y[k][0] += __shfl_xor_sync(~0u, y[k][0], o);
+      if ((lane & 7) == k) mine = y[k][0];
     }
     const int of = v + (lane & 7);
     if ((lane & 7) < N && of < n) to(of)[row + (lane >> 3)] = from_float<T>(mine);
