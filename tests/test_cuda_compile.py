@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ DECODE = [
     DecodeConfig(128, 64, 8, 128, 8, torch.float16, 1, 90),  # values
     DecodeConfig(128, 128, 8, 128, 8, torch.bfloat16, 4, 80),  # both, the smallest blocks
     DecodeConfig(96, 96, 8, 96, 4, torch.float16, 3, 90),
+    DecodeConfig(256, 128, 8, 128, 8, torch.float16, 4, 90),  # in halves: 4/1 heads
+    DecodeConfig(256, 128, 8, 128, 8, torch.bfloat16, 2, 90),  # 16/8 heads
+    DecodeConfig(256, 64, 4, 128, 8, torch.float32, 1, 90),
+    DecodeConfig(256, 128, 8, 32, 8, torch.float16, 3, 80),
+    DecodeConfig(256, 64, 8, 64, 8, torch.float16, 2, 80),
+    DecodeConfig(256, 128, 8, 128, 8, torch.float16, 2, 89),  # 99 KiB
 ]
 ENCODE = [
     EncodeConfig(2, 8, torch.float16, 90),
@@ -65,8 +72,8 @@ def test_decode_compiles(config, tmp_path):
     assert max(spills) <= 64, output  # registers bound this kernel; more spills would be in its loops
     info = (ctypes.c_int * 4)()
     library.pqlab_decode_info(info)
-    warps, slots = config.shape()
-    assert list(info) == [config.vectors, warps, config.smem_bytes(warps, slots), config.book_bytes]
+    shape = config.shape()
+    assert list(info) == [config.vectors, shape.warps, config.smem_bytes(shape), config.book_bytes]
     assert info[2] <= SHARED_MEMORY[config.arch]
 
 
@@ -81,9 +88,10 @@ def test_encode_compiles(config, tmp_path):
 @pytest.mark.parametrize(
     "config, cause",
     [
-        (DecodeConfig(256, 128, 8, 128, 8, torch.float16, 1, 90), "head size 256"),
+        (DecodeConfig(160, 80, 8, 80, 8, torch.float16, 1, 90), "head size 160"),
         (DecodeConfig(128, 64, 7, 64, 8, torch.float16, 1, 90), "7-bit"),
         (DecodeConfig(128, 8, 8, 64, 8, torch.float16, 1, 90), "M = 8"),
+        (DecodeConfig(256, 256, 8, 128, 8, torch.float16, 1, 90), "M = 256"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float64, 1, 90), "float64"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 75), "older"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 89), "shared memory"),
@@ -99,6 +107,14 @@ def test_small_shared_memory_takes_smaller_blocks():
     assert roomy.unsupported() is None and tight.unsupported() is None
     assert roomy.shape() > tight.shape()
     assert DecodeConfig(64, 32, 8, 32, 8, torch.float16, 3, 89).unsupported() is None  # d 64 fits everywhere
+
+
+def test_small_shared_memory_takes_fewer_vectors():
+    config = DecodeConfig(256, 128, 8, 128, 8, torch.float16, 4, 89)
+    assert "shared memory" in config.unsupported() and config.fitting() == replace(config, vectors=2)
+    whole = DecodeConfig(128, 64, 8, 64, 8, torch.float16, 4, 89)
+    assert whole.fitting() is whole  # the codebooks alone are too large
+    assert replace(config, arch=80).fitting().vectors == 4
 
 
 @pytest.mark.parametrize("group, steps, vectors", [(1, 1, 1), (4, 1, 4), (3, 1, 3), (7, 1, 4), (6, 1, 3), (1, 5, 4)])

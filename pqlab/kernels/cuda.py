@@ -118,9 +118,9 @@ class CudaBackend(Backend):
         return all(k.extension.wait(timeout) for k in list(self._kernels.values()) if k.extension is not None)
 
     def kernel(self, config: Configuration) -> _Kernel:
-        """The kernel of a configuration; its build starts when it is first asked for."""
+        """The kernel of a configuration, or of what fits in its place; its build starts when it is first asked for."""
         if config not in self._kernels:
-            self._kernels[config] = _Kernel(config)
+            self._kernels[config] = _Kernel(config.fitting())
         return self._kernels[config]
 
     def _device(self, x: Tensor) -> tuple[int, int, int]:

@@ -1,14 +1,25 @@
-// Launcher of pq_decode for one configuration, given by macros (pqlab/kernels/cuda.py sets them):
+// Launcher of pq_decode for one configuration, given by macros (pqlab/kernels/cuda_config.py sets them):
 //   PQ_D head size | PQ_KM, PQ_VM subspaces | PQ_KBITS, PQ_VBITS bits a code (8 or 4) | PQ_T element type of queries
 //   and exact tokens | PQ_HG query vectors a block | PQ_NW warps a block | PQ_SLOTS chunks on their way to a warp
+//   | for heads in halves: PQ_BUFFERS books in shared memory at a time | PQ_CHUNKS chunks of a warp in a segment
 #include "pq_books.cuh"
 #include "pq_decode.cuh"
+#include "pq_halves.cuh"
 #include "pq_launch.cuh"
 
 namespace {
 
 using pqlab::cuda_message;
+#ifdef PQ_BUFFERS
+using Cfg = pqlab::HalvesConfig<PQ_T, PQ_D, PQ_KM, PQ_KBITS, PQ_VM, PQ_VBITS, PQ_HG, PQ_NW, PQ_SLOTS, PQ_BUFFERS,
+                                PQ_CHUNKS>;
+constexpr auto kOneRow = pqlab::pq_halves_kernel<Cfg, true>, kRows = pqlab::pq_halves_kernel<Cfg, false>;
+constexpr bool kMapsOneRow = false;
+#else
 using Cfg = pqlab::DecodeConfig<PQ_T, PQ_D, PQ_KM, PQ_KBITS, PQ_VM, PQ_VBITS, PQ_HG, PQ_NW, PQ_SLOTS>;
+constexpr auto kOneRow = pqlab::pq_decode_kernel<Cfg, true>, kRows = pqlab::pq_decode_kernel<Cfg, false>;
+constexpr bool kMapsOneRow = true;
+#endif
 
 // What has to be true of the device before the first launch; checked once a device.
 const char* check_device() {
@@ -21,8 +32,8 @@ const char* check_device() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (optin < Cfg::smem_bytes) return "the codebooks and buffers do not fit into this device's shared memory";
   if (major >= 9 && reserved != pqlab::kReservedSmem) return "shared memory does not start where the kernel expects it";
-  if (const char* m = pqlab::allow_smem(pqlab::pq_decode_kernel<Cfg, true>, Cfg::smem_bytes)) return m;
-  if (const char* m = pqlab::allow_smem(pqlab::pq_decode_kernel<Cfg, false>, Cfg::smem_bytes)) return m;
+  if (const char* m = pqlab::allow_smem(kOneRow, Cfg::smem_bytes)) return m;
+  if (const char* m = pqlab::allow_smem(kRows, Cfg::smem_bytes)) return m;
   if (device < 64) good[device] = true;
   return nullptr;
 }
@@ -57,12 +68,11 @@ PQ_API const char* pqlab_decode(const pqlab::DecodeParams* params, void* stream)
   p.turn_magic = static_cast<uint32_t>((1ull << 32) / (p.splits * Cfg::NP)) + 1;
   p.step_magic = (1 << 16) / p.S + 1;
   const dim3 grid(p.splits, p.H, (p.G * p.S + Cfg::HG - 1) / Cfg::HG);
-  if (p.B == 1) return pqlab::launch(pqlab::pq_decode_kernel<Cfg, true>, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
   void* const out = p.out;
-  if (p.map != nullptr) p.out = p.unmapped;
-  const auto kernel = pqlab::pq_decode_kernel<Cfg, false>;
-  const char* const m = pqlab::launch(kernel, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
-  if (m != nullptr || p.map == nullptr) return m;
+  const bool map_later = p.map != nullptr && (p.B > 1 || !kMapsOneRow);
+  if (map_later) p.out = p.unmapped;
+  const char* const m = pqlab::launch(p.B == 1 ? kOneRow : kRows, grid, Cfg::NW * 32, Cfg::smem_bytes, stream, p);
+  if (m != nullptr || !map_later) return m;
   p.out = out;
   const dim3 blocks(p.H * (Cfg::D / pqlab::kMapSlice), pqlab::map_chunks(p.B * p.G * p.S));
   return pqlab::launch(pqlab::pq_home_kernel<Cfg>, blocks, pqlab::kMapThreads, 0, stream, p);
