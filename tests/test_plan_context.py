@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 
@@ -70,6 +72,24 @@ def test_the_smallest_that_keeps_a_divergence():
     assert found.keeping(0.01) == []
     without = options({(0, 32): 1.0}, None)
     assert without.keeping(0.5)[0].size == without.keeping(0.5)[0].bits == 2, "no context: exact tokens cost nothing"
+
+
+@pytest.mark.parametrize("off", [1.5, 1.02, 1.0, 0.7])
+def test_a_miss_by_a_hair_is_no_reason_for_exact_layers(off, monkeypatch):
+    """Plans measure `off` times what is predicted, and R 512 a little more: both are found to be so."""
+    planner = Planner.__new__(Planner)
+    planner.options, planner.context = options({(0, 32): 1.0, (0, 512): 0.5}, 1000), 1000
+
+    def made(option, tried):
+        wide = 1.01 if option.exact.config.residual_length == 512 else 1.0
+        certificate = {"predicted_kl": option.kl, "kl": option.kl * off * wide}
+        return SimpleNamespace(certificate=certificate, total_bytes=lambda context: option.size)
+
+    monkeypatch.setattr(planner, "_made", made)
+    for kl in (0.3, 0.5, 0.505, 0.63, 1.2):
+        found = planner.plan(kl=kl)
+        assert found.certificate["kl"] <= kl
+        assert found.total_bytes(1000) <= min(o.size for o in planner.options.keeping(kl / off / 1.07))
 
 
 def test_what_is_stored_is_within_the_budget_and_a_tight_one_takes_a_smaller_window(tiny, tiny_tokenizer, planner):

@@ -47,6 +47,7 @@ LENGTH, CONTEXT_LENGTH = 1024, 2048
 """Tokens of the windows that are measured on: under budgets of token bits, and for a context at most."""
 
 _WIDE, _WIDE_SHARE = 8, 0.25  # bits that only this share of the layers may get: training them takes twice the time
+_TRIES, _NEAR = 6, 0.03  # plans measured for a KL at most, and by how much predictions may be off in the end
 _HELD_OUT = 0.2  # of the text, from its end: costs and certificate are not measured on what was trained on
 
 
@@ -196,15 +197,18 @@ class Planner:
 
     def _of_kl(self, kl: float) -> Plan:
         best, ratio = None, 1.0  # of measured to predicted
-        for _ in range(4):
+        for _ in range(_TRIES):
             enough = self.options.keeping(kl / ratio)
             option = min(enough, key=lambda option: option.size) if enough else self._largest
             found = self._made(option, tried=enough)
-            if found.certificate["kl"] <= kl and (best is None or self._size(found) < self._size(best)):
+            is_kept = found.certificate["kl"] <= kl
+            if is_kept and (best is None or self._size(found) < self._size(best)):
                 best = found
             before, ratio = ratio, found.certificate["kl"] / max(found.certificate["predicted_kl"], 1e-12)
-            if abs(ratio / before - 1) < 0.03:
+            if is_kept and abs(ratio / before - 1) < _NEAR or not is_kept and not enough:
                 break
+            if not is_kept:  # a step at least, or a miss by a hair would be tried again
+                ratio = max(ratio, before * (1 + _NEAR))
         return best or self._with_exact_layers(kl)
 
     @property
