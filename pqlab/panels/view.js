@@ -85,8 +85,18 @@ function render({ model, el }) {
         await Plotly.react(plot, data.map((trace) => ({ ...trace })), themed, config);
         plot.dataset.theme = theme();
         plot.dataset.draws = Number(plot.dataset.draws ?? 0) + 1;
+        settle();
       }).catch((error) => console.error("[pqlab] plotly could not draw:", error));
     });
+  };
+  let settling = 0;
+  const settle = () => { // a change of width while plotly draws is lost to it: look again when all is quiet
+    clearTimeout(settling);
+    settling = setTimeout(() => {
+      const drawing = plot.querySelector(".main-svg");
+      if (gone || !drawing || !plot.clientWidth) return;
+      if (Math.abs(drawing.clientWidth - plot.clientWidth) > 1) resize();
+    }, 300);
   };
   const source = plotly(model);
   source.ready.then((loaded) => {
@@ -96,11 +106,13 @@ function render({ model, el }) {
   });
 
   let width = 0;
+  const resize = () => Plotly.Plots.resize(plot).catch(() => {}); // its promise may never settle: not awaited
   const sizes = new ResizeObserver(() => {
     if (missed) draw();
     if (!el.clientWidth || el.clientWidth === width) return;
     width = el.clientWidth;
-    if (plot.dataset.draws) Plotly.Plots.resize(plot).catch(() => {}); // its promise may never settle: not awaited
+    if (plot.dataset.draws) resize();
+    settle();
   });
   sizes.observe(el);
   const themes = new MutationObserver(draw);
@@ -123,6 +135,7 @@ function render({ model, el }) {
   return () => {
     gone = true;
     source.stop();
+    clearTimeout(settling);
     clearInterval(listen);
     sizes.disconnect();
     themes.disconnect();
