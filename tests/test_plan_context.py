@@ -208,6 +208,17 @@ def test_wrong_budgets_for_a_context(tiny, tiny_tokenizer, planner):
         Planner(tiny, tiny_tokenizer, TEXT, **{**FEW, "config": config, "choices": (1,)}, **SIZES)
 
 
+def test_what_cannot_be_met_is_said_before_anything_is_trained(tiny, tiny_tokenizer, monkeypatch):
+    def trained(*args, **settings):
+        raise AssertionError("this takes minutes")
+
+    monkeypatch.setattr("pqlab.evaluation.plan.collect_kv", trained)
+    with pytest.raises(ConfigError, match="mib = 0.001 is below the smallest plan of 400 tokens, .* model constants"):
+        plan(tiny, tiny_tokenizer, TEXT, mib=0.001, **FEW, **SIZES)
+    with pytest.raises(AssertionError, match="minutes"):
+        plan(tiny, tiny_tokenizer, TEXT, mib=0.2, **FEW, **SIZES)
+
+
 def test_command(tiny, tiny_tokenizer, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(plan_command, "load_model", lambda name, device: (tiny, tiny_tokenizer))
     monkeypatch.setattr(plan_command, "calibration_text", lambda name: TEXT)

@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from math import ceil, inf
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
+from ..config import CacheConfig
 from ..errors import ConfigError
+from ..memory import MIB
+from ..quantization import attention_geometry
 from .allocation import allocate, rows_of
-from .exact_tokens import ExactTokens
-from .methods import sequence_bytes
+from .exact_tokens import RESIDUALS, SINKS, ExactTokens
+from .methods import sequence_bytes, token_elements
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COLUMNS = ["num_sinks", "residual_length", "bits", "predicted_kl", "bytes"]
 
@@ -127,6 +134,30 @@ def records(options: Iterable[Option]) -> list[dict[str, float]]:
         }
         for option in options
     ]
+
+
+def check_room(
+    model: PreTrainedModel,
+    mib: float,
+    context: int,
+    choices: Sequence[int],
+    sinks: Sequence[int] | None = None,
+    residuals: Sequence[int] | None = None,
+    page_size: int = CacheConfig().page_size,
+) -> None:
+    """Raise `ConfigError` where a budget of `plan` cannot be met whatever is trained: before it takes minutes.
+
+    Counted are the smallest codes and the fewest exact tokens, without the model constants.
+    """
+    smallest = CacheConfig(page_size, min(residuals or RESIDUALS), num_sinks=min(SINKS if sinks is None else sinks))
+    elements = token_elements(attention_geometry(model))
+    page_bytes = ceil(page_size * elements * min(choices) / 8)
+    least = sequence_bytes(context, smallest, page_bytes, elements) / MIB
+    if mib < least:
+        raise ConfigError(
+            f"mib = {mib:g} is below the smallest plan of {context} tokens, {least:.2f} MiB and the model constants; "
+            "give more, a shorter context, or smaller choices or residuals"
+        )
 
 
 def check_budget(bits: float | None, mib: float | None, kl: float | None, context: int | None) -> None:

@@ -31,7 +31,7 @@ from .allocation import Chosen, allocate, rows_of, worst_layers
 from .exact_tokens import ExactTokens, exact_sizes, measured
 from .fidelity import compare, summarize, text_windows
 from .methods import stored_bytes
-from .options import Option, Options, check_budget, records
+from .options import Option, Options, check_budget, check_room, records
 from .plan_file import Plan
 from .predicted_kl import predict_kl
 from .teacher_forced import from_codebooks
@@ -68,6 +68,10 @@ def plan(
         bits, mib, kl: the budget; see `Planner.plan`. context, settings: of `Planner`.
     """
     check_budget(bits, mib, kl, context)
+    if mib is not None:
+        sizes = (settings.get("choices", DEFAULT_BITS), settings.get("sinks"), settings.get("residuals"))
+        page_size = (settings.get("config") or CacheConfig()).page_size
+        check_room(model, mib, context, *sizes, page_size)
     return Planner(model, tokenizer, text, context=context, **settings).plan(bits=bits, mib=mib, kl=kl)
 
 

@@ -13,7 +13,7 @@ from ..memory import MIB
 from ..models import calibration_text, load_model
 from ..models.defaults import CALIBRATION_TEXT
 from .exact_tokens import RESIDUALS, SINKS
-from .options import check_budget
+from .options import check_budget, check_room
 from .plan import BITS, DEFAULT_BITS, Planner
 from .plan_file import Plan
 
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"bits = {min(args.bits):g} is below the smallest choice, {min(args.choices)}")
         args.out.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load_model(args.model, device=args.device)
+        if args.mib:
+            check_room(model, min(args.mib), args.context, args.choices, args.sinks, args.residual)
         planner = Planner(model, tokenizer, calibration_text(args.text), **settings)
         if args.context and planner.length < args.context:
             print(
