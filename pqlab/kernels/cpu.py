@@ -2,7 +2,7 @@
 
 The kernels know nothing of torch. So they build in seconds, without torch's headers, and one source fits every torch
 version. Handing over the arguments costs a few microseconds warm and many times that between the layers of a model, so
-that calls like an earlier one go through `cpu_caller`, or through `cpu_again` where that could not be built.
+that calls like an earlier one go through `caller`, or through `cpu_again` where that could not be built.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from torch import Tensor
 from . import reference
 from .backend import Backend, BuildStatus, version
 from .build import Extension
+from .caller import Caller, Launch
 from .checks import BOOK_DTYPES
 from .cpu_again import CALL, repeat
-from .cpu_caller import Caller
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_STEP_AT = tuple(range(0, 64, 8))  # `caller.ADDRESSES` are the first fields of struct pq_decode_args, in their order
+_DECODE_AT = (*_STEP_AT[:5], -1, -1, -1)
 _DECODE_HELD = struct.Struct("=14Q16q")  # the second part of struct pq_decode_args of csrc/cpu/api.h, after `CALL`
 _ENCODE_ARGS = struct.Struct("=4Q11q")  # struct pq_encode_args
 _FLUSH = 4  # pq_result: stored, and some row flushes now
@@ -98,7 +100,7 @@ class CpuBackend(Backend):
         return self.extension.status
 
     def builds(self) -> dict[str, BuildStatus]:
-        return {self.name: self.status(), "cpu caller": self.caller.extension.status}
+        return {self.name: self.status(), "caller": self.caller.extension.status}
 
     def wait(self, timeout: float | None = None) -> bool:
         start = time.monotonic()
@@ -212,17 +214,20 @@ class CpuBackend(Backend):
 
     def again(self, op: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         if op == "decode":
-            q, new_shape, tensors, nbits = args[0], None, (*args[1:3], *args[5:11], *_NO_MAPS), args[11:13]
+            q, page_table, nbits, scale, at = args[0], args[3], args[11:13], args[13], _DECODE_AT
+            new_shape, tensors = None, (*args[1:3], *args[5:11], *_NO_MAPS)
         elif op == "step_":
-            q, new_shape, nbits = args[15], args[6].shape, args[13:15]
-            tensors = (*args[4:6], *args[11:13], *args[:4], *args[17:])
+            q, page_table, nbits, scale, at = args[15], args[8], args[13:15], args[16], _STEP_AT
+            new_shape, tensors = args[6].shape, (*args[4:6], *args[11:13], *args[:4], *args[17:])
         else:
             return None
         held = self._held.get((*nbits, *map(id, tensors)))
         if held is None:
             return None
         kernel, dtype_code = self._library.pq_decode, _DTYPES[q.dtype]
-        compiled = self.caller.repeat(held, kernel, op, args, dtype_code)
+        call = CALL.pack(*(0,) * 8, *q.shape[:3], page_table.shape[1], dtype_code, scale)
+        launch = Launch(ctypes.cast(kernel, ctypes.c_void_p).value, call + held.packed, at)
+        compiled = self.caller.repeat(held, held.versions, op, args, (launch,))
         return compiled or repeat(held, kernel, op, q, new_shape, dtype_code)
 
     def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 Between two calls a model streams all of its weights, and what Python touches next comes from memory: a question to a
 tensor then costs a microsecond instead of a tenth, and the whole of a checked call as much as attention over a thousand
-tokens. What is asked here every time is what a caller changes from step to step, and where the rest lies. `cpu_caller`
+tokens. What is asked here every time is what a caller changes from step to step, and where the rest lies. `caller`
 asks the same in C++; this is for where that is not there.
 """
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pqlab import kernels
 from pqlab.kernels import dispatch, ops
+from pqlab.kernels.caller import INSTEAD
 from pqlab.kernels.cpu import CpuBackend
-from pqlab.kernels.cpu_caller import INSTEAD
 
 kernels.start()
 
@@ -260,7 +260,7 @@ def test_without_the_caller_all_goes_on_and_is_said_once(backend, monkeypatch, c
     source.write_text("#error this torch is not known\n")
     broken.caller.extension.sources = [source]
     broken.caller.extension.start("eager")
-    status = broken.builds()["cpu caller"]
+    status = broken.builds()["caller"]
     assert status.state == "failed" and "this torch is not known" in status.detail and status.instead == INSTEAD
     args = tuple(decode_call())
     want = broken.decode(*args)
@@ -273,8 +273,8 @@ def test_without_the_caller_all_goes_on_and_is_said_once(backend, monkeypatch, c
 
 def test_reports_name_the_caller(backend):
     report = kernels.backend_report()
-    assert report.builds["cpu caller"] is backend.caller.extension.status
-    assert "cpu caller" in repr(report)
+    assert report.builds["caller"] is backend.caller.extension.status
+    assert "caller" in repr(report)
 
 
 def test_a_torch_with_other_objects_is_refused(backend):
