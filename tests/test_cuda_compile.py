@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pqlab.kernels.caller import ADDRESSES
 from pqlab.kernels.cuda_config import SHARED_MEMORY, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
+from pqlab.kernels.cuda_params import APPEND_AT, Held, decode_at
 
 NVCC = shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
@@ -120,3 +122,23 @@ def test_small_shared_memory_takes_fewer_vectors():
 @pytest.mark.parametrize("group, steps, vectors", [(1, 1, 1), (4, 1, 4), (3, 1, 3), (7, 1, 4), (6, 1, 3), (1, 5, 4)])
 def test_vectors_per_block(group, steps, vectors):
     assert vectors_per_block(group, steps) == vectors
+
+
+@needs_nvcc
+def test_addresses_lie_where_the_structs_have_them(tmp_path):
+    """What `caller` changes from call to call, by the compiler's own account of the structs."""
+    names = {"lengths": "after", "k": "side[0].x", "v": "side[1].x"}
+    held = Held(torch.empty(0), torch.empty(0), torch.empty(0), 1)
+    places = [("DecodeParams", name, at) for name, at in zip(ADDRESSES, decode_at(held), strict=True) if at >= 0]
+    places += [("AppendParams", names.get(n, n), at) for n, at in zip(ADDRESSES, APPEND_AT[0], strict=True) if at >= 0]
+    assert [name for _, name, _ in places] == [
+        "q", "page_table", "lengths", "out", "lse", "q", "page_table", "after", "side[0].x", "side[1].x", "before",
+    ]  # fmt: skip
+    asserts = [f"static_assert(offsetof(pqlab::{struct}, {name}) == {at});" for struct, name, at in places]
+    asserts.append(f"static_assert(offsetof(pqlab::AppendParams, side[0].x) == {APPEND_AT[1][ADDRESSES.index('v')]});")
+    source = tmp_path / "places.cu"
+    source.write_text("\n".join(['#include "pq_shape.cuh"', '#include "pq_append.cuh"', *asserts]))
+    folder = EncodeConfig(2, 8, torch.float16, 90).source.parent
+    command = [NVCC, "-c", "-std=c++17", "-arch=sm_90", f"-I{folder}", str(source), "-o", str(tmp_path / "places.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

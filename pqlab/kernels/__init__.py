@@ -39,7 +39,7 @@ def start() -> None:
         return
     try:
         module = importlib.import_module(f"{__name__}.cuda")
-        dispatch.register_backend(module.backend())
+        dispatch.register_backend(module.backend(cpu.caller))
     except Exception as error:  # a broken CUDA set-up must not take the package away; the report tells
         dispatch.register_absence("cuda", f"{type(error).__name__}: {error}")
 

@@ -1,8 +1,8 @@
 """Calls like an earlier one, through C++ that knows torch: neither checked nor packed again.
 
 Between two calls a model streams all of its weights, and a checked call from Python costs as much as attention over a
-thousand tokens. This looks at the same things in a tenth of the time. Its library is built beside the kernels and apart
-from them (csrc/caller says why). Without it CPU calls are repeated by `cpu_again`, and CUDA calls are checked each time.
+thousand tokens. This looks at the same things in a tenth of the time. Its library is built apart from the kernels
+(csrc/caller says why). Without it CPU calls are repeated by `cpu_again`, and CUDA calls are checked each time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ADDRESSES = ("q", "page_table", "lengths", "out", "lse", "k", "v", "before")
 class Launch(NamedTuple):
     """A function of C, and what it is given.
 
-    `offsets` has for each of `ADDRESSES` where in the parameters it lies, in bytes, or -1. The function returns 0, or on a
-    stream (its second argument) null, unless something is wrong or left to do: then the call is checked and made anew.
+    `offsets` has for each of `ADDRESSES` where in the parameters it lies, in bytes, or -1. The function returns 0, or
+    null where it takes a stream, too, unless something is wrong or left to do: then the call is made anew, checked.
     """
 
     function: int
@@ -84,6 +84,14 @@ class Caller:
         self._module = module
         self._changed()
 
+    def is_there(self) -> bool:
+        """Whether calls can be repeated; why not is said once."""
+        status = self.extension.status
+        if self._module is None and not self._said and status.state in ("failed", "off"):
+            self._said = True
+            log.warning("%s; %s", INSTEAD, status.detail)
+        return self._module is not None
+
     def repeat(
         self,
         held: Any,
@@ -103,13 +111,6 @@ class Caller:
             launches: in the order of their calls.
             stream: its handle, and the address of a function of C that says whether it is being captured.
         """
-        if self._module is None:
-            self._say_why()
+        if not self.is_there():
             return None
         return self._module.repeat(op, args, held, versions, launches, stream)
-
-    def _say_why(self) -> None:
-        status = self.extension.status
-        if not self._said and status.state in ("failed", "off"):
-            self._said = True
-            log.warning("%s; %s", INSTEAD, status.detail)

@@ -9,34 +9,32 @@ codebooks are made at the first call with them: warm up before capturing, as gra
 from __future__ import annotations
 
 import ctypes
-import math
-import struct
+import operator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..paging.layout import TILE
 from . import reference
-from .backend import Backend, BuildStatus, StepShape, append_part, decode_part, in_code_space
+from .backend import Backend, BuildStatus, StepShape, append_part, decode_part, in_code_space, version
 from .build import Extension
+from .caller import Alive, Caller, Launch
 from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
 from .cuda_memory import PreparedBooks, Workspaces, check
+from .cuda_params import APPEND_AT, Held, Maps, append_params, decode_at, decode_params, encode_params
 
-_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQQQ5iIif2I")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
-_ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
-_APPEND_SIDE = struct.Struct("<QQQ2qQQQi4x")  # struct AppendSide of csrc/cuda/pq_append.cuh
-_APPEND = struct.Struct("<QQQ10iQQ3qQQ6i7f4x")  # struct AppendParams, after its two sides
 _BOOKS_AT = {"decode": (5, 6), "encode": (1,), "encode_pages_": (2,), "append_": (11, 12)}  # of the arguments
 _MAX_STEPS = 16  # query vectors a kv head: above, reading the codes once for four of them does not pay
 _MAX_TOKENS = 65000 * 32  # of a row: the kernel shares a row's chunks in 32-bit arithmetic
 
 
-def backend() -> CudaBackend:
+def backend(caller: Caller) -> CudaBackend:
     """The backend of this process; raises when torch sees no device."""
     torch.cuda.get_device_properties(0)
-    return CudaBackend()
+    return CudaBackend(caller)
 
 
 class _Kernel:
@@ -72,33 +70,14 @@ class _Kernel:
         return self.reason if self.extension is None else self.extension.status.detail
 
 
-class _Held(NamedTuple):
-    """What a call of decode needs beside its arguments."""
-
-    books: Tensor  # both codebooks, prepared
-    partial: Tensor  # parts of rows that several blocks share
-    tickets: Tensor  # int32, zero before and after
-    splits: int  # blocks that share the rows of a kv head and a group of query vectors
-    mapped_q: int = 0  # where queries lie in code space, dense, if append_ has mapped them
-    unmapped: int = 0  # room for results in code space
-    home: Tensor | None = None  # the map of the results
-
-
-class _Maps(NamedTuple):
-    """What append_ maps, beside the tokens that it stores."""
-
-    k: Tensor | None
-    v: Tensor | None
-    query: Tensor | None  # transposed
-    q: Tensor
-    to: int
-
-
 class CudaBackend(Backend):
+    """Args: `caller`, what repeats calls; without it, every call is checked and packed."""
+
     name = "cuda"
     remedy = "Install nvcc (CUDA toolkit) and ninja; pqlab.backend_report() shows what the build said."
 
-    def __init__(self) -> None:
+    def __init__(self, caller: Caller | None = None) -> None:
+        self._caller = caller
         self._kernels: dict[Configuration, _Kernel] = {}
         self._devices: dict[int, tuple[int, int, int]] = {}  # compute capability, shared memory, multiprocessors
         self._books, self._workspaces = PreparedBooks(), Workspaces()
@@ -197,44 +176,28 @@ class CudaBackend(Backend):
             return (out if home is None else reference.apply_map(out, home)), lse
         k_forward, k_backward, v_forward, v_backward = (None if x is None else x.contiguous() for x in maps)
         call, q = decode_part(args), args[15]
-        held = self._hold(call, zero_tickets=False, maps=True)._replace(home=v_backward)
-        held = held if k_backward is not None else held._replace(mapped_q=0)
-        todo = _Maps(k_forward, v_forward, k_backward, _dense_last(q), held.mapped_q)
+        held = self._hold_step(call, k_backward, v_backward)
+        todo = Maps(k_forward, v_forward, k_backward, _dense_last(q), held.mapped_q)
         self.append_(*append_part(args), tickets=held.tickets, maps=todo)
         return self.decode(*call, held=held)
 
     def decode(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
         k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
-        k_nbits: int, v_nbits: int, scale: float, held: _Held | None = None,
+        k_nbits: int, v_nbits: int, scale: float, held: Held | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`held`: what the call needs beside its arguments, if the caller has it."""
         args = (q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
                 k_nbits, v_nbits, scale)  # fmt: skip
         library = self._decode_kernel(args).library
-        batch, query_heads, steps, head_dim = q.shape
-        _, heads, tiles, _, _ = k_pages.shape
-        group = query_heads // heads
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        lengths, page_table = lengths.contiguous(), _dense_last(page_table)
-        sink_k, sink_v = _alike(sink_k, sink_v)
-        window_k, window_v = _alike(window_k, window_v)
-        books, partial, tickets, splits, mapped_q, unmapped, home = held or self._hold(args)
-        asked = (mapped_q, query_heads * steps * head_dim, steps * head_dim, head_dim)
-        if not mapped_q:
+        held = held or self._hold(args)
+        if not held.mapped_q:
             q = _dense_rows(q)
-            asked = (q.data_ptr(), *q.stride()[:3])
-        out = torch.empty((batch, query_heads, steps, head_dim), dtype=q.dtype, device=q.device)
-        lse = torch.empty((batch, query_heads, steps), dtype=torch.float32, device=q.device)
-        params = _DECODE.pack(
-            *asked, k_pages.data_ptr(), v_pages.data_ptr(),
-            page_table.data_ptr(), page_table.stride(0), lengths.data_ptr(), books.data_ptr(),
-            sink_k.data_ptr(), sink_v.data_ptr(), *sink_k.stride()[:3],
-            window_k.data_ptr(), window_v.data_ptr(), *window_k.stride()[:3], max(1, window_k.shape[2]),
-            out.data_ptr(), lse.data_ptr(), partial.data_ptr(), tickets.data_ptr(), _pointer(home), unmapped,
-            batch, heads, group, steps, tiles, 0 if tiles == 1 else -(-(2**32) // tiles), splits,
-            scale * math.log2(math.e), 0, 0,
-        )  # fmt: skip
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        dense = _dense((q, *args[1:]))
+        params = decode_params(dense, held, out.data_ptr(), lse.data_ptr())
         with torch.cuda.device(q.device):
             check("decode", library.pqlab_decode(params, ctypes.c_void_p(stream)))
         return out, lse
@@ -255,13 +218,9 @@ class CudaBackend(Backend):
     def _encode(
         self, x: Tensor, books: Tensor, codes: Tensor, ids: Tensor | None, first_slot: int, tiles: int, nbits: int
     ) -> None:
-        groups, n, _ = x.shape
         x, books = _dense_rows(x), books.contiguous()
         library = self._encode_kernel(x, books.shape[1], nbits).library
-        params = _ENCODE.pack(
-            x.data_ptr(), *x.stride()[:2], books.data_ptr(), codes.data_ptr(), ids.data_ptr() if ids is not None else 0,
-            groups, n, books.shape[1], first_slot, tiles,
-        )  # fmt: skip
+        params = encode_params(x, books, codes, ids, first_slot, tiles)
         stream = torch.cuda.current_stream(x.device).cuda_stream
         with torch.cuda.device(x.device):
             room = torch.empty(library.pqlab_encode_room(params), dtype=torch.uint8, device=x.device)
@@ -271,39 +230,56 @@ class CudaBackend(Backend):
     def append_(
         self, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor, k_pages: Tensor, v_pages: Tensor,
         k: Tensor, v: Tensor, page_table: Tensor, before: Tensor, after: Tensor, k_books: Tensor, v_books: Tensor,
-        k_nbits: int, v_nbits: int, tickets: Tensor | None = None, maps: _Maps | None = None,
+        k_nbits: int, v_nbits: int, tickets: Tensor | None = None, maps: Maps | None = None,
     ) -> None:  # fmt: skip
-        batch, heads, slots, head_dim = window_k.shape
-        k, v = _dense_last(k), _dense_last(v)
-        k_books, v_books, before, after = (x.contiguous() for x in (k_books, v_books, before, after))
-        page_table = _dense_last(page_table)
-        k_map, v_map, query_map, q, mapped_q = maps or _Maps(None, None, None, k, 0)
-        group, steps = q.shape[1] // heads, q.shape[2]
-        asked = (q.data_ptr(), *q.stride()[:3], _pointer(query_map), mapped_q, group, steps)
-        sides = [
-            (_APPEND_SIDE.pack(sink.data_ptr(), window.data_ptr(), x.data_ptr(), *x.stride()[:2], books.data_ptr(),
-                               pages.data_ptr(), _pointer(matrix), matrix is not None and matrix.dtype == torch.int8),
-             pages.shape[3], nbits)
-            for sink, window, x, books, pages, nbits, matrix in (
-                (sink_k, window_k, k, k_books, k_pages, k_nbits, k_map),
-                (sink_v, window_v, v, v_books, v_pages, v_nbits, v_map),
-            )
-        ]  # fmt: skip
-        (k_side, k_m, _), (v_side, v_m, _) = sides
-        together = (k_m, k_nbits) == (v_m, v_nbits)  # one launch for both
+        dense = (sink_k, sink_v, window_k, window_v, k_pages, v_pages, _dense_last(k), _dense_last(v),
+                 _dense_last(page_table), *(x.contiguous() for x in (before, after, k_books, v_books)),
+                 k_nbits, v_nbits)  # fmt: skip
         stream = torch.cuda.current_stream(k.device).cuda_stream
-        launches = [(k_side, v_side, k_m, k_nbits, True), (v_side, v_side, v_m, v_nbits, False)]
-        for first, second, m, nbits, mapping in launches[: 2 - together]:
-            params = first + second + _APPEND.pack(
-                page_table.data_ptr(), before.data_ptr(), after.data_ptr(), page_table.stride(0), 1 + together,
-                batch, heads, head_dim, m, sink_k.shape[2], slots, k_pages.shape[2],
-                0 if tickets is None else tickets.numel(), _pointer(tickets), *asked, mapping, *(0,) * 10,
-            )  # fmt: skip
+        for (m, nbits), params in append_params(dense, tickets, maps):
             library = self._encode_kernel(k, m, nbits).library
             with torch.cuda.device(k.device):
                 check("append_", library.pqlab_append(params, ctypes.c_void_p(stream)))
 
-    def _hold(self, args: tuple[Any, ...], zero_tickets: bool = True, maps: bool = False) -> _Held:
+    def again(self, op: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The launches of this call through `caller`, with the same workspace on the same stream; None for a call that
+        needed copies of its tensors or is part of a graph."""
+        if self._caller is None or op not in ("decode", "step_") or not self._caller.is_there():
+            return None
+        stores = op == "step_"
+        call, maps = (decode_part(args), args[17:]) if stores else (args, ())
+        q, page_table, lengths, k_books, v_books = call[0], *call[3:7]
+        lasting = (*call[1:3], *call[5:11], *(x for x in maps if x is not None))
+        changing = (q, page_table, lengths, *((args[6], args[7], args[9]) if stores else ()))
+        if not all(x.is_contiguous() for x in (*lasting, *changing)) or not all(map(operator.is_, _dense(call), call)):
+            return None
+        with torch.cuda.device(q.device):
+            if torch.cuda.is_current_stream_capturing():
+                return None
+        if any(x is not None and x.dtype == torch.float32 for x in maps):  # they go through torch
+            return None
+        launches = []
+        if stores:
+            k_forward, k_backward, v_forward, v_backward = maps
+            held = self._hold_step(call, k_backward, v_backward)
+            todo = Maps(k_forward, v_forward, k_backward, q, held.mapped_q)
+            packed = append_params(append_part(args), held.tickets, todo)
+            for ((m, nbits), params), at in zip(packed, APPEND_AT, strict=False):  # one launch or two
+                launches.append(Launch(_address(self._encode_kernel(q, m, nbits).library.pqlab_append), params, at))
+        else:
+            held = self._hold(call)
+        library = self._decode_kernel(call).library
+        launches.append(Launch(_address(library.pqlab_decode), decode_params(call, held, 0, 0), decode_at(held)))
+        stream = torch.cuda.current_stream(q.device).cuda_stream, _address(library.pqlab_is_capturing)
+        versions = version(k_books), version(v_books)
+        return self._caller.repeat(Alive(lasting, held), versions, op, args, tuple(launches), stream)
+
+    def _hold_step(self, call: tuple[Any, ...], k_backward: Tensor | None, v_backward: Tensor | None) -> Held:
+        """`_hold` of the decode that follows an append."""
+        held = self._hold(call, zero_tickets=False, maps=True)._replace(home=v_backward)
+        return held if k_backward is not None else held._replace(mapped_q=0)
+
+    def _hold(self, args: tuple[Any, ...], zero_tickets: bool = True, maps: bool = False) -> Held:
         """What a call of decode needs beside its arguments."""
         q, k_pages, k_books, v_books = args[0], args[1], args[5], args[6]
         library = self._decode_kernel(args).library
@@ -318,17 +294,24 @@ class CudaBackend(Backend):
         partial, tickets = self._workspaces.of(q, floats + each // 2, batch * heads * blocks, stream, zero_tickets)
         after = partial.data_ptr() + 4 * floats
         room = (after, after + each) if maps else (0, 0)
-        return _Held(books, partial, tickets, splits, *room)
+        return Held(books, partial, tickets, splits, *room)
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _dense(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of decode as its kernel reads them; q may also be what append has mapped."""
+    q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v, *rest = args
+    return (q, k_pages, v_pages, _dense_last(page_table), lengths.contiguous(), k_books, v_books,
+            *_alike(sink_k, sink_v), *_alike(window_k, window_v), *rest)  # fmt: skip
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     """Last dimension dense and pairs of elements aligned; a copy only where a caller passes something else."""
     aligned = x.data_ptr() % (2 * x.element_size()) == 0 and all(s % 2 == 0 for s in x.stride()[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.contiguous()
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _dense_last(x: Tensor) -> Tensor:

@@ -56,6 +56,15 @@ PQ_API const char* pqlab_prepare_books(const float* k_books, const float* v_book
   return cuda_message(cudaGetLastError());
 }
 
+// Whether a graph is being made of the stream (or that cannot be asked now).
+PQ_API int pqlab_is_capturing(void* stream) {
+  cudaStreamCaptureStatus status;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess)
+    return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();
+  return 1;
+}
+
 PQ_API const char* pqlab_decode(const pqlab::DecodeParams* params, void* stream) {
   pqlab::DecodeParams p = *params;
   if (const char* m = check_device()) return m;
