@@ -484,7 +484,7 @@ def test_calls_like_earlier_ones_are_not_checked_and_others_are(cpu, monkeypatch
     with kernels.use_backend("cpu"):
         run(False)
         run(True)
-        run(True, _0=torch.randn_like(case[0]), _3=case[3].clone(), _4=case[4].clone(), _13=0.3)
+        run(True, _0=torch.randn_like(case[0]), _3=case[3].clone(), _4=case[4].clone())
         run(False, _0=case[0][:, :4].contiguous())  # fewer query heads
         run(True, _0=case[0][:, :4].contiguous())
         run(False)
