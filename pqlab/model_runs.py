@@ -29,6 +29,21 @@ def attention(model, name: str) -> Iterator[None]:
 
 
 @contextmanager
+def cudnn_attention_off() -> Iterator[None]:
+    """Keep torch's SDPA from cuDNN for a while; nothing changes on a CPU.
+
+    cuDNN is torch's first choice on Hopper GPUs, and builds an execution plan for every new length of the keys. A cache
+    that grows by a token a step has a new length at every step, so that an eager decode is a time of building plans.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
 def counted() -> Iterator[Runs]:
     """The operations that ran inside the block, filled when it ends."""
     before, runs = dispatch.runs(), {}

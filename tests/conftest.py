@@ -116,6 +116,22 @@ def tiny_tokenizer():
     return byte_tokenizer()
 
 
+@pytest.fixture
+def cudnn_seen():
+    """`cudnn_seen(model)`: a list that gets (tokens, may SDPA choose cuDNN) at every forward pass from now on."""
+
+    def watch(model) -> list[tuple[int, bool]]:
+        seen: list[tuple[int, bool]] = []
+
+        def look(module, args) -> None:
+            seen.append((args[0].shape[-1], torch.backends.cuda.cudnn_sdp_enabled()))
+
+        model.get_input_embeddings().register_forward_pre_hook(look)
+        return seen
+
+    return watch
+
+
 @pytest.fixture(scope="session")
 def default_model():
     """(model, tokenizer) of the embedded SmolLM2-135M-Instruct; fetched and converted on first use, 3 s afterwards."""

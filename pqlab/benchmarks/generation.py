@@ -41,6 +41,7 @@ class Generation:
         peak_bytes, before_bytes: memory while generating, and right before: see `memory_peak`.
         memory: how these two were counted.
         backends: which backend ran each fused operation.
+        cudnn_attention: whether torch's SDPA could choose cuDNN (see `cudnn_attention_off`); None on a CPU.
     """
 
     batch: int
@@ -56,6 +57,7 @@ class Generation:
     before_bytes: int | None
     memory: str
     backends: dict[str, str]
+    cudnn_attention: bool | None
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,6 +109,7 @@ def time_generation(
         before_bytes=peak.before,
         memory=peak.what,
         backends={op: backend for op, backend, _ in runs},
+        cudnn_attention=torch.backends.cuda.cudnn_sdp_enabled() if model.device.type == "cuda" else None,
     )
 
 

@@ -33,6 +33,11 @@ PART_COLOURS = {
     "store": SKY, "flush": GREEN, "bookkeeping": PURPLE, "rest": "#E4E4E4",
 }  # fmt: skip
 """Greys are the model's own work; colours are attention and the cache."""
+_CACHES = {
+    "exact": (EXACT, "square", "solid"), "exact, no cuDNN": (EXACT, "square-open", "dash"),
+    "paged": (PAGED, "diamond", "solid"),
+}  # fmt: skip
+"""Rows of `benchmarks.baseline_vs_paged` -> colour, mark, dash."""
 _LEGEND = {"yref": "container", "y": 0.01, "yanchor": "bottom"}  # shares of the plot's height would reach its axis
 
 
@@ -191,15 +196,17 @@ def baseline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
     sheet = Sheet([1] * len(plots), gap_x=0.07)
     for column, (name, unit, title) in enumerate(plots):
         plot = sheet.plot(0, column, title, x=_contexts(contexts), y={"rangemode": "tozero"})
-        for cache, colour, mark in (("exact", EXACT, "square"), ("paged", PAGED, "diamond")):
+        for cache, (colour, mark, dash) in _CACHES.items():
             rows = frame[frame.cache == cache]
+            if rows.empty:
+                continue
             sheet.add(
                 plot,
                 "scatter",
                 x=rows.context,
                 y=rows[name] / unit,
                 mode="lines+markers",
-                line={"color": colour},
+                line={"color": colour, "dash": dash},
                 marker={"symbol": mark, "size": 8},
                 name=cache,
                 legendgroup=cache,
