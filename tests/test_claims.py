@@ -52,6 +52,17 @@ def test_a_speed_up_holds_when_the_times_say_so(write):
     assert write.row("LLaMA-2-7B at 8K, latency").verdict == "not measured"
 
 
+def test_without_graphs_the_faster_exact_row_counts(write):
+    eager = "speed-up, whole model at 32K, without graphs"
+    write("a.json", "model", times(10.0, 8.0))
+    assert "builds a cuDNN plan for every new length" in write.row(eager).verdict, "the only row there is"
+    fair = {"shape": "7b", "context": 32768, "case": "exact eager, no cuDNN", "milliseconds": 25.0}
+    write("a.json", "model", [*times(10.0, 8.0), fair])
+    row = write.row(eager)
+    assert (row.value, row.verdict) == (0.5, "does not hold (other hardware, random weights of this shape)")
+    assert "exact eager, no cuDNN" in row.measured and write.row(MODEL).value == 1.25, "graphs are a row of their own"
+
+
 def test_bandwidth_follows_the_best_share(write):
     write("a.json", "decode", shares((32768, 0.76), (131072, 0.9)))
     assert write.row(BANDWIDTH).verdict.startswith("does not hold") and "76% at 32,768" in write.row(BANDWIDTH).measured

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import pandas as pd
+import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pqlab import CacheConfig, Codebooks, PQConfig, cli, kernels
-from pqlab.benchmarks.model_bench import stretched
+from pqlab.benchmarks import model_bench
+from pqlab.benchmarks.decode_steps import refusals_unsaid
+from pqlab.benchmarks.model_bench import bench_model, stretched
 from pqlab.benchmarks.random_models import random_model
 from pqlab.evaluation.plan import Plan
 from pqlab.evaluation.predicted_kl import COLUMNS
@@ -32,6 +37,50 @@ def test_every_case_of_a_step_has_a_time(capsys):
     }  # fmt: skip
     for case, r in found.items():
         assert r["milliseconds"] and r["milliseconds"] > 0, (case, r["note"])
+
+
+def test_a_row_is_printed_when_it_is_measured(monkeypatch, capsys):
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_bench, "filled_dynamic", cut_off)  # of the last rows but one
+    with pytest.raises(KeyboardInterrupt):
+        records(capsys, "--no-compiled")
+    shown = [line[:26].strip() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown == ["none", "exact flash", "exact math", "paged", "paged, no maps"]
+
+
+def test_only_refusals_of_attention_kernels_are_unsaid():
+    def refused() -> list[str]:
+        x = torch.zeros(1, 1, 4, 16)
+        with pytest.raises(RuntimeError, match="No available kernel"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return [str(warning.message).split(" (")[0] for warning in caught]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loud = refused()
+        caught.clear()
+        with refusals_unsaid():
+            quiet = refused()
+    assert len(loud) > 2 and loud[0].startswith("Flash attention kernel not used because")
+    assert quiet == ["something else"]
+
+
+def test_without_cudnn_is_one_step_long():
+    step = model_bench._without_cudnn(torch.backends.cuda.cudnn_sdp_enabled)
+    assert not step() and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.gpu
+def test_rows_of_a_gpu():
+    kernels.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # refusals are rows
+        rows = {row.case: row for row in bench_model("tiny", 200, compiled=False)}
+    assert {"exact flash", "exact cudnn", "exact eager", "exact eager, no cuDNN", "paged eager"} <= set(rows)
+    assert rows["exact eager, no cuDNN"].milliseconds > 0, rows["exact eager, no cuDNN"].note
 
 
 def test_a_plan_is_a_case(tmp_path, capsys):

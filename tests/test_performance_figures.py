@@ -38,6 +38,14 @@ def test_model_results_know_what_everything_else_costs():
     assert gpu[gpu.how == "eager"].rest_milliseconds.isna().all()
 
 
+def test_a_case_keeps_what_is_behind_how_it_ran():
+    cases = ["none", "exact eager", "exact eager, no cuDNN", "paged, no maps compiled"]
+    rows = [{"shape": "7b", "context": 8, "case": case, "milliseconds": 1.0} for case in cases]
+    frame = model_frame({"device": "NVIDIA H200", "records": rows})
+    found = [("none", "graph"), ("exact", "eager"), ("exact, no cuDNN", "eager"), ("paged, no maps", "compiled")]
+    assert list(zip(frame.case, frame.how, strict=True)) == found
+
+
 def drawn(figure: go.Figure) -> dict[str, go.Figure]:
     assert all(axis.domain[0] < axis.domain[1] for axis in figure.select_xaxes())
     return {trace.name: trace for trace in figure.data}

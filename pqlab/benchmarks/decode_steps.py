@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,6 +45,21 @@ def _grouped_matmul(module, query, key, value, attention_mask, scaling=None, **k
     grouped = query.view(batch, heads, -1, d)
     weights = (grouped @ key.mT * scaling).softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).view(batch, 1, -1, d), None
+
+
+_REFUSAL = r"(?s).*Triggered internally at .*sdp_utils"
+"""Torch warns of each reason by itself; what they have in common is the source file that is named behind them."""
+
+
+@contextmanager
+def refusals_unsaid() -> Iterator[None]:
+    """Leave out torch's warnings of why an attention kernel refuses its arguments: dozens of lines for each call.
+
+    For callers that ask for one kernel by name: its refusal is an error that reaches them anyway.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _REFUSAL, UserWarning)
+        yield
 
 
 AttentionInterface.register(NONE, _no_attention)

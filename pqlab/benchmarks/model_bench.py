@@ -7,7 +7,8 @@ The model has random weights and a cache filled with random tokens: speed does n
     exact ...  K and V in static buffers of exactly the context, with each exact attention torch offers, as a graph
     none       the same graph without attention and cache: what everything else costs
     compiled   any of these with the model compiled by inductor before it is captured
-    ... eager  without a graph: DynamicCache + sdpa, and PagedPQCache in eager mode
+    ... eager  without a graph: DynamicCache + sdpa, and PagedPQCache in eager mode; on a GPU the exact one again with
+               cuDNN attention off (`model_runs.cudnn_attention_off` says why), and the faster of both counts
     prefill .. a prompt of the context's length, from its ids to the first new token (--prefill)
 """
 
@@ -18,7 +19,9 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,10 +34,11 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
 from ..evaluation.plan import Plan
+from ..model_runs import cudnn_attention_off
 from ..quantization import Codebooks, attention_geometry
 from ..results.provenance import commit, device_name, today, versions
 from ..transformers_api import cache_argument
-from .decode_steps import EXACT_BACKENDS, NONE, Step, decode_step, exact_step, time_graph
+from .decode_steps import EXACT_BACKENDS, NONE, Step, decode_step, exact_step, refusals_unsaid, time_graph
 from .filled_caches import ROOM, filled_buffers, filled_dynamic, filled_paged
 from .random_models import SHAPES, random_model
 
@@ -58,28 +62,29 @@ def bench_model(
     eager: bool = True,
     compiled: bool = True,
     plans: Mapping[str, Plan] | None = None,
-) -> list[Timing]:
-    """Milliseconds a token of every case for a model shape of `SHAPES` at `context` tokens, batch 1.
+) -> Iterator[Timing]:
+    """Milliseconds a token of a model shape of `SHAPES` at `context` tokens, batch 1: each case when it is measured.
 
     Args:
         plans: by name, each another case; of whatever model.
     """
     model = random_model(shape, context + ROOM, dtype, device)
-    rows: list[Timing] = []
 
-    def measure(case: str, make: Callable[[], Step], graph: bool, note: str = "") -> None:
+    def measure(case: str, make: Callable[[], Step], graph: bool, note: str = "") -> Timing:
         try:
-            step = make()
-            step()  # kernels are built for what they are asked
-            kernels.wait()
-            ms = time_graph(step) if graph and device == "cuda" else _time_eager(step, device)
-            rows.append(Timing(case, ms, note))
+            with _hints_unsaid():
+                step = make()
+                step()  # kernels are built for what they are asked
+                kernels.wait()
+                ms = time_graph(step) if graph and device == "cuda" else _time_eager(step, device)
+            timing = Timing(case, ms, note)
         except Exception as error:  # an exact attention that refuses these shapes is a row, not the end
-            rows.append(Timing(case, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"))
+            timing = Timing(case, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
         torch._dynamo.reset()  # compiled graphs hold caches
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+        return timing
 
     def paged(mode: str, how: bool, maps: bool = True, plan: Plan | None = None) -> Step:
         pq = stretched(plan, model) if plan else PQConfig()
@@ -87,25 +92,45 @@ def bench_model(
         cache = filled_paged(model, context, CacheConfig(mode=mode), codebooks=books)
         return decode_step(model, cache, "pqlab", context, compiled=how)
 
-    def as_graphs(how: bool, exact: Sequence[str]) -> None:
+    def as_graphs(how: bool, exact: Sequence[str]) -> Iterator[Timing]:
         end = " compiled" if how else ""
-        measure(f"none{end}", lambda: decode_step(model, filled_buffers(model, 0), NONE, context, how), graph=True)
+        yield measure(
+            f"none{end}", lambda: decode_step(model, filled_buffers(model, 0), NONE, context, how), graph=True
+        )
         for name in exact:
-            measure(f"exact {name}{end}", lambda name=name: exact_step(model, context, name, how), graph=True)
-        measure(f"paged{end}", lambda: paged("static", how), graph=True)
-        measure(f"paged, no maps{end}", lambda: paged("static", how, maps=False), graph=True)
+            yield measure(f"exact {name}{end}", lambda name=name: exact_step(model, context, name, how), graph=True)
+        yield measure(f"paged{end}", lambda: paged("static", how), graph=True)
+        yield measure(f"paged, no maps{end}", lambda: paged("static", how, maps=False), graph=True)
         for name, plan in (plans or {}).items():
             note = f"{plan.bits:.4g} bits an element"
-            measure(f"plan {name}{end}", lambda plan=plan: paged("static", how, plan=plan), graph=True, note=note)
+            case = lambda plan=plan: paged("static", how, plan=plan)  # noqa: E731
+            yield measure(f"plan {name}{end}", case, graph=True, note=note)
 
-    as_graphs(False, list(EXACT_BACKENDS) if device == "cuda" else ("flash", "math"))
+    yield from as_graphs(False, list(EXACT_BACKENDS) if device == "cuda" else ("flash", "math"))
     if compiled:
-        as_graphs(True, ("flash", "cudnn"))  # the others are far behind already
+        yield from as_graphs(True, ("flash", "cudnn"))  # the others are far behind already
     if eager:
         exact = lambda: decode_step(model, filled_dynamic(model, context), "sdpa", context)  # noqa: E731
-        measure("exact eager", exact, graph=False)
-        measure("paged eager", lambda: paged("eager", False), graph=False)
-    return rows
+        yield measure("exact eager", exact, graph=False)
+        if device == "cuda":
+            yield measure("exact eager, no cuDNN", lambda: _without_cudnn(exact()), graph=False)
+        yield measure("paged eager", lambda: paged("eager", False), graph=False)
+
+
+def _without_cudnn(step: Step) -> Step:
+    def run() -> torch.Tensor:
+        with cudnn_attention_off():
+            return step()
+
+    return run
+
+
+@contextmanager
+def _hints_unsaid() -> Iterator[None]:
+    """Leave out what torch warns of and a row says anyway, and inductor's advice to round float32 products."""
+    with refusals_unsaid():
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        yield
 
 
 def stretched(plan: Plan, model: PreTrainedModel) -> dict[int, tuple[PQConfig, PQConfig]]:
@@ -126,7 +151,11 @@ def _whole(plan: Plan) -> Plan:
 
 
 def bench_prefill(shape: str, context: int, *, dtype=torch.float16, device="cuda") -> list[Timing]:
-    """Milliseconds from a prompt of `context` random tokens to the first new one, the kinds of cache in turns."""
+    """Milliseconds from a prompt of `context` random tokens to the first new one, the kinds of cache in turns.
+
+    Exact attention is as torch chooses it: a prompt is one length, so cuDNN builds one plan, in the turn that is not
+    counted.
+    """
     model = random_model(shape, context + 1, dtype, device)
     ids = torch.randint(model.config.vocab_size, (1, context), device=device)
     books = Codebooks.random(model.config, config=PQConfig(), maps=True)

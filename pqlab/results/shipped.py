@@ -82,9 +82,10 @@ def model_frame(result: Mapping[str, Any]) -> pd.DataFrame:
     table = pd.DataFrame(result.get("model", result)["records"])
     table = table[table.milliseconds.notna() & ~table.case.str.startswith("prefill")].copy()
     on_gpu = "device" in result and result["device"].startswith("NVIDIA")
-    ends = table.case.str.extract(r" (eager|compiled)$")[0]
+    end = r" (eager|compiled)(?=,|$)"  # "exact eager, no cuDNN" is the case "exact, no cuDNN"
+    ends = table.case.str.extract(end)[0]
     table["how"] = ends.fillna("graph" if on_gpu else "static buffers")
-    table["case"] = table.case.str.replace(r" (eager|compiled)$", "", regex=True)
+    table["case"] = table.case.str.replace(end, "", regex=True)
     none = table[table.case == "none"].set_index(["shape", "context", "how"]).milliseconds
     keys = pd.MultiIndex.from_frame(table[["shape", "context", "how"]])
     table["rest_milliseconds"] = none.reindex(keys).to_numpy()
