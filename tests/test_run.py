@@ -18,9 +18,10 @@ from pqlab import load_text
 from pqlab.benchmarks.generation import cache_bytes, time_generation
 from pqlab.cli import main
 from pqlab.memory_peak import memory_peak
-from pqlab.pipeline import runner
+from pqlab.pipeline import runner, timing
 from pqlab.pipeline.results import Results
 from pqlab.pipeline.settings import Settings, resolved_m
+from pqlab.pipeline.tables import render
 from pqlab.quantization import Codebooks
 from pqlab.results.provenance import text_record
 
@@ -71,7 +72,7 @@ def test_the_whole_pipeline(run):
     assert run.stages() == ["baseline", "sampling", "training", "evaluation"]
     assert len({record["run"] for record in run.records()}) == 1
     for record in run.records():
-        assert record["schema"] == 1 and record["seed"] == 0 and record["device"]["type"] == "cpu"
+        assert record["schema"] == 2 and record["seed"] == 0 and record["device"]["type"] == "cpu"
         assert record["versions"]["torch"] == torch.__version__ and record["settings"]["page_size"] == 16
         assert record["model"]["M"] == 16 and record["model"]["fingerprint"].startswith("llama-2x48")
     assert baseline["texts"]["timed_on"] == baseline["texts"]["evaluated_on"] == text_record("pride")
@@ -155,6 +156,24 @@ def test_random_weights_are_for_time_and_memory_only(run):
     assert "perplexity" not in baseline and "kl" not in evaluation and evaluation["codebooks"] == "random"
     assert baseline["generation"]["token_ms"] > 0 and run.records()[0]["model"]["random_weights"]
     assert "perplexity " not in said.split("\n\n")[1]
+
+
+def test_generations_of_all_stages_are_without_cudnn_attention(run, monkeypatch):
+    flags, real = [], timing.time_generation
+
+    def timed(*args):
+        flags.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*args)
+
+    monkeypatch.setattr(timing, "time_generation", timed)
+    code, said = run("-f", "debug-model", "-p", "baseline", "evaluation", "--paged")
+    assert code == 0 and flags == [False, False] and torch.backends.cuda.cudnn_sdp_enabled()
+    records = run.records()
+    assert [record["result"]["generation"]["cudnn_attention"] for record in records] == [None, None], "a CPU has none"
+    assert "cuDNN" not in said
+    for record in records:
+        record["result"]["generation"]["cudnn_attention"] = False  # as on a GPU
+    assert "Times are without cuDNN attention" in "\n".join(render(records))
 
 
 @pytest.mark.parametrize("paged", [["--paged"], []])

@@ -12,6 +12,9 @@ from ..memory import MIB, readable_bytes
 NOTES = """\
 First token: from the prompt. Token: median, one of every row of the batch. Cache: codes, exact tokens and page table at
 the end; reserved: pages taken in advance, free ones too; constants: codebooks and maps. Peak: {memory}."""
+NO_CUDNN = """\
+Times are without cuDNN attention, torch's first choice on Hopper GPUs, which builds a plan for every new length of the
+keys: a cache that grows would wait for one at every token."""
 
 
 def render(records: list[dict[str, Any]]) -> list[str]:
@@ -22,7 +25,11 @@ def render(records: list[dict[str, Any]]) -> list[str]:
         rows = [_row(result) for result in measured]
         columns = max((list(row) for row in rows), key=len)  # a PQ cache has columns that the exact one lacks
         table = pd.DataFrame(rows, columns=columns).fillna("-")
-        parts += [table.to_string(index=False), NOTES.format(memory=measured[0]["generation"]["memory"])]
+        first = measured[0]["generation"]
+        notes = [NOTES.format(memory=first["memory"])]
+        if first["cudnn_attention"] is False:  # None on a CPU
+            notes.append(NO_CUDNN)
+        parts += [table.to_string(index=False), "\n".join(notes)]
     steps = [(result["cache"], result["breakdown"]) for result in measured if "breakdown" in result]
     if steps:
         parts.append(_parts_table(steps))

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from ..benchmarks.breakdown import breakdown
 from ..benchmarks.generation import time_generation
 from ..evaluation.longbench.answers import MakeCache
-from ..model_runs import attention
+from ..model_runs import attention, cudnn_attention_off
 from ..quantization import attention_geometry
 from ..quantization.geometry import num_layers
 from ..transformers_api import cache_argument
@@ -20,8 +20,14 @@ _KINDS = {EXACT: "exact", PAGED: "paged"}
 
 
 def timed(job: Job, name: str, make_cache: MakeCache) -> dict[str, Any]:
-    """A stage's "generation", and its "breakdown" if it is asked for."""
-    found = {"generation": time_generation(job.loaded[0], job.prompts, make_cache, job.settings.new_tokens).record()}
+    """A stage's "generation", and its "breakdown" if it is asked for.
+
+    Generations of all stages run without cuDNN attention: those of caches that grow would be times of building plans.
+    The record says so ("cudnn_attention").
+    """
+    with cudnn_attention_off():
+        generation = time_generation(job.loaded[0], job.prompts, make_cache, job.settings.new_tokens)
+    found = {"generation": generation.record()}
     return found | ({"breakdown": step_parts(job, name, make_cache)} if job.settings.breakdown else {})
 
 
