@@ -149,6 +149,13 @@ def test_the_command_compares_kinds_and_contexts(capsys):
     assert "not both" in capsys.readouterr().out
 
 
+def test_eager_steps_build_no_cudnn_plans(make_model, cudnn_seen):
+    model = make_model("llama")
+    seen = cudnn_seen(model)
+    breakdown(model, "exact", 64, steps=2, config=PAGE)
+    assert set(seen) == {(1, False)} and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["paged", "exact"])
 def test_in_a_graph_parts_are_most_of_a_step(kind):

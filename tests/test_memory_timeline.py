@@ -52,6 +52,13 @@ def test_steps_of_several_tokens_hold_the_same(model, books):
     pd.testing.assert_frame_equal(one[columns], many[columns])
 
 
+def test_steps_build_no_cudnn_plans(model, books, cudnn_seen):
+    seen = cudnn_seen(model)
+    memory_timeline(model, books, tokens(110), prompt=100, config=SMALL)
+    assert {flag for n, flag in seen if n == 100} == {True}
+    assert [flag for n, flag in seen if n == 1].count(False) == 2 * 10, "of both caches; the others warm up"
+
+
 @pytest.mark.parametrize(("settings", "says"), [({"prompt": 100}, "prompt = 100 of 100"), ({"prompt": 0}, "prompt = 0"),
                                                 ({"prompt": 5, "every": 0}, "every = 0"),
                                                 ({"prompt": 5, "chunk": 0}, "chunk = 0")])  # fmt: skip

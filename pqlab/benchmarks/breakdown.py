@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from ..config import CacheConfig
 from ..errors import ConfigError
 from ..kernels import ops
 from ..kernels.backend import decode_part
+from ..model_runs import cudnn_attention_off
 from ..quantization import Codebooks
 from .decode_steps import SDPA, Step, captured, decode_step
 from .filled_caches import filled_buffers, filled_dynamic, filled_paged
@@ -53,7 +55,8 @@ def breakdown(
         steps: measured steps; default: a page of the cache.
         codebooks, config: of "paged"; default: random codebooks with maps, default settings.
         graph: measure inside a CUDA graph; default: on a GPU, for "paged" and "exact". Eagerly, a small batch on a GPU
-            waits for the host, and the time of a part holds that waiting.
+            waits for the host, and the time of a part holds that waiting; cuDNN attention is off then, since it would
+            build a plan for every length of a cache that grows.
 
     Returns:
         DataFrame of the parts that this step has, in the order of `PARTS`: part, milliseconds (mean of the steps),
@@ -80,11 +83,12 @@ def breakdown(
     watch = EventWatch(external=graph) if on_gpu else Watch()
     step = decode_step(model, cache, attention, context)
     try:
-        for _ in range(WARM_UP):
-            step()  # kernels are built for what they are asked
-            kernels.wait()
-        plain, timed, calls = _pair(model, cache, step, attention, watch, graph)
-        plain_ms, timed_ms, parts = _measure(plain, timed, watch, steps, page)
+        with nullcontext() if graph else cudnn_attention_off():
+            for _ in range(WARM_UP):
+                step()  # kernels are built for what they are asked
+                kernels.wait()
+            plain, timed, calls = _pair(model, cache, step, attention, watch, graph)
+            plain_ms, timed_ms, parts = _measure(plain, timed, watch, steps, page)
         _split_fused(parts, calls, watch)
     finally:
         if model.config._attn_implementation != before:
@@ -96,7 +100,7 @@ def breakdown(
     frame.attrs |= {
         "kind": kind if isinstance(kind, str) else type(cache).__name__, "context": context, "steps": steps,
         "step_milliseconds": plain_ms, "sum_milliseconds": total, "overhead": timed_ms / plain_ms - 1,
-        "how": "CUDA graph, events" if graph else "eager, CUDA events" if on_gpu else "eager, clock",
+        "how": "CUDA graph, events" if graph else "eager, events, no cuDNN attention" if on_gpu else "eager, clock",
     }  # fmt: skip
     return frame
 

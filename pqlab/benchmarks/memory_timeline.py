@@ -5,6 +5,7 @@
     pqlab.figures.memory.memory_figure(frame)
 
 Both caches see the same tokens, so a difference is one of storage. The paged pool is reserved when the cache is made.
+Steps run without cuDNN attention: `model_runs.cudnn_attention_off` says why their seconds would be no times of a cache.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..memory import MIB, readable_bytes
+from ..model_runs import cudnn_attention_off
 from ..process_memory import ProcessMemory
 from ..quantization import Codebooks
 from ..results.provenance import commit, device_name, today, versions
@@ -111,7 +113,8 @@ def _feed(model, make, ids: Tensor, prompt: int, chunk: int, every: int, memory:
     seconds, parts = 0.0, ids[:, prompt:].split(chunk, 1)
     for step, part in enumerate(parts, 1):
         begin = time.perf_counter()
-        model(part, **given, use_cache=True, logits_to_keep=1)
+        with cudnn_attention_off():
+            model(part, **given, use_cache=True, logits_to_keep=1)
         if memory.cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - begin
