@@ -15,7 +15,7 @@ from ..cache import PagedPQCache
 from ..cache.contiguous import ContiguousPQLayer, contiguous_cache
 from ..config import CacheConfig
 from ..memory import readable_bytes
-from ..model_runs import Followed, apart, attention, follow, generate, top_gap
+from ..model_runs import Followed, apart, attention, cudnn_attention_off, follow, generate, top_gap
 from .integration import NEAR
 from .session import Check, Phase, Session, expect
 
@@ -54,7 +54,7 @@ def contiguous_beside_paged(session: Session) -> str:
     say = session.console.info
     say(
         f"{prompt} tokens of prompt, {new} steps, exact tokens in {model.dtype}: prefill s, ms a token, bytes held"
-        + ", peak" * bool(rows[0].peak)
+        + (", peak; without cuDNN attention" if session.device.type == "cuda" else "")
     )
     for row in rows:
         peak = f"  {readable_bytes(row.peak):>11}" if row.peak is not None else ""
@@ -89,7 +89,7 @@ def _measure(session: Session, name: str, how: str, make: Callable[[], Cache], i
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     cache = make()
-    with attention(model, how), warnings.catch_warnings():
+    with attention(model, how), cudnn_attention_off(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the second paged row dequantizes is its purpose
         run = follow(model, cache, ids, prompt)
     peak = torch.cuda.max_memory_allocated() - before if session.device.type == "cuda" else None
