@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
 
@@ -16,7 +17,8 @@ from pqlab.kernels import dispatch, reference
 from pqlab.kernels.backend import Backend
 from pqlab.model_runs import apart, attention, follow
 from pqlab.paging.policy import POLICIES, Lifo
-from pqlab.selftest import PHASES, Console, Phase, Session, chosen_phases, expect
+from pqlab.results.provenance import commit
+from pqlab.selftest import PHASES, Console, Phase, Session, chosen_phases, compare, expect, performance
 
 kernels.start()
 
@@ -134,6 +136,30 @@ def test_the_log_has_what_the_terminal_has_and_the_traceback(monkeypatch, capsys
 def test_a_log_that_cannot_be_written(tmp_path, capsys):
     assert cli.main(["check", "--phase1", "--debug", str(tmp_path / "none" / "run")]) == 2
     assert "give --debug another name" in capsys.readouterr().err
+
+
+def test_json_on_the_last_line(monkeypatch, capsys):
+    with_checks(monkeypatch, ("bad", fails), ("good", lambda: "7 equals 7"))
+    assert cli.main(["check", "--phase1", "--seed", "5", "--json", "-f", "no-such-model"]) == 1, "the code is kept"
+    *_, before, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert "The same checks with every detail" in before
+    bad, good = found.pop("checks")
+    assert (bad["phase"], bad["check"], bad["passed"]) == ("phase1", "bad", False)
+    assert bad["said"] == "1 + 1 is 2, should be 3" and bad["remedy"] == "Count again." and bad["seconds"] >= 0
+    assert (good["check"], good["passed"], good["said"], good["remedy"]) == ("good", True, "7 equals 7", "")
+    assert found["command"] == "check" and found["seed"] == 5 and not found["full"] and not found["passed"]
+    assert found["model"] == "no-such-model" and not found["random_weights"], "nothing looked for it"
+    assert found["device"] and found["date"] and found["commit"] == commit()
+    assert found["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("checks", "code"), [((), 1), ((("good", lambda: "fine"),), 0)])
+def test_json_of_a_whole_success_and_of_nothing(checks, code, monkeypatch, capsys):
+    with_checks(monkeypatch, *checks)
+    assert cli.main(["check", "--phase1", "--json"]) == code
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["passed"] == (code == 0) and len(found["checks"]) == len(checks)
 
 
 # -- real checks, and faults that they have to find ------------------------------------------------------------------
@@ -328,6 +354,43 @@ def test_a_model_of_random_weights_is_checked_too(capsys):
     code, said = run(capsys, "--phase3", "-f", "debug-model")
     assert code == 0, said
     assert "M parameters of random weights" in said and "[SUCCESS] quantized cache runs fused" in said
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_was_timed_is_said_and_growing_caches_build_no_cudnn_plans(monkeypatch, capsys):
+    allowed = {True: set(), False: set()}
+
+    def watched(model, cache, *args):
+        allowed[model.config._attn_implementation == "sdpa"].add(torch.backends.cuda.cudnn_sdp_enabled())
+        return follow(model, cache, *args)
+
+    monkeypatch.setattr(performance, "follow", watched)
+    monkeypatch.setattr(compare, "follow", watched)
+    _, said = run(capsys, "--performance", "--compare", "-f", "debug-model", "--json")
+    assert allowed[True] == {False} and True in allowed[False]
+    found = json.loads(said.splitlines()[-1])
+    assert found["random_weights"] and found["model"] == "debug-model"
+    figures = {check["check"]: check["said"] for check in found["checks"]}
+    assert len(figures) == 6 and "eager steps, torch.float32" in figures["whole model"]
+    how = "replays of CUDA graphs with a cold L2" if torch.cuda.is_available() else "ordinary calls"
+    for name in performance.LAYERS:
+        assert re.search(
+            rf"\dx exact attention \(\w+, .* ms\), torch.float\d\d; {how}; ", figures[f"one layer, {name}"]
+        )
+
+
+def test_one_layer_is_held_to_the_fastest_exact_attention():
+    times = performance.LayerTimes(1e-4, {"flash": 3e-4, "cudnn": 2e-4}, "")
+    assert times.beside_exact == "2.00x exact attention (cudnn, 0.200 ms)"
+    assert "no exact attention" in performance.LayerTimes(1e-4, {}, "").beside_exact
+
+
+@pytest.mark.gpu
+def test_one_layer_on_a_gpu_is_what_its_kernels_take():
+    """Calls from Python take several times as long as the kernels do."""
+    session = Session(Console(), seed=3)
+    said = performance.one_layer(session, "32/32 heads of 128")
+    assert float(re.search(r"([\d.]+)x exact attention", said).group(1)) > 1, said
 
 
 @pytest.mark.slow

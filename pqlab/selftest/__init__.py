@@ -7,6 +7,7 @@ and raises where it does not agree (`session`). Inputs are fresh at every run, f
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from ..models.arguments import add_model_name
 from . import backends, compare, environment, integration, pages, performance
-from .session import Console, Disagreement, Phase, Result, Session, expect, run_phases, verdict
+from .session import Console, Disagreement, Phase, Result, Session, expect, record, run_phases, verdict
 
 __all__ = [
     "PHASES", "Console", "Disagreement", "Phase", "Result", "Session", "chosen_phases", "configure", "expect", "run",
@@ -42,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", metavar="NAME", help="write every detail to NAME.log")
     parser.add_argument("--seed", type=int, help="the seed of an earlier run, to see it again; default: a new one")
     add_model_name(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
 
 
 def chosen_phases(args: argparse.Namespace) -> list[Phase]:
@@ -65,4 +67,7 @@ def run(args: argparse.Namespace) -> int:
         console = Console(log)
         session = Session(console, seed=seed, full=args.full, model=args.model, random_weights=args.random_weights)
         results = run_phases(chosen_phases(args), session)
-        return verdict(results, session)
+        code = verdict(results, session)
+        if args.json:
+            print(json.dumps(record(results, session)))
+        return code

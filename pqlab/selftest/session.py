@@ -11,14 +11,15 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
 from .. import kernels
 from ..errors import PQCacheError
+from ..results.provenance import commit, device_name, today, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +67,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Result:
+    """What a check found: `said` is what it compared, with the figure, or what is wrong; `remedy` is for the latter."""
+
     phase: str
     check: str
     passed: bool
@@ -213,6 +216,19 @@ def verdict(results: Sequence[Result], session: Session) -> int:
     again = f"python -m pqlab check {phases} --seed {session.seed} --debug pqlab-check".replace("  ", " ")
     console.plain(f"  The same checks with every detail in a file: {again}")
     return 1
+
+
+def record(results: Sequence[Result], session: Session) -> dict[str, Any]:
+    """A run as JSON types: what it ran on and with, whether all passed, and every check's `Result`."""
+    looked_up = "found" in vars(session)  # no check may have asked for the model
+    return {
+        "command": "check", "device": device_name(session.device), "date": today(), "commit": commit(),
+        "versions": versions(), "threads": torch.get_num_threads(), "model": session.model,
+        "random_weights": session.found.random if looked_up else session.random_weights,
+        "seed": session.seed, "full": session.full,
+        "passed": bool(results) and all(r.passed for r in results),
+        "checks": [asdict(r) | {"seconds": round(r.seconds, 3)} for r in results],
+    }  # fmt: skip
 
 
 def _run_check(phase: Phase, name: str, check: Callable[[], str], session: Session) -> Result:
