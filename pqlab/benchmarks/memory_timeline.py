@@ -225,7 +225,8 @@ def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
         ids = text_windows(tokenizer, load_text(args.text), args.context, 1)[0].to(args.device)
     options = {"prompt": args.context - args.steps, "config": config, "chunk": args.chunk, "every": args.every}
     frame = memory_timeline(model, codebooks, ids, **options, progress=True)
-    return frame, f"{str(model.dtype).removeprefix('torch.')}, process: {ProcessMemory(args.device).what}"
+    how = ", steps without cuDNN attention" if model.device.type == "cuda" else ""
+    return frame, f"{str(model.dtype).removeprefix('torch.')}{how}, process: {ProcessMemory(args.device).what}"
 
 
 def render(found: pd.DataFrame) -> str:
