@@ -142,7 +142,6 @@ class SequenceGroup:
         spare = window - self.config.residual_length
         return spare - (coded + spare) % self.config.page_size
 
-    @plain_state
     def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
         """The plan of the step that begins at column `start`; made by the first layer that asks, read by the others.
 
@@ -158,6 +157,10 @@ class SequenceGroup:
         plan = self.plan
         if plan is not None and plan.start == start and self.columns == start + num_columns:
             return plan
+        return self._plan_step(start, num_columns, batch, real)
+
+    @plain_state
+    def _plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
         if start != self.columns:
             raise RuntimeError(
                 f"a layer stands at column {start} while the cache stands at {self.columns}: the layers of the last "

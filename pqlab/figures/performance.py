@@ -74,7 +74,7 @@ def speedup_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fig
     _line(sheet, plot, [contexts[0], contexts[-1]], [1, 1], "as fast as exact")
     below = 70 + 20 * -(-len(sheet.data) // 2)  # two names a line, as long as they are
     margin = {"t": 58, "b": below, "l": 60, "r": 20}
-    return sheet.figure(theme, min_width=620, height=330 + below, margin=margin, legend=_LEGEND)
+    return sheet.figure(theme, min_width=620, height=370 + below, margin=margin, legend=_LEGEND)
 
 
 def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -85,16 +85,18 @@ def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
     """
     frame = frame[frame.batch == 1]
     groups = [(name, part) for name, part in frame.groupby(["shape", "bits"], sort=False) if len(part) > 1]
-    sheet = Sheet([1] * len(groups), gap_x=0.06)
-    for column, ((shape, bits), part) in enumerate(groups):
+    rows, between = -(-len(groups) // 2), 90  # two in a row; pixels from one row to the next
+    inner = 270 * rows + between * (rows - 1)
+    sheet = Sheet([1] * min(2, len(groups)), [1] * rows, gap_x=0.08, gap_y=between / inner)
+    for index, ((shape, bits), part) in enumerate(groups):
         plot = sheet.plot(
-            0,
-            column,
+            index // 2,
+            index % 2,
             _name(shape, bits, 1, False),
             x=_contexts(sorted(part.context)),
-            y={"type": "log", "dtick": 1, "title": {"text": "µs"} if column == 0 else {}},
+            y={"type": "log", "dtick": 1, "title": {"text": "µs"} if index % 2 == 0 else {}},
         )
-        common = {"x": part.context, "showlegend": column == 0}
+        common = {"x": part.context, "showlegend": index == 0}
         for name, values, colour, mark in (
             ("fastest exact attention", part.exact_microseconds, EXACT, "square"),
             ("pqlab", part.microseconds, PAGED, "diamond"),
@@ -124,8 +126,8 @@ def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
             legendgroup="read",
             hovertemplate="%{x:,} tokens: %{y:,.1f} µs<extra>only reading</extra>",
         )
-    width = max(620, 320 * len(groups))
-    return sheet.figure(theme, min_width=width, height=438, margin={"t": 58, "b": 110, "l": 60, "r": 20})
+    margin = {"t": 58, "b": 110, "l": 60, "r": 20}
+    return sheet.figure(theme, min_width=640, height=inner + 168, margin=margin, legend=_LEGEND)
 
 
 def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:
@@ -291,7 +293,7 @@ def _contexts(contexts: Sequence[int]) -> dict:
 
 def _name(shape: str, bits: float, batch: int, ragged: bool) -> str:
     rows = f", batch {batch}" if batch > 1 else ""
-    return f"{shape}, {bits:g} bit{rows}{' of unequal rows (to their reading)' if ragged else ''}"
+    return f"{shape}, {bits:g} bit{rows}{', unequal rows' if ragged else ''}"
 
 
 def _line(sheet: Sheet, plot: dict[str, str], x: Sequence[float], y: Sequence[float], name: str) -> None:

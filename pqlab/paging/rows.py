@@ -17,7 +17,7 @@ class PageRows:
     def __init__(self) -> None:
         self._replace(np.full((0, 0), NO_PAGE, dtype=np.int32))
         self._version = 0  # counts changes, so that a copy on a device knows whether it is stale
-        self._copies: dict[torch.device, tuple[torch.Tensor, int]] = {}
+        self._copies: dict[torch.device, tuple[torch.Tensor, int, torch.Tensor]] = {}  # , version, rows last asked for
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,14 +61,17 @@ class PageRows:
             if self._live.shape[0] != num_rows:
                 self._live = self._host[:num_rows]
             return self._live
-        copy, version = self._copies.get(device, (None, -1))
+        copy, version, live = self._copies.get(device, (None, -1, None))
+        if version == self._version and live.shape[0] == num_rows:  # mostly: every layer of a step asks
+            return live
         with torch.inference_mode(False):  # made inside inference mode, it could not be updated outside of it
             if copy is None or copy.shape != self._host.shape:
                 copy, version = torch.empty_like(self._host, device=device), -1
             if version != self._version:
                 copy.copy_(self._host)
-                self._copies[device] = (copy, self._version)
-        return copy[:num_rows]
+            live = copy[:num_rows]
+        self._copies[device] = (copy, self._version, live)
+        return live
 
     def _replace(self, array: np.ndarray) -> None:
         self._array = array  # all changes go through numpy: faster for single entries

@@ -14,6 +14,7 @@ from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..memory import readable_bytes
 from ..models.arguments import add_model_arguments, load
 from ..models.defaults import CALIBRATION_TEXT
+from ..results.provenance import commit, today, versions
 from .choice import choose, price, timed_again, with_times
 from .space import Setting, Space
 from .storage import need_optuna
@@ -132,9 +133,10 @@ def _finish(args: argparse.Namespace, workload: Workload, search: Search, finali
     print(f"\nchosen: {chosen}\n{path}: pqlab.presets.Preset.load reads it")
     _draw(args, search, frame if timed is frame else with_times(frame, timed), int(best["number"]))
     if args.json:
-        rows, again = (json.loads(table.to_json(orient="records")) for table in (frame, timed))
+        rows, again = (json.loads(table.to_json(orient="records", double_precision=6)) for table in (frame, timed))
         again = {} if args.no_confirm else {"timed_again": again, "exact_milliseconds": exact}
-        about = {"command": "tune", "about": workload.about(), "chosen": str(chosen)}
+        about = {"command": "tune", "date": today(), "commit": commit(), "versions": versions("optuna")}
+        about |= {"about": workload.about(), "chosen": str(chosen)}
         print(json.dumps({**about, "settings": rows, **again}))
     return 0
 
