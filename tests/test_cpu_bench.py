@@ -52,3 +52,18 @@ def test_the_command_prints_ratios_and_records(monkeypatch, capsys):
     decode, encode = found["records"][0], found["records"][-1]
     assert decode["speedup"] == pytest.approx(decode["exact_microseconds"] / decode["microseconds"])
     assert decode["relative_error"] < 1e-4 and encode["same"] > 0.999 and found["threads"] >= 1
+
+
+def test_kernels_for_a_lesser_machine(monkeypatch, capsys):
+    kernels.wait()
+    usual = dispatch.backends()["cpu"]
+    if usual.status().state != "ready" or not usual.isa.startswith("avx"):
+        pytest.skip("no kernels with AVX2 here")
+    monkeypatch.setattr(cpu_bench, "CASES", (TINY,) * 6)
+    monkeypatch.setattr(cpu_bench, "_SECONDS", 0.001)
+    parser = argparse.ArgumentParser()
+    cpu_bench.configure(parser)
+    assert cpu_bench.run(parser.parse_args(["--machine", "x86-64-v3", "--json"])) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["kernels"] == "avx2" and found["records"][0]["relative_error"] < 1e-4
+    assert dispatch.backends()["cpu"] is usual

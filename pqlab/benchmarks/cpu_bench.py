@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import dispatch, ops, use_backend
+from ..kernels.cpu import CpuBackend
 from ..results.provenance import commit, today, versions
 from .decode_bench import Case, decode_arguments
 
@@ -122,6 +123,11 @@ def bench_encode(case: Case) -> dict[str, Any]:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--threads", type=int, default=0, help="of torch and the kernels (default: torch's own number)")
+    parser.add_argument(
+        "--machine", default="native",
+        help="processor to compile the kernels for (-march), e.g. x86-64-v3 for one with AVX2 and no more; torch is "
+        "held back likewise by ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
 
 
@@ -130,14 +136,26 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     kernels.wait()
-    backend = dispatch.backends()["cpu"]
+    usual = dispatch.backends()["cpu"]
+    if args.machine == "native":
+        return _run(args, usual)
+    backend = CpuBackend(args.machine)
+    backend.extension.start("eager")
+    dispatch.register_backend(backend)
+    try:
+        return _run(args, backend)
+    finally:
+        dispatch.register_backend(usual)
+
+
+def _run(args: argparse.Namespace, backend: CpuBackend) -> int:
     status = backend.status()
     if status.state != "ready":
         print(f"the C++ kernels are not there ({status.state}: {status.detail}); python -m pqlab doctor says more")
         return 1
     print(
-        f"{torch.get_num_threads()} threads, kernels with {backend.isa}; µs, best exact, and how many times faster (by "
-        "medians, by fastest turns)"
+        f"{torch.get_num_threads()} threads, kernels with {backend.isa}, torch with {_torch_isa()}; "
+        "µs, best exact, and how many times faster (by medians, by fastest turns)"
     )
     records = []
     for case in (c for c in CASES if args.only in c.name):
@@ -155,8 +173,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         about = {"benchmark": "cpu", "date": today(), "commit": commit(), "versions": versions()}
         about |= {"threads": torch.get_num_threads(), "cpu": _cpu_name(), "kernels": backend.isa}
+        about |= {"torch_isa": _torch_isa()}
         print(json.dumps({**about, "records": records}))
     return 0
+
+
+def _torch_isa() -> str:
+    return torch.backends.cpu.get_cpu_capability().lower()
 
 
 def _cpu_name() -> str:
