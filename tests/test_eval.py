@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
-from pqlab import CacheConfig, Codebooks, ConfigError, PQConfig
+from pqlab import CacheConfig, Codebooks, ConfigError, PagedPQCache, PQConfig, use_backend
 from pqlab.cost import CacheCost
-from pqlab.evaluation import eval_command, fidelity, methods
+from pqlab.evaluation import eval_command, fidelity, methods, peak
 from pqlab.evaluation.evaluate import evaluate
 from pqlab.evaluation.methods import Setting
+from pqlab.kernels import dispatch
 from pqlab.memory import MIB
+from pqlab.process_memory import ProcessMemory
 from pqlab.quantization import Origin
 from pqlab.results.provenance import device_name
 from pqlab.shapes import ModelShape
@@ -256,3 +259,38 @@ def test_peaks_are_those_of_real_caches(make_model, tiny_tokenizer, monkeypatch)
 
 def _no_cache(context: int):
     raise OSError("no memory to look at")
+
+
+def test_a_peak_begins_beside_the_run_before(make_model, monkeypatch):
+    """Builds that the first tokens have begun are awaited, and its copies of codebooks cannot go while others come."""
+    model = make_model("llama")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=4))
+    made, seen = [], []
+
+    def make(context: int):
+        seen.append(f"cache for {context}")
+        cache = PagedPQCache(model, books, SMALL, context=context)
+        made.append(weakref.ref(cache))
+        return cache
+
+    class Watched(ProcessMemory):
+        def __enter__(self):
+            seen.append("watch")
+            assert made[0]() is not None
+            return super().__enter__()
+
+    monkeypatch.setattr(peak, "ProcessMemory", Watched)
+    monkeypatch.setattr(peak.kernels, "wait", lambda: seen.append("wait"))
+    ids = torch.arange(100)[None]
+    peaks, errors = peak.cache_peaks(model, ids, {"mine": (make, "pqlab")})
+    assert not errors and seen == ["cache for 64", "wait", "watch", "cache for 100"]
+    assert peaks["mine"].fallback in ("", *(reason for _, _, reason in dispatch.runs()))
+
+
+def test_a_peak_of_another_backend_says_so(make_model, tiny_tokenizer, monkeypatch):
+    model = make_model("llama")
+    books = {"mine": Codebooks.random(model, config=PQConfig(M=8, nbits=4))}
+    with use_backend("-cpu"):
+        result = evaluate(model, tiny_tokenizer, [], codebooks=books, windows=1, length=100, config=SMALL)
+    note = result.table().set_index("method").note["mine"]
+    assert note == "peak with fallbacks (cpu: forbidden by the setting)"

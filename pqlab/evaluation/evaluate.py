@@ -84,7 +84,7 @@ class Evaluation:
             window and the model constants; peak_mib, the most that the device held above the model while a real cache
             decoded the end of the first window, and prompt_peak_mib, while its beginning was prefilled (NaN for
             methods that are only simulated); the columns of `fidelity.summarize`; note, which for a method without
-            numbers says why it has none.
+            numbers says why it has none, and of a peak which fallbacks it had.
         """
         sizes = {f"bytes_{context}": context * self.exact_token_bytes for context in contexts}
         rows: list[dict[str, Any]] = [{"method": EXACT, "token_bits": 8.0 * EXACT_BYTES, "constants_mib": 0.0, **sizes}]
@@ -103,6 +103,8 @@ class Evaluation:
         for i, row in enumerate(rows):
             if peak := self.peaks.get(row["method"]):
                 row |= {"peak_mib": peak.decode / MIB, "prompt_peak_mib": peak.prompt / MIB}
+                if peak.fallback:
+                    notes[i] = f"{notes[i]}; peak with fallbacks ({peak.fallback})".removeprefix("; ")
             if why := self.unwatched.get(row["method"]):
                 notes[i] = f"{notes[i]}; no peak: {why}".removeprefix("; ")
         columns = ["method", "token_bits", "exact_tokens", "constants_mib", *sizes, "peak_mib", "prompt_peak_mib"]

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import kernels
-from ..model_runs import attention
+from ..kernels.dispatch import FIRST_CHOICE
+from ..model_runs import attention, counted
 from ..process_memory import ProcessMemory
 from ..transformers_api import cache_argument
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 STEPS = 16
 """Tokens of a window that are decoded; those before them are the prompt."""
 
-_WARM = 64  # tokens of a run before, which loads what every cache needs
+_WARM = 64  # tokens of a run before, which loads what every cache needs and begins builds of kernels
 
 
 class Peak(NamedTuple):
@@ -33,10 +34,12 @@ class Peak(NamedTuple):
     Attributes:
         prompt: the most while the prompt is prefilled, its activations included.
         decode: the most while tokens are decoded.
+        fallback: why another backend than the first choice ran, which needs other memory; "" if none did.
     """
 
     prompt: int
     decode: int
+    fallback: str = ""
 
 
 Run = tuple[Callable[[int], "Cache"], str]
@@ -59,22 +62,29 @@ def cache_peaks(
         The peaks, and the errors of the runs that have none, by name.
     """
     ids = ids.to(model.device)
-    kernels.wait()
     peaks, errors = {}, {}
     for name, (make, used) in tqdm(runs.items(), desc="peak memory", unit="cache", disable=not progress):
         try:
             with attention(model, used):
-                _decoded(model, ids[:, :_WARM], make, lambda: 0)
-                with ProcessMemory(model.device) as memory:
-                    peaks[name] = _decoded(model, ids, make, lambda memory=memory: memory.sample().peak)
+                peaks[name] = _watched(model, ids, make)
         except Exception as error:  # one cache that fails leaves the others
             errors[name] = error
     return peaks, errors
 
 
+def _watched(model, ids: Tensor, make: Callable[[int], Cache]) -> Peak:
+    before = make(_WARM)  # lives on: backends free the copies of a dead cache as they make those of the next one
+    _decode(model, ids[:, :_WARM], before, lambda: 0)
+    kernels.wait()
+    with counted() as ran, ProcessMemory(model.device) as memory:
+        peak = _decode(model, ids, make(ids.shape[1]), lambda: memory.sample().peak)
+    reasons = sorted({reason for _, _, reason in ran} - {FIRST_CHOICE, "forced"})
+    return peak._replace(fallback="; ".join(reasons))
+
+
 @torch.inference_mode()
-def _decoded(model, ids: Tensor, make: Callable[[int], Cache], peak: Callable[[], int]) -> Peak:
-    given = {**cache_argument(model, make(ids.shape[1])), "use_cache": True, "logits_to_keep": 1}
+def _decode(model, ids: Tensor, cache: Cache, peak: Callable[[], int]) -> Peak:
+    given = {**cache_argument(model, cache), "use_cache": True, "logits_to_keep": 1}
     model(ids[:, :-STEPS], **given)
     at_prompt = peak()
     for token in ids[:, -STEPS:].split(1, 1):
