@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 
-from pqlab import CacheConfig, Codebooks, PQConfig
+from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig
 from pqlab.cli import main
 from pqlab.evaluation import calibration_bench, plan_command, retrieval, texts_bench
 from pqlab.evaluation.fidelity import compare, text_windows
 from pqlab.evaluation.key_values import key_values
 from pqlab.evaluation.passkey import passkey
+from pqlab.evaluation.peak import cache_peaks
 from pqlab.evaluation.plan import Plan, Planner
 from pqlab.evaluation.teacher_forced import from_codebooks
 from pqlab.results.provenance import device_name
@@ -73,6 +75,16 @@ def test_a_plan_made_on_a_gpu_holds_on_the_cpu(models, tiny_tokenizer, tmp_path)
     assert made.certificate["kl"] == pytest.approx(frame.kl.mean(), rel=NEAR)
     on_cpu = Planner(cpu, tiny_tokenizer, TEXT, choices=(1, 2, 4), **settings)
     assert planner.costs.kl.sum() == pytest.approx(on_cpu.costs.kl.sum(), rel=0.3)
+
+
+def test_a_peak_awaits_the_kernels_that_it_needs(make_model):
+    model = make_model("llama", head_dim=64).cuda()
+    books = Codebooks.random(model, config=PQConfig(M=32, nbits=8))
+    ids = torch.randint(0, 200, (1, 300), generator=torch.Generator().manual_seed(0))
+    runs = {"mine": (lambda context: PagedPQCache(model, deepcopy(books), SMALL, context=context), "pqlab")}
+    peaks, errors = cache_peaks(model, ids, runs)
+    assert not errors and peaks["mine"].fallback == ""
+    assert peaks["mine"].decode > books.nbytes, "copies of codebooks count"
 
 
 def test_commands(make_model, tiny_tokenizer, monkeypatch, capsys, tmp_path):
