@@ -111,6 +111,7 @@ def test_shipped_tables_are_read(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
 def test_rows_of_a_gpu(make_model, tiny_tokenizer):
     model = make_model("llama", head_dim=64).to("cuda", torch.float16)
     books = Codebooks.random(model, config=PQConfig(M=32, nbits=8))

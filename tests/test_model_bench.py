@@ -76,9 +76,10 @@ def test_without_cudnn_is_one_step_long():
 @pytest.mark.gpu
 def test_rows_of_a_gpu():
     kernels.wait()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # refusals are rows
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         rows = {row.case: row for row in bench_model("tiny", 200, compiled=False)}
+    assert not [warning for warning in caught if "sdp_utils" in str(warning.message)], "refusals are rows"
     assert {"exact flash", "exact cudnn", "exact eager", "exact eager, no cuDNN", "paged eager"} <= set(rows)
     assert rows["exact eager, no cuDNN"].milliseconds > 0, rows["exact eager, no cuDNN"].note
 

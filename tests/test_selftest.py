@@ -388,6 +388,7 @@ def test_one_layer_is_held_to_the_fastest_exact_attention(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
 def test_one_layer_on_a_gpu_is_what_its_kernels_take():
     """Calls from Python take several times as long as the kernels do."""
     session = Session(Console(), seed=3)
