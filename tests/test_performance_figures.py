@@ -32,9 +32,9 @@ def test_unknown_results_are_named():
 def test_model_results_know_what_everything_else_costs():
     gpu, cpu = model_frame(shipped("model-h200")), model_frame(shipped("cpu-2cores"))
     assert set(gpu.how) == {"graph", "compiled", "eager"} and set(cpu.how) == {"static buffers", "eager"}
-    rest = gpu[gpu.case == "none"].set_index(["shape", "how"]).milliseconds
+    rest = gpu[gpu.case == "none"].set_index(["shape", "context", "how"]).milliseconds
     for row in gpu[gpu.how != "eager"].itertuples():
-        assert row.rest_milliseconds == rest[row.shape, row.how]
+        assert row.rest_milliseconds == rest[row.shape, row.context, row.how]
     assert gpu[gpu.how == "eager"].rest_milliseconds.isna().all()
 
 

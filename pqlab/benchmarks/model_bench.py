@@ -104,7 +104,8 @@ def bench_model(
         for name, plan in (plans or {}).items():
             note = f"{plan.bits:.4g} bits an element"
             case = lambda plan=plan: paged("static", how, plan=plan)  # noqa: E731
-            yield measure(f"plan {name}{end}", case, graph=True, note=note)
+            name = name if name.startswith("plan") else f"plan {name}"
+            yield measure(f"{name}{end}", case, graph=True, note=note)
 
     yield from as_graphs(False, list(EXACT_BACKENDS) if device == "cuda" else ("flash", "math"))
     if compiled:

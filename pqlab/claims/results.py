@@ -56,7 +56,7 @@ class Results:
     def records(self, kind: str, /, **wanted: Any) -> list[tuple[Mapping[str, Any], Source]]:
         """Records of one benchmark ("decode", "model", "memory") or command ("eval") whose fields have these values.
 
-        Measured on the report's GPU first, then the newest first.
+        Measured on the report's GPU first, then the newest first, of one day the last by name.
         """
         found = []
         for name, content in self.files.items():
@@ -66,7 +66,7 @@ class Results:
             for record in content.get("records") or content.get("methods") or []:
                 if all(record.get(key, content.get(key)) == value for key, value in wanted.items()):
                     found.append((record, source))
-        found.sort(key=lambda pair: pair[1].date, reverse=True)
+        found.sort(key=lambda pair: (pair[1].date, pair[1].file), reverse=True)
         return sorted(found, key=lambda pair: REPORTS_GPU not in pair[1].device)
 
     def on_gpu(self, kind: str, /, **wanted: Any) -> Iterator[tuple[Mapping[str, Any], Source]]:

@@ -170,7 +170,7 @@ def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figur
             "bar",
             **common,
             x=over,
-            marker={"color": [PAGED if case.startswith("paged") else EXACT for case in part.case]},
+            marker={"color": [EXACT if case.startswith("exact") else PAGED for case in part.case]},
             text=[f"{ms:.1f}" for ms in part.milliseconds],
             textposition="outside",
             cliponaxis=False,
