@@ -72,7 +72,7 @@ def test_model_bars_add_up():
     figure = performance.model_figure(frame)
     for rest, over in zip(figure.data[::2], figure.data[1::2], strict=True):
         for name, a, b in zip(rest.y, rest.x, over.x, strict=True):
-            case, how = name.split(", ")[0], name.split(", ")[-1]
+            case, _, how = name.rpartition(", ")
             assert ((frame.case == case) & (frame.how == how) & ((frame.milliseconds - a - b).abs() < 1e-9)).any()
 
 
