@@ -210,11 +210,15 @@ def test_measurements_of_something_else_are_refused(tmp_path):
 
 WORKER = """
 import os, sys, time
+from pathlib import Path
 sys.path.insert(0, "tests")
 from test_tune import SPACE, measure
 from pqlab.tune import Search
 
-left = int(sys.argv[3])
+left, here = int(sys.argv[3]), Path(sys.argv[4])
+(here / f"started-{os.getpid()}").touch()
+while len(list(here.glob("started-*"))) < 2:  # or one might be done before the other has imported torch
+    time.sleep(0.01)
 
 def slow(setting):
     global left
@@ -234,7 +238,7 @@ def test_processes_share_a_storage_and_one_that_is_killed_loses_nothing(place, t
     place = place.format(tmp_path)
 
     def start(seed: int, lives_for: int) -> subprocess.Popen:
-        typed = [sys.executable, "-c", WORKER, place, str(seed), str(lives_for)]
+        typed = [sys.executable, "-c", WORKER, place, str(seed), str(lives_for), str(tmp_path)]
         return subprocess.Popen(typed, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     both = [start(1, 2), start(2, 1000)]  # the first is killed in its third trial
