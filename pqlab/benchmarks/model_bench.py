@@ -22,7 +22,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from .decode_steps import EXACT_BACKENDS, NONE, Step, decode_step, exact_step, r
 from .filled_caches import ROOM, filled_buffers, filled_dynamic, filled_paged
 from .random_models import SHAPES, random_model
 
+_WARM_TURNS, _TURNS = 3, 9
 PREFILLS = 4
 """Prompts of each kind that are read in turns; the first of them is not counted."""
 
@@ -63,28 +65,45 @@ def bench_model(
     compiled: bool = True,
     plans: Mapping[str, Plan] | None = None,
 ) -> Iterator[Timing]:
-    """Milliseconds a token of a model shape of `SHAPES` at `context` tokens, batch 1: each case when it is measured.
+    """Milliseconds a token of a model shape of `SHAPES` at `context` tokens, batch 1: each case when it is measured,
+    eager ones together at the end.
 
     Args:
         plans: by name, each another case; of whatever model.
     """
     model = random_model(shape, context + ROOM, dtype, device)
 
-    def measure(case: str, make: Callable[[], Step], graph: bool, note: str = "") -> Timing:
-        try:
-            with _hints_unsaid():
-                step = make()
-                step()  # kernels are built for what they are asked
-                kernels.wait()
-                ms = time_graph(step) if graph and device == "cuda" else _time_eager(step, device)
-            timing = Timing(case, ms, note)
-        except Exception as error:  # an exact attention that refuses these shapes is a row, not the end
-            timing = Timing(case, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    def measure(cases: Mapping[str, Callable[[], Step]], clock: Callable[..., Sequence[float]]) -> Iterator[Timing]:
+        """The cases together; `clock` gives the milliseconds of steps."""
+        steps: dict[str, Step] = {}
+        times: dict[str, float] = {}
+        refused: dict[str, str] = {}  # an exact attention that does not take these shapes is a row, not the end
+        with _hints_unsaid():
+            for case, make in cases.items():
+                try:
+                    step = make()
+                    step()  # kernels are built for what they are asked
+                    kernels.wait()
+                    steps[case] = step
+                except Exception as error:
+                    refused[case] = _first_line(error)
+            try:
+                times = dict(zip(steps, clock(*steps.values()), strict=True))
+            except Exception as error:
+                refused |= dict.fromkeys(steps, _first_line(error))
+        steps.clear()
+        step = None
         torch._dynamo.reset()  # compiled graphs hold caches
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-        return timing
+        yield from (Timing(case, times.get(case), refused.get(case, "")) for case in cases)
+
+    def as_graph(case: str, make: Callable[[], Step], note: str = "") -> Iterator[Timing]:
+        def clock(*steps: Step) -> list[float]:
+            return [time_graph(step) for step in steps] if device == "cuda" else _in_turns(steps, device)
+
+        return (replace(timing, note=timing.note or note) for timing in measure({case: make}, clock))
 
     def paged(mode: str, how: bool, maps: bool = True, plan: Plan | None = None) -> Step:
         pq = stretched(plan, model) if plan else PQConfig()
@@ -94,28 +113,30 @@ def bench_model(
 
     def as_graphs(how: bool, exact: Sequence[str]) -> Iterator[Timing]:
         end = " compiled" if how else ""
-        yield measure(
-            f"none{end}", lambda: decode_step(model, filled_buffers(model, 0), NONE, context, how), graph=True
-        )
+        yield from as_graph(f"none{end}", lambda: decode_step(model, filled_buffers(model, 0), NONE, context, how))
         for name in exact:
-            yield measure(f"exact {name}{end}", lambda name=name: exact_step(model, context, name, how), graph=True)
-        yield measure(f"paged{end}", lambda: paged("static", how), graph=True)
-        yield measure(f"paged, no maps{end}", lambda: paged("static", how, maps=False), graph=True)
+            yield from as_graph(f"exact {name}{end}", lambda name=name: exact_step(model, context, name, how))
+        yield from as_graph(f"paged{end}", lambda: paged("static", how))
+        yield from as_graph(f"paged, no maps{end}", lambda: paged("static", how, maps=False))
         for name, plan in (plans or {}).items():
             note = f"{plan.bits:.4g} bits an element"
-            case = lambda plan=plan: paged("static", how, plan=plan)  # noqa: E731
             name = name if name.startswith("plan") else f"plan {name}"
-            yield measure(f"{name}{end}", case, graph=True, note=note)
+            yield from as_graph(f"{name}{end}", lambda plan=plan: paged("static", how, plan=plan), note)
 
     yield from as_graphs(False, list(EXACT_BACKENDS) if device == "cuda" else ("flash", "math"))
     if compiled:
         yield from as_graphs(True, ("flash", "cudnn"))  # the others are far behind already
-    if eager:
-        exact = lambda: decode_step(model, filled_dynamic(model, context), "sdpa", context)  # noqa: E731
-        yield measure("exact eager", exact, graph=False)
+    if eager:  # in turns: a host's speed changes within minutes, and it is what these wait for
+        exact = cache(lambda: decode_step(model, filled_dynamic(model, context), "sdpa", context))
+        cases = {"exact eager": exact}
         if device == "cuda":
-            yield measure("exact eager, no cuDNN", lambda: _without_cudnn(exact()), graph=False)
-        yield measure("paged eager", lambda: paged("eager", False), graph=False)
+            cases["exact eager, no cuDNN"] = lambda: _without_cudnn(exact())
+        cases["paged eager"] = lambda: paged("eager", False)
+        yield from measure(cases, lambda *steps: _in_turns(steps, device))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:120]}"
 
 
 def _without_cudnn(step: Step) -> Step:
@@ -204,16 +225,18 @@ def _first_token(model: PreTrainedModel, cache: Cache, ids: torch.Tensor) -> int
     return int(logits[0, -1].argmax())  # waits for the device
 
 
-def _time_eager(step: Step, device: str) -> float:
-    times = []
-    for i in range(8):
-        started = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i >= 3:
-            times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
+def _in_turns(steps: Sequence[Step], device: str) -> list[float]:
+    """Median of the milliseconds of each step, a call from Python, after warm ones."""
+    times: list[list[float]] = [[] for _ in steps]
+    for turn in range(_WARM_TURNS + _TURNS):
+        for step, found in zip(steps, times, strict=True):
+            started = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn >= _WARM_TURNS:
+                found.append((time.perf_counter() - started) * 1e3)
+    return [statistics.median(found) for found in times]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
