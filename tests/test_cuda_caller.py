@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from test_caller import changed, moved, with_strides
 from test_cuda import make_call, random_maps
 
 from pqlab import kernels
@@ -100,23 +101,10 @@ def test_a_repeated_decode_has_the_same_bits(dtype, head_dim, inference, checked
         assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
-def with_strides(x):
-    return torch.stack([x, x], -1)[..., 0]
-
-
 def at_an_odd_place(x):
     room = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
     room[1:] = x.flatten()
     return room[1:].view(x.shape)
-
-
-def moved(x):
-    x.data = x.clone()
-    return x
-
-
-def changed(x):
-    return x.mul_(1.5)
 
 
 @pytest.mark.parametrize(
