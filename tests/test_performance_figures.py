@@ -11,7 +11,9 @@ from pqlab.figures import performance
 from pqlab.results.shipped import decode_frame, measured_with, model_frame, shipped, shipped_like
 
 
-@pytest.mark.parametrize("name", ["decode-h200", "decode-h100", "cpu-2cores", "cpu-2cores-intel", "cpu-2cores-intel-avx2"])
+@pytest.mark.parametrize(
+    "name", ["decode-h200", "decode-h100", "cpu-2cores", "cpu-2cores-intel", "cpu-2cores-intel-avx2"]
+)
 def test_decode_results_have_one_form(name):
     result = shipped(name)
     frame = decode_frame(result, read_gb_per_s=10.0)

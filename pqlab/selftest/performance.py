@@ -125,12 +125,12 @@ def whole_model(session: Session) -> str:
         exact = follow(model, DynamicCache(config=model.config), ids, context)
     without = ", cuDNN attention off" if session.device.type == "cuda" else ""
     agree = (paged.logits.argmax(-1) == exact.logits.argmax(-1)).float().mean()
+    alike = "" if session.found.random else f"; the same next token in {agree:.0%} of {steps + 1} steps"
     expect(torch.isfinite(paged.logits).all(), "a logit is not finite")
     return (
         f"eager steps, {model.dtype}: {1e3 * paged.token_seconds:.1f} ms a token paged, "
         f"{1e3 * exact.token_seconds:.1f} exact{without} ({exact.token_seconds / paged.token_seconds:.2f}x) at "
-        f"{context} tokens; prefill {paged.prefill_seconds:.2f} and {exact.prefill_seconds:.2f} s; "
-        f"the same next token in {agree:.0%} of {steps + 1} steps"
+        f"{context} tokens; prefill {paged.prefill_seconds:.2f} and {exact.prefill_seconds:.2f} s{alike}"
     )
 
 
