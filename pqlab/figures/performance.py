@@ -141,7 +141,7 @@ def model_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Figur
     rows = [groups[i : i + 2] for i in range(0, len(groups), 2)]  # two in a row: names are long
     bars = [max(len(part) for _, part in row) for row in rows]
     inner = 24 * sum(bars) + 110 * (len(rows) - 1)
-    sheet = Sheet([1] * len(rows[0]), bars, gap_x=0.22, gap_y=110 / inner)
+    sheet = Sheet([1] * len(rows[0]), bars, gap_x=0.27, gap_y=110 / inner)
     for index, ((shape, context), part) in enumerate(groups):
         part = part.iloc[::-1]
         names = [f"{case}, {how}" for case, how in zip(part.case, part.how, strict=True)]
@@ -192,7 +192,7 @@ def baseline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
         ("first_token_seconds", 1.0, "time to the first token, s"),
         ("token_ms", 1.0, "time per token, ms"),
         ("cache_bytes", MIB, "cache, MiB"),
-        ("peak_bytes", MIB, "peak memory over the start, MiB"),
+        ("peak_bytes", MIB, "peak above the start, MiB"),
     )
     contexts = sorted(frame.context.unique())
     sheet = Sheet([1] * len(plots), gap_x=0.07)
