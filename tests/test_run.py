@@ -10,13 +10,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from pqlab import load_text
+from pqlab import CacheConfig, load_text
 from pqlab.benchmarks.generation import cache_bytes, time_generation
 from pqlab.cli import main
+from pqlab.evaluation.plan_file import Plan
+from pqlab.evaluation.predicted_kl import COLUMNS
 from pqlab.memory_peak import memory_peak
 from pqlab.pipeline import runner, timing
 from pqlab.pipeline.results import Results
@@ -146,6 +149,19 @@ def test_merged_codebooks_are_one_for_all(run):
     assert not books.origin.maps and not books.origin.weighted
     assert torch.equal(books.layer(0).k.centroids[0], books.layer(1).k.centroids[2])
     assert (run.out / merged["file"]).stat().st_size < (run.out / apart["file"]).stat().st_size / 5
+
+
+def test_exact_tokens_that_a_plan_was_made_with_are_named(run, tmp_path):
+    run("-p", "sampling", "training")
+    books = Codebooks.load(next(run.out.glob("codebooks-*.safetensors")))
+    choices = pd.DataFrame([(0, "k", 16, 4, 4, 10, 0.1)], columns=COLUMNS)
+    certificate = {"kl": 0.1, "kl_error": 0.01, "context": 400}
+    Plan(books, CacheConfig(num_sinks=3, residual_length=64), choices, certificate).save(tmp_path / "plan.safetensors")
+    given = ["-p", "evaluation", "--paged", "--codebooks", tmp_path / "plan.safetensors"]
+    code, said = run(*given)
+    assert code == 0 and "other exact tokens than this run has: --sinks 3 --extended_residual 64\n" in said
+    code, said = run(*given, "--sinks", "3", "--extended_residual", "64")
+    assert code == 0 and "other exact tokens" not in said
 
 
 def test_random_weights_are_for_time_and_memory_only(run):

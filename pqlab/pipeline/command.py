@@ -10,6 +10,7 @@ import torch
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..evaluation import corpora
 from ..evaluation.longbench.tasks import TASKS
+from ..evaluation.plan_file import planned_config
 from ..models import named
 from ..models.arguments import add_model_arguments
 from ..models.hub import offline_unless_hub_answers
@@ -130,6 +131,10 @@ def _heading(job: Job) -> list[str]:
         lines.append(f"[run] codebooks are trained on {job.corpus.train_name}")
     if job.found.random and _random_codebooks(job):
         lines.append("[run] codebooks are random, too: time and memory do not depend on them")
+    own = planned_config(s.codebooks) if s.codebooks and s.codebooks.is_file() else None
+    if own is not None and (own.num_sinks, own.residual_length) != (s.sinks, s.extended_residual):
+        chosen = f"--sinks {own.num_sinks} --extended_residual {own.residual_length}"
+        lines.append(f"[run] {s.codebooks.name} was planned with other exact tokens than this run has: {chosen}")
     return lines
 
 
