@@ -125,6 +125,17 @@ def changed(x):
     return x.mul_(1.5)
 
 
+def checked_step(args, place, change, checked):
+    """Results of a step behind two that were alike, with one argument changed: it has to be checked."""
+    ops.step_(*args)
+    ops.step_(*args)
+    assert len(checked) == 1
+    args[place] = change(args[place])
+    got = ops.step_(*args)
+    assert len(checked) == 2
+    return got
+
+
 K, V, TABLE, BEFORE, AFTER, K_BOOKS, V_BOOKS, Q = 6, 7, 8, 9, 10, 11, 12, 15
 
 
@@ -141,12 +152,7 @@ K, V, TABLE, BEFORE, AFTER, K_BOOKS, V_BOOKS, Q = 6, 7, 8, 9, 10, 11, 12, 15
 )
 def test_a_step_that_differs_is_checked(place, change, caller, checked):
     args = step_call()
-    ops.step_(*args)
-    ops.step_(*args)
-    assert len(checked) == 1
-    args[place] = change(args[place])
-    got = ops.step_(*args)
-    assert len(checked) == 2
+    got = checked_step(args, place, change, checked)
     with kernels.use_backend("reference"):
         want = ops.step_(*args)
     for one, other in zip(got, want, strict=True):

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from test_caller import changed, moved, with_strides
+from test_caller import changed, checked_step, moved, with_strides
 from test_cuda import make_call, random_maps
 
 from pqlab import kernels
@@ -121,12 +121,7 @@ def at_an_odd_place(x):
 )
 def test_a_step_that_differs_is_checked(place, change, checked):
     args = step_call()
-    ops.step_(*args)
-    ops.step_(*args)
-    assert len(checked) == 1
-    args[place] = change(args[place])
-    got = ops.step_(*args)
-    assert len(checked) == 2
+    got = checked_step(args, place, change, checked)
     want = by_checks(ops.step_, args)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
