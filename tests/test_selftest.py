@@ -373,10 +373,10 @@ def test_what_was_timed_is_said_and_growing_caches_build_no_cudnn_plans(monkeypa
     assert found["random_weights"] and found["model"] == "debug-model"
     figures = {check["check"]: check["said"] for check in found["checks"]}
     assert len(figures) == 6 and "eager steps, torch.float32" in figures["whole model"]
-    how = "replays of CUDA graphs with a cold L2" if torch.cuda.is_available() else "ordinary calls"
+    how = "replays of CUDA graphs with a cold L2" if torch.cuda.is_available() else "ordinary calls in turns"
     for name in performance.LAYERS:
         assert re.search(
-            rf"\dx exact attention \(\w+, .* ms\), torch.float\d\d; {how}; ", figures[f"one layer, {name}"]
+            rf"torch.float\d\d: [\d.]+x exact attention \([\w ]+, .* ms\); {how}; ", figures[f"one layer, {name}"]
         )
 
 
@@ -385,6 +385,11 @@ def test_one_layer_is_held_to_the_fastest_exact_attention(monkeypatch):
     times = performance.replayed(str, Case(32, 8, (64,)), lambda function: 100.0)  # microseconds
     assert times.beside_exact == "2.00x exact attention (cudnn, 0.200 ms)"
     assert "no exact attention" in performance.LayerTimes(1e-4, {}, "").beside_exact
+
+
+def test_ordinary_calls_are_held_to_every_exact_attention():
+    times = performance.called(lambda: time.sleep(0.01), Case(6, 2, (300,), m=8, head_dim=16), torch.device("cpu"))
+    assert times.fused >= 0.01 and len(times.exact) == 6 and max(times.exact.values()) < 0.01
 
 
 @pytest.mark.gpu

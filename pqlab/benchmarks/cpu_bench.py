@@ -47,14 +47,14 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], seconds: float | No
     return times
 
 
-def exact_contenders(case: Case) -> dict[str, Callable[[], Tensor]]:
+def exact_contenders(case: Case, device: torch.device | str = "cpu") -> dict[str, Callable[[], Tensor]]:
     """Exact attention of one new token, every way that torch offers."""
     batch, n, d = len(case.tokens), case.tokens[0], case.head_dim
     groups = case.heads // case.kv_heads
     found: dict[str, Callable[[], Tensor]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        q = torch.randn(batch, case.heads, 1, d).to(dtype)
-        k, v = (torch.randn(batch, case.kv_heads, n, d).to(dtype) for _ in range(2))
+        q = torch.randn(batch, case.heads, 1, d).to(device, dtype)
+        k, v = (torch.randn(batch, case.kv_heads, n, d).to(device, dtype) for _ in range(2))
         grouped = q.view(batch, case.kv_heads, groups, d)
 
         def repeated(q=q, k=k, v=v) -> Tensor:

@@ -6,15 +6,16 @@ cache holds other bytes than `pqlab.cost` says.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers.cache_utils import DynamicCache
 
 from .. import kernels
+from ..benchmarks.cpu_bench import exact_contenders, interleaved
 from ..benchmarks.decode_bench import Case, Timer, exact_times
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
@@ -51,14 +52,15 @@ def one_layer(session: Session, name: str) -> str:
     with use_backend(level):
         ops.decode(*call)  # builds the configuration
         kernels.wait()
+        case = Case(heads, kv_heads, (tokens,), d // 2, d)
         if level == "cuda":
-            times = replayed(lambda: ops.decode(*call), Case(heads, kv_heads, (tokens,), d // 2, d), Timer(replays=10))
+            times = replayed(lambda: ops.decode(*call), case, Timer(replays=10))
         else:
-            times = called(lambda: ops.decode(*call), call[0], kv_heads, tokens)
+            times = called(lambda: ops.decode(*call), case, device)
     with use_backend("reference"):
         plain = _median(lambda: ops.decode(*call), device, repeats=5)
     said = (
-        f"{level} {1e3 * times.fused:.3f} ms at {tokens:,} tokens, 4 bits: {times.beside_exact}, {dtype}; {times.how}; "
+        f"{level} {1e3 * times.fused:.3f} ms at {tokens:,} tokens, 4 bits, {dtype}: {times.beside_exact}; {times.how}; "
         f"{plain / times.fused:.1f}x plain torch on the same codes ({1e3 * plain:.3f} ms, calls)"
     )
     if level == "reference":
@@ -98,17 +100,21 @@ def replayed(decode: Callable[[], object], case: Case, timer: Timer) -> LayerTim
     return LayerTimes(fused, exact, "replays of CUDA graphs with a cold L2")
 
 
-def called(decode: Callable[[], object], q: torch.Tensor, kv_heads: int, tokens: int) -> LayerTimes:
-    """Elsewhere: ordinary calls, beside what torch chooses for as many exact tokens.
+def called(decode: Callable[[], object], case: Case, device: torch.device) -> LayerTimes:
+    """Elsewhere: ordinary calls, in turns with every exact attention that torch has, as `bench cpu` takes them."""
 
-    Args:
-        q: [1, heads, 1, d].
-    """
-    keys, values = (torch.randn(1, kv_heads, tokens, q.shape[-1], dtype=q.dtype, device=q.device) for _ in "kv")
-    grouped = {"enable_gqa": True} if q.shape[1] != kv_heads else {}
-    sdpa = partial(torch.nn.functional.scaled_dot_product_attention, q, keys, values, **grouped)
-    exact = {"sdpa": _median(sdpa, q.device)}
-    return LayerTimes(_median(decode, q.device), exact, "ordinary calls")
+    def waited(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    calls = {"": decode, **exact_contenders(case, device)}
+    times = interleaved({name: waited(call) for name, call in calls.items()}, seconds=0.1)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    return LayerTimes(medians.pop(""), medians, "ordinary calls in turns")
 
 
 def whole_model(session: Session) -> str:
