@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import nan
 from pathlib import Path
 
@@ -253,6 +254,23 @@ def test_processes_share_a_storage_and_one_that_is_killed_loses_nothing(place, t
     assert len(measured) == 14 and set(SPACE.report_grid()) <= measured
     states = [trial.state.name for trial in before.study.get_trials()]
     assert states.count("FAIL") == 1 and "RUNNING" not in states, "whichever process came next has found it out"
+
+
+def test_a_setting_that_was_left_is_tried_again_though_another_trial_passed_it_over(tmp_path):
+    """Two processes that begin together may both have queued it."""
+    place = str(tmp_path / "study.journal")
+    search = Search(measure, SPACE, {"model": "m"}, storage=place)
+    left = search.study.ask()  # the first of the grid, by a process that is no more
+    left.set_user_attr("worker", f"{socket.gethostname()}:99999999")
+    setting = Setting(**{name: left.suggest_categorical(name, values) for name, values in asdict(SPACE).items()})
+    search.study.enqueue_trial(setting.params())
+    grid = len(list(SPACE.report_grid()))
+    search._wanted = grid
+    search.study.optimize(search._try, n_trials=grid)  # the others, and the second of this one
+    assert search.pruned().why.tolist() == ["measured before, or another process is at it"]
+    after = Search(measure, SPACE, {"model": "m"}, storage=place)
+    after.run(trials=grid)
+    assert setting in {Setting.of_row(row) for row in after.frame().to_dict("records")}
 
 
 # -- what a setting is measured by -----------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ TIRED = 60
 
 Measure = Callable[[Setting], Measurement]
 
+_TAKEN = "measured before, or another process is at it"  # why a trial was passed over
+
 
 class Search:
     """A study of settings.
@@ -169,7 +171,7 @@ class Search:
                 self._skip(trial, f"needs more than {readable_bytes(self.memory)}")
                 raise optuna.TrialPruned
         if setting in self._failed or self._is_taken(setting, trial.number):
-            self._skip(trial, self._failed.get(setting, "measured before, or another process is at it"))
+            self._skip(trial, self._failed.get(setting, _TAKEN))
             raise optuna.TrialPruned
         begin = time.perf_counter()
         try:
@@ -220,13 +222,17 @@ class Search:
         )
 
     def _known(self) -> set[Setting]:
-        """Settings that were measured, are being measured, or wait."""
+        """Settings that were measured, are being measured, wait, or cannot be measured.
+
+        A trial that was passed over for another one of the same setting says nothing: the other may have failed since.
+        """
         from optuna.trial import TrialState
 
         known = set()
         for trial in self.study.get_trials(deepcopy=False):
             given = trial.params or trial.system_attrs.get("fixed_params", {})
-            if trial.state != TrialState.FAIL and len(given) == len(fields(Setting)):
+            gone = trial.state == TrialState.FAIL or trial.user_attrs.get("why") == _TAKEN
+            if not gone and len(given) == len(fields(Setting)):
                 known.add(Setting(**given))
         return known
 
