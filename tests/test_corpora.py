@@ -87,7 +87,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 def test_nothing_is_trained_on_what_is_evaluated():
     assert Corpus("pride").train_name == "mixed" and Corpus("emma").train_name == "pride"
     assert Corpus("emma").train_text == load_text("pride")
-    assert Corpus("pride").train_text == [load_text(name) for name in ("emma", "code", "numbers")]
+    assert Corpus("pride").train_text == [load_text(name) for name in ("emma", "code", "numbers", "sampled")]
     for name, calibration in (("pride", "pride"), ("emma", "mixed")):
         with pytest.raises(ConfigError, match="would flatter"):
             Corpus(name, calibration=calibration)
@@ -104,7 +104,7 @@ def test_a_file_of_ones_own(tmp_path):
     ("arguments", "message"),
     [
         ({"name": "wikitext-2"}, 'did you mean "wikitext-2-raw-v1"'),
-        ({"name": "nowhere.txt"}, "Names are pride, emma, moby-dick, genesis-es, code, numbers, wikitext-2-raw-v1"),
+        ({"name": "nowhere.txt"}, "Names are pride, emma, moby-dick, genesis-es, code, numbers, sampled, wikitext-2-raw-v1"),
         ({"name": "pride", "data": Path(".")}, "leave --data out"),
         ({"name": "pride", "calibration": "nowhere.txt"}, "there is no text nowhere.txt"),
     ],

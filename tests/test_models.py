@@ -17,7 +17,7 @@ import torch
 from pqlab import models, store
 from pqlab.config import PQConfig
 from pqlab.errors import ConfigError
-from pqlab.models import ModelLoadError, calibration_text, convert, load_model, load_text, named, texts
+from pqlab.models import ModelLoadError, calibration_text, convert, load_model, load_text, named, sampled_text, texts
 from pqlab.models.fetch import FetchError, Wheel, fetch
 from pqlab.models.packaged import PACKAGED, PackagedModel
 from pqlab.store import CacheDirError, build_once, cache_dir
@@ -30,7 +30,7 @@ def test_shipped_text_is_whole(name):
     text = load_text(name)
     assert len(text) == texts()[name].num_chars
     assert "\r" not in text
-    if name not in ("code", "numbers"):
+    if name not in ("code", "numbers", "sampled"):
         assert texts()[name].author in text[:80]
         assert "\n\n\n" not in text and text.endswith("\n")
 
@@ -46,9 +46,20 @@ def test_texts_are_the_works_they_say_and_small_enough_to_ship():
 
 def test_a_mix_is_several_texts_and_none_that_is_measured_on():
     parts = calibration_text("mixed")
-    assert parts == [load_text(name) for name in ("emma", "code", "numbers")]
+    assert parts == [load_text(name) for name in ("emma", "code", "numbers", "sampled")]
     assert load_text("mixed") == "\n\n".join(parts) and calibration_text("emma") == parts[0]
     assert not any(load_text("pride")[5000:5200] in part or load_text("stdlib")[5000:5100] in part for part in parts)
+
+
+def test_a_model_writes_by_itself(tiny_model, tiny_tokenizer):
+    state = torch.random.get_rng_state()
+    texts = sampled_text(tiny_model, tiny_tokenizer, count=3, length=40)
+    assert texts == sampled_text(tiny_model, tiny_tokenizer, count=3, length=40)
+    assert texts != sampled_text(tiny_model, tiny_tokenizer, count=3, length=40, seed=1)
+    assert len(texts) == 3 and len(set(texts)) == 3 and all(texts)
+    assert torch.equal(state, torch.random.get_rng_state())  # of the caller's own draws
+    with pytest.raises(ValueError, match="at least 1 of 2"):
+        sampled_text(tiny_model, tiny_tokenizer, count=3, length=1)
 
 
 def test_a_text_of_ones_own(tmp_path):

@@ -6,6 +6,7 @@ from .fetch import FetchError
 from .fingerprint import fingerprint
 from .load import ModelLoadError, ensure_default_model, load_model
 from .packaged import PACKAGED, PackagedModel
+from .sampled import sampled_text
 from .texts import Text, calibration_text, load_text, texts
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "fingerprint",
     "load_model",
     "load_text",
+    "sampled_text",
     "texts",
 ]

@@ -31,11 +31,13 @@ _SHIPPED = {
         Text("genesis-es", "Génesis", "Reina-Valera", 181_172, "Spanish"),
         Text("code", "Modules of pqlab", "the authors of pqlab", 306_657, "Python and C++"),
         Text("numbers", "Sentences with numbers", "drawn at random", 160_038),
+        Text("sampled", "What a small model writes by itself", "SmolLM2-135M-Instruct", 202_624, "mostly English"),
     )
 }
 
-MIXES = {"mixed": ("emma", "code", "numbers")}
-"""Names of several texts together. What codebooks never saw they store badly: digits and code are rare in a novel."""
+MIXES = {"mixed": ("emma", "code", "numbers", "sampled")}
+"""Names of several texts together. What codebooks never saw they store badly: a novel has few digits, no code, one
+language and one tone."""
 
 BETWEEN = "\n\n"
 """Between texts that are made one: for hashes, and for who wants a mix as one string."""

@@ -21,7 +21,7 @@ from .sensitivity import Sensitivity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NUM_TOKENS = 12288
+NUM_TOKENS = 16384
 WINDOW, SHORT_WINDOW = 2048, 1024
 """Of one text, and where several share the tokens: each then gives several windows, at several positions."""
 NUM_SINKS = 4
