@@ -96,6 +96,9 @@ def test_any_ratio_of_heads(heads, kv_heads):
         (64, (64, 8), (32, 8)), (64, (16, 8), (64, 8)), (96, (96, 8), (96, 8)), (32, (32, 8), (32, 8)),
         (128, (128, 4), (128, 4)), (128, (128, 8), (32, 4)), (64, (64, 4), (64, 8)),
         (256, (64, 8), (128, 8)), (256, (32, 8), (32, 8)), (256, (128, 4), (128, 4)), (256, (64, 8), (64, 4)),
+        (64, (8, 4), (8, 4)), (64, (8, 8), (64, 8)), (64, (64, 8), (8, 4)), (96, (24, 8), (96, 8)),
+        (96, (12, 4), (12, 8)), (96, (24, 4), (12, 4)), (32, (8, 8), (4, 8)), (32, (4, 4), (8, 4)),
+        (32, (4, 8), (32, 8)),
     ],
 )  # fmt: skip
 def test_codecs(head_dim, k_codec, v_codec):
@@ -109,9 +112,18 @@ def test_a_code_for_every_dimension(heads, kv_heads, k_m, v_m):
     check(make_call(heads, kv_heads, 128, (k_m, 8), (v_m, 8), rows=((4, 9000, 100),), seed=12))
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (9, 3), (8, 2), (5, 1)])
+@pytest.mark.parametrize("head_dim, k_m, v_m", [(64, 8, 8), (64, 8, 32), (64, 32, 8), (96, 12, 24), (96, 24, 12)])
+def test_few_codes_a_head(heads, kv_heads, head_dim, k_m, v_m):
+    """No multiple of 16: a row of the codebooks has fewer entries than lanes look up, or than the tile has places."""
+    check(make_call(heads, kv_heads, head_dim, (k_m, 8), (v_m, 8), rows=RAGGED, seed=18))
+    check(make_call(heads, kv_heads, head_dim, (k_m, 8), (v_m, 8), rows=((4, 9000, 100),), seed=19))
+
+
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-3), (torch.bfloat16, 5e-3)])  # bfloat16 rounds the result
 def test_element_types(dtype, limit):
     check(make_call(dtype=dtype, rows=RAGGED, seed=2), limit)
+    check(make_call(9, 3, 64, (8, 8), (32, 8), dtype=dtype, rows=RAGGED, seed=2), limit)
 
 
 @pytest.mark.parametrize("page_size", [16, 48, 64, 512])
@@ -166,7 +178,8 @@ def test_same_result_twice():
     assert (first - second).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("m, nbits, d", [(64, 8, 128), (32, 8, 128), (32, 4, 64), (16, 8, 128), (64, 8, 64)])
+@pytest.mark.parametrize("m, nbits, d", [(64, 8, 128), (32, 8, 128), (32, 4, 64), (16, 8, 128), (64, 8, 64),
+                                           (8, 8, 64), (12, 4, 96)])  # fmt: skip
 @pytest.mark.parametrize("n", [5, 100, 5000])
 def test_encode(m, nbits, d, n):
     g = torch.Generator(device="cuda").manual_seed(n)
@@ -191,7 +204,7 @@ def test_a_centroid_finds_itself():
     assert torch.equal(again, codes)
 
 
-@pytest.mark.parametrize("m, nbits", [(32, 8), (32, 4), (64, 8)])
+@pytest.mark.parametrize("m, nbits", [(32, 8), (32, 4), (64, 8), (8, 8), (8, 4)])
 @pytest.mark.parametrize("first_slot, n", [(0, 192), (0, 40), (23, 100), (63, 1)])
 def test_encode_pages_keeps_other_slots(m, nbits, first_slot, n):
     heads, d = 2, 64
@@ -249,6 +262,7 @@ def test_encode_of_many_tokens_is_exact(kind, dtype, dims):
         (9, 3, 64, (32, 8), (32, 4)), (2, 2, 96, (48, 8), (48, 8)), (6, 2, 32, (16, 8), (16, 8)),
         (8, 2, 128, (128, 8), (64, 8)), (9, 3, 64, (32, 8), (64, 8)),
         (4, 1, 256, (128, 8), (128, 8)), (4, 2, 256, (64, 8), (32, 8)),
+        (9, 3, 64, (8, 8), (32, 8)), (2, 2, 96, (24, 8), (12, 8)), (6, 2, 32, (8, 8), (4, 8)),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 2e-3)])
@@ -307,7 +321,7 @@ def test_maps_that_only_float32_holds():
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["plain", "maps"])
-@pytest.mark.parametrize("v_codec", [(32, 8), (16, 8), (64, 8)])
+@pytest.mark.parametrize("v_codec", [(32, 8), (16, 8), (64, 8), (8, 8), (8, 4)])
 def test_steps_in_a_graph(v_codec, mapped):
     """Steps of a ragged batch through one graph: sinks fill, the ring turns, pages are flushed, as in the reference."""
     batch, heads, d, sinks, residual, page_size = 3, 2, 64, 2, 20, 16
@@ -380,7 +394,10 @@ def test_sanitizer(tool):
         "t.check(t.make_call(8, 2, rows=((4, 700, 100), (0, 33, 0)), seed=1))\n"
         "t.check(t.make_call(2, 2, rows=((4, 2600, 100),), seed=1))\n"
         "t.check(t.make_call(8, 2, k_codec=(128, 8), v_codec=(128, 8), rows=((4, 700, 100), (0, 33, 0)), seed=1))\n"
+        "t.check(t.make_call(9, 3, 64, (8, 8), (32, 8), rows=((4, 700, 100), (0, 33, 0)), seed=1))\n"
+        "t.check(t.make_call(2, 2, 96, (12, 4), (24, 8), rows=((4, 700, 100),), seed=1))\n"
         "t.test_encode_pages_keeps_other_slots(32, 8, 23, 100)\n"
+        "t.test_encode_pages_keeps_other_slots(8, 8, 23, 100)\n"
         "for rows in ('one', 'many'):\n"
         "    t.test_a_step_with_maps(8, 2, 128, (64, 8), (64, 8), torch.float16, 2e-3, rows)\n",
     )

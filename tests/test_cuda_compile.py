@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from pqlab.kernels.caller import ADDRESSES
-from pqlab.kernels.cuda_config import SHARED_MEMORY, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
+from pqlab.kernels.cuda_config import (
+    HEAD_DIMS,
+    NBITS,
+    SHARED_MEMORY,
+    DecodeConfig,
+    EncodeConfig,
+    compile_flags,
+    vectors_per_block,
+)
 from pqlab.kernels.cuda_params import APPEND_AT, Held, decode_at
 
 NVCC = shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
@@ -33,6 +41,11 @@ DECODE = [
     DecodeConfig(128, 64, 8, 128, 8, torch.float16, 1, 90),  # values
     DecodeConfig(128, 128, 8, 128, 8, torch.bfloat16, 4, 80),  # both, the smallest blocks
     DecodeConfig(96, 96, 8, 96, 4, torch.float16, 3, 90),
+    DecodeConfig(64, 8, 8, 32, 8, torch.float16, 3, 90),  # 9/3 heads, a code for eight dimensions of keys
+    DecodeConfig(64, 32, 8, 8, 4, torch.float32, 1, 90),  # of values
+    DecodeConfig(96, 12, 8, 24, 8, torch.float16, 4, 90),
+    DecodeConfig(96, 24, 4, 12, 4, torch.bfloat16, 1, 80),
+    DecodeConfig(32, 4, 4, 8, 8, torch.float16, 2, 89),  # the fewest codes
     DecodeConfig(256, 128, 8, 128, 8, torch.float16, 4, 90),  # in halves: 4/1 heads
     DecodeConfig(256, 128, 8, 128, 8, torch.bfloat16, 2, 90),  # 16/8 heads
     DecodeConfig(256, 64, 4, 128, 8, torch.float32, 1, 90),
@@ -102,6 +115,17 @@ def test_encode_compiles(config, tmp_path):
 )
 def test_what_has_no_kernel_is_named(config, cause):
     assert cause in config.unsupported()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_code_for_1_2_4_or_8_dimensions_has_a_kernel(head_dim):
+    """Of keys and values alike, so that a plan may give each side of each layer what it needs."""
+    dims = (2, 4, 8) if head_dim == 256 else (1, 2, 4, 8)
+    sides = [(head_dim // n, nbits) for n in dims for nbits in NBITS]
+    for k in sides:
+        for v in sides:
+            config = DecodeConfig(head_dim, *k, *v, torch.float16, 3, 90)
+            assert config.fitting().unsupported() is None, config
 
 
 def test_small_shared_memory_takes_smaller_blocks():

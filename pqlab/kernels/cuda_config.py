@@ -149,8 +149,8 @@ class DecodeConfig:
             if nbits not in NBITS:
                 return f"{nbits}-bit codes: the kernel reads {NBITS}"
             few, names = ((2, 4, 8), "2, 4") if self.in_halves else ((1, 2, 4, 8), "1, 2, 4")
-            if m % 16 or self.head_dim % m or self.head_dim // m not in few:
-                return f"M = {m} at head size {self.head_dim}: {names} or 8 dimensions a subspace, M a multiple of 16"
+            if self.head_dim % m or self.head_dim // m not in few:
+                return f"M = {m} at head size {self.head_dim}: the kernel takes {names} or 8 dimensions a subspace"
         if self.shape() is None:
             return "the codebooks do not fit into this GPU's shared memory"
         return None

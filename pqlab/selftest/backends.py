@@ -13,7 +13,10 @@ from ..kernels.build import finished_builds
 from ..paging.layout import PageLayout, read_pages
 from .session import DETAILS, Phase, Session, expect
 
-CODECS = ((64, 32, 8), (64, 32, 4), (128, 64, 8), (128, 32, 8), (96, 48, 8), (32, 16, 8), (64, 16, 8), (64, 64, 8))
+CODECS = (
+    (64, 32, 8), (64, 32, 4), (128, 64, 8), (128, 32, 8), (96, 48, 8), (32, 16, 8), (64, 16, 8),
+    (64, 64, 8), (64, 8, 8),
+)  # fmt: skip
 """(head size, M, nbits): what a check draws from; every backend has kernels for them."""
 
 CPU_CODECS = (*CODECS, (64, 4, 8), (128, 8, 6), (48, 16, 5), (80, 40, 3), (256, 128, 7))

@@ -109,7 +109,11 @@ struct BookTurns {
   __device__ __forceinline__ void leave() {
     __syncwarp();
     if (phase + BUFFERS < end) {
-      const bool last = lane < kArrivals && mbarrier_arrive_last(free(phase));
+      if constexpr (kArrivals > 1) {  // the other lanes first, so that the last arrival of all is a lane 0's
+        if (lane > 0) mbarrier_arrive(free(phase));
+        __syncwarp();
+      }
+      const bool last = lane == 0 && mbarrier_arrive_last(free(phase));
       if (__any_sync(~0u, last)) {
         mbarrier_wait(free(phase), parity(phase));  // is complete: what the other warps read is behind it
         ask(phase + BUFFERS);

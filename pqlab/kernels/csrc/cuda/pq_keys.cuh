@@ -10,7 +10,7 @@ template <typename Cfg>
 struct KeyTile {
   using K = typename Cfg::K;
   static constexpr int CODES = K::CODES, kRot = Scores<Cfg>::kRot;
-  static constexpr int NY = K::MP / 16;  // registers of four codes, per token
+  static constexpr int NY = K::MP < 16 ? 1 : K::MP / 16;  // registers of four codes, per token; of 8 entries half of one
   uint32_t select;   // codes of the first token in the rotated order
   uint32_t key_row;  // the row of the lane's address
   bool swap;
@@ -37,9 +37,11 @@ struct KeyTile {
       for (int n = 0; n < NY; n += 2) {
         uint32_t m[4];
         const uint32_t first = n * CODES * 256, row = key_row ^ c * 16;
+        // Padded entries, and those that there are not, read row 0: any code does, they are 0 or not looked up.
         if constexpr (NY == 1) {
-          ldmatrix_x2_trans(m[0], m[1], codes + j * bytes + (row & 255));
-        } else {  // padded entries read row 0: any code does, they are 0
+          const int mine = row & 255;
+          ldmatrix_x2_trans(m[0], m[1], codes + j * bytes + (bytes >= 256 || mine < bytes ? mine : 0));
+        } else {
           const bool inside = (n + 2) * CODES * 256 <= bytes || static_cast<int>(first + row) < bytes;
           ldmatrix_x4_trans(m, codes + j * bytes + (inside ? first + row : 0));
         }

@@ -7,7 +7,7 @@
 namespace pqlab {
 
 // One lane arrives for its warp, after __syncwarp. compute-sanitizer's racecheck does not see through that: for it all
-// lanes arrive, one after the other.
+// lanes arrive.
 #ifdef PQ_RACECHECK
 constexpr int kArrivals = 32;
 #else

@@ -98,7 +98,8 @@ __device__ __forceinline__ void fence_barrier_init() {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(bar) : "memory");
 }
-// The same; whether this arrival completes the barrier's phase.
+// The same; whether this arrival completes the barrier's phase. By one lane of a warp: those of an instruction get the
+// same count, so that none would be last.
 __device__ __forceinline__ bool mbarrier_arrive_last(uint32_t bar) {
   uint32_t pending;
   asm volatile(

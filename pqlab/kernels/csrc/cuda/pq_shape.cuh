@@ -21,7 +21,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 template <int D, int M_, int NBITS>
 struct Side {
   static constexpr int M = M_;
-  static_assert(D % M == 0 && M % 16 == 0, "M must divide the head size and be a multiple of 16");
+  static_assert(D % M == 0, "M must divide the head size");
   static_assert(NBITS == 8 || NBITS == 4, "codes of 8 or 4 bits");
   static constexpr int CODES = D == M ? 2 : 1;  // an entry
   static constexpr int DM = D / M * CODES;
@@ -32,6 +32,7 @@ struct Side {
   static constexpr int DP = blocks * 64;        // head size, padded to whole blocks
   static constexpr int MP = DP / DM;            // entries a row, padded likewise; the padding is zero
   static constexpr int tile_bytes = M * 2 * NBITS;
+  static_assert(tile_bytes % 16 == 0, "copied 16 bytes at a time");
   static constexpr int rotations = 8 / EW;      // groups of 4 entries in a block
   static constexpr bool PAIRS = blocks % 2 == 0;
   static constexpr int book_bytes = blocks * C * 128;
