@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kernels import decode_case
+from test_kernels import decode_case, fit_of_keys
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pqlab import kernels
@@ -57,13 +57,14 @@ def decode_call(**options) -> list:
     return list(decode_case(batch=1, coded=(50,), sinks=(4,), window=(9,), group=3, **options))
 
 
-def step_call(maps="kv", dtype=torch.float32) -> list:
+def step_call(maps="kv", dtype=torch.float32, fitted=False) -> list:
     q, k_pages, v_pages, table, after, k_books, v_books, *exact, k_nbits, v_nbits, scale = decode_call(dtype=dtype)
     g = torch.Generator().manual_seed(1)
     heads, d = k_books.shape[0], q.shape[-1]
     before = after - torch.tensor([[0, 0, 1]], dtype=torch.int32)
     k, v = (torch.randn(1, heads, 1, d, generator=g).to(dtype) for _ in "kv")
     given = [torch.randn(heads, d, d, generator=g) / d**0.5 if side in maps else None for side in "kkvv"]
+    given += fit_of_keys(1, heads, d) if fitted else (None, None)
     return [*exact, k_pages, v_pages, k, v, table, before, after, k_books, v_books, k_nbits, v_nbits, q, scale, *given]
 
 
@@ -75,6 +76,7 @@ CALLS = {
     "step_ fp16": (ops.step_, lambda: step_call(dtype=torch.float16)),
     "step_ with maps of the keys": (ops.step_, lambda: step_call("k")),
     "step_ without maps": (ops.step_, lambda: step_call("")),
+    "step_ with fitted keys": (ops.step_, lambda: step_call(fitted=True)),
 }
 
 
@@ -98,8 +100,9 @@ def test_both_ways_agree_bit_by_bit_on_other_vectors(backend, monkeypatch):
     for compiled in (True, False):
         if not compiled:
             without_caller(backend, monkeypatch)
-        args = step_call()
+        args = step_call(fitted=True)
         ops.step_(*args)
+        args[K_SCALE].mul_(1.5)
         for i in (6, 7, 15):
             args[i] = torch.randn(args[i].shape, generator=torch.Generator().manual_seed(i))
         args[16] = 0.3
@@ -136,22 +139,22 @@ def checked_step(args, place, change, checked):
     return got
 
 
-K, V, TABLE, BEFORE, AFTER, K_BOOKS, V_BOOKS, Q = 6, 7, 8, 9, 10, 11, 12, 15
+K, V, TABLE, BEFORE, AFTER, K_BOOKS, V_BOOKS, Q, K_SCALE, K_SHIFT = 6, 7, 8, 9, 10, 11, 12, 15, 21, 22
 
 
 @pytest.mark.parametrize(
     ("place", "change"),
     [
-        *((place, moved) for place in (0, 1, 2, 3, 4, 5, K_BOOKS, V_BOOKS, 17, 20)),
+        *((place, moved) for place in (0, 1, 2, 3, 4, 5, K_BOOKS, V_BOOKS, 17, 20, K_SCALE, K_SHIFT)),
         *((place, changed) for place in (K_BOOKS, V_BOOKS)),
-        *((place, torch.clone) for place in (0, 3, 4, 5, K_BOOKS, 18)),
+        *((place, torch.clone) for place in (0, 3, 4, 5, K_BOOKS, 18, K_SHIFT)),
         *((place, with_strides) for place in (K, V, TABLE, BEFORE, AFTER, Q)),
         (Q, lambda q: q[:, : q.shape[1] // 3]),  # one query head a kv head
         (18, lambda _: torch.eye(32).expand(2, -1, -1)),
     ],
 )
 def test_a_step_that_differs_is_checked(place, change, caller, checked):
-    args = step_call()
+    args = step_call(fitted=True)
     got = checked_step(args, place, change, checked)
     with kernels.use_backend("reference"):
         want = ops.step_(*args)
@@ -168,6 +171,31 @@ def test_other_tensors_of_a_step_of_the_same_form_are_not_checked(place, caller,
     assert len(checked) == 1
 
 
+def test_a_fit_that_changes_where_it_lies_is_read_anew(caller, checked):
+    args = step_call(fitted=True)
+    before, _ = ops.step_(*args)
+    args[K_SCALE].mul_(1.5)
+    args[K_SHIFT].sub_(0.5)
+    got = ops.step_(*args)
+    assert len(checked) == 1 and not torch.allclose(got[0], before, atol=1e-3)
+    with kernels.use_backend("reference"):
+        want = ops.step_(*args)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_fit_that_comes_or_goes_is_checked(caller, checked):
+    args = step_call(fitted=True)
+    plain = [*args[:K_SCALE], None, None]
+    for number, given in enumerate((args, plain, args), 1):
+        for _ in range(2):
+            got, _ = ops.step_(*given)
+        assert len(checked) == number
+        with kernels.use_backend("reference"):
+            torch.testing.assert_close(got, ops.step_(*given)[0], atol=1e-4, rtol=1e-4)
+        checked.pop()
+
+
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [
@@ -180,10 +208,12 @@ def test_other_tensors_of_a_step_of_the_same_form_are_not_checked(place, caller,
         (TABLE, lambda table: table + 1000, "a page id lies outside"),
         (Q, lambda q: q.half(), "as q is"),
         (18, lambda _: None, "both directions"),
+        (K_SHIFT, lambda _: None, "k_scale and k_shift, or neither"),
+        (K_SCALE, lambda scale: scale[:, :1].clone(), "k_scale must be"),
     ],
 )
 def test_what_does_not_fit_is_named_after_a_call_that_did(place, change, message, caller):
-    args = step_call()
+    args = step_call(fitted=True)
     ops.step_(*args)
     args[place] = change(args[place])
     with pytest.raises(ValueError, match=message):

@@ -68,6 +68,15 @@ def random_maps(heads, head_dim, seed=0, eight=True):
     return tuple(m.cuda() for m in maps)
 
 
+def random_fit(batch, heads, head_dim, fitted=True):
+    """k_scale and k_shift of `ops.step_`, different for every row; or none."""
+    if not fitted:
+        return None, None
+    g = torch.Generator().manual_seed(batch)
+    scale, shift = (make(batch, heads, head_dim, generator=g).cuda() for make in (torch.rand, torch.randn))
+    return 0.5 + scale / 2, shift
+
+
 def check(call, limit=2e-3, backend=None):
     with use_backend("cuda"):
         out, lse = (backend or ops).decode(*call)
@@ -267,28 +276,31 @@ def test_encode_of_many_tokens_is_exact(kind, dtype, dims):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 2e-3)])
 @pytest.mark.parametrize("rows", ["one", "many"])
-def test_a_step_with_maps(heads, kv_heads, head_dim, k_codec, v_codec, dtype, limit, rows):
+@pytest.mark.parametrize("fitted", [False, True], ids=["", "fitted"])
+def test_a_step_with_maps(heads, kv_heads, head_dim, k_codec, v_codec, dtype, limit, rows, fitted):
     """Raw keys, values and queries in, results in the head space out; what is stored is in code space."""
     rows = ((4, 3000, 130),) if rows == "one" else GROWING
     call = make_call(heads, kv_heads, head_dim, k_codec, v_codec, dtype=dtype, rows=rows, slots=256)
     q, k_pages, v_pages, table, before, k_books, v_books, *exact, k_nbits, v_nbits, scale = call
     maps = random_maps(kv_heads, head_dim, eight=dtype != torch.bfloat16)
+    fit = k_scale, _ = random_fit(len(rows), kv_heads, head_dim, fitted)
     k, v = torch.randn(2, len(rows), kv_heads, 1, head_dim, device="cuda").to(dtype)
     brings = [row % 5 != 4 for row in range(len(rows))]  # the others are pads
     more = [((s < 4) * new, 0, (s == 4) * new) for (s, _, _), new in zip(rows, brings, strict=True)]
     after = before + torch.tensor(more, device="cuda").int()
     arguments = (*exact, k_pages, v_pages, k, v, table, before, after, k_books, v_books, k_nbits, v_nbits, q, scale)
     with use_backend("cuda"):
-        out, _ = ops.step_(*arguments, *maps)
-    asked = reference.apply_map(q.double(), maps[1].mT).to(dtype).double()
+        out, _ = ops.step_(*arguments, *maps, *fit)
+    asked = reference.apply_map(q.double(), maps[1].mT, 1 / k_scale if fitted else None).to(dtype).double()
     wanted = reference.decode(asked, k_pages, v_pages, table, after, k_books, v_books, *exact, k_nbits, v_nbits, scale)
     wanted = reference.apply_map(wanted[0], maps[3])
     stored = after.sum(1) > 0
     assert (out[~stored] == 0).all()
     error = (out[stored].double() - wanted[stored]).norm(dim=-1) / wanted[stored].norm(dim=-1)
     assert error.max() < limit
-    for x, matrix, sink, window in ((k, maps[0], *exact[::2]), (v, maps[2], *exact[1::2])):
-        mapped = reference.apply_map(x.double(), matrix)
+    of_sides = ((k, maps[0], fit, *exact[::2]), (v, maps[2], (None, None), *exact[1::2]))
+    for x, matrix, by, sink, window in of_sides:
+        mapped = reference.apply_map(x.double(), matrix, *by)
         for row in (row for row, new in enumerate(brings) if new):
             token = sum(rows[row])
             at = sink[row, :, token] if token < 4 else window[row, :, (token - 4) % 256]
@@ -306,7 +318,8 @@ def test_maps_of_prompts(batch, heads, dtype, limit):
         assert ((got.double() - want).norm(dim=-1) / want.norm(dim=-1)).max() < limit
 
 
-def test_maps_that_only_float32_holds():
+@pytest.mark.parametrize("fitted", [False, True], ids=["", "fitted"])
+def test_maps_that_only_float32_holds(fitted):
     call = make_call(rows=((4, 300, 100),), slots=256)
     q, k_pages, v_pages, table, before, k_books, v_books, *exact, k_nbits, v_nbits, scale = call
     maps = [m.float() / (127 if m.dtype == torch.int8 else 1) for m in random_maps(2, 128)]
@@ -316,11 +329,11 @@ def test_maps_that_only_float32_holds():
     outs = []
     for backend in ("cuda", "reference"):
         with use_backend(backend):
-            outs.append(ops.step_(*arguments, *maps)[0])
+            outs.append(ops.step_(*arguments, *maps, *random_fit(1, 2, 128, fitted))[0])
     torch.testing.assert_close(*outs, rtol=5e-3, atol=5e-4)
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["plain", "maps"])
+@pytest.mark.parametrize("mapped", ["", "maps", "fitted"], ids=["plain", "maps", "fitted"])
 @pytest.mark.parametrize("v_codec", [(32, 8), (16, 8), (64, 8), (8, 8), (8, 4)])
 def test_steps_in_a_graph(v_codec, mapped):
     """Steps of a ragged batch through one graph: sinks fill, the ring turns, pages are flushed, as in the reference."""
@@ -336,7 +349,8 @@ def test_steps_in_a_graph(v_codec, mapped):
     q, new_q, new_k, new_v = (torch.randn(batch, n, 1, d, device="cuda").half() for n in (4, 4, heads, heads))
     new_before, new_after = torch.zeros_like(before), torch.zeros_like(after)
     call = (*buffers, k, v, table, before, after, *books, codecs[0][1], codecs[1][1], q, d**-0.5)
-    maps = random_maps(heads, d) if mapped else (None,) * 4
+    fit = random_fit(batch, heads, d, mapped == "fitted")
+    maps = (*(random_maps(heads, d) if mapped else (None,) * 4), *fit)
 
     def step():
         for old, new in ((before, new_before), (after, new_after), (k, new_k), (v, new_v), (q, new_q)):
@@ -353,6 +367,9 @@ def test_steps_in_a_graph(v_codec, mapped):
             after_copy = ops.step_(*call[:15], copied, call[16], *maps)[0]
     rows = [[0, 0, 0] for _ in range(batch)]
     for step in range(70):
+        if step == 20 and fit[0] is not None:  # a graph reads it where it lies
+            fit[0].mul_(0.9)
+            fit[1].neg_()
         new = []
         for row, (s, c, w) in enumerate(rows):
             if step % (row + 1):
@@ -399,7 +416,7 @@ def test_sanitizer(tool):
         "t.test_encode_pages_keeps_other_slots(32, 8, 23, 100)\n"
         "t.test_encode_pages_keeps_other_slots(8, 8, 23, 100)\n"
         "for rows in ('one', 'many'):\n"
-        "    t.test_a_step_with_maps(8, 2, 128, (64, 8), (64, 8), torch.float16, 2e-3, rows)\n",
+        "    t.test_a_step_with_maps(8, 2, 128, (64, 8), (64, 8), torch.float16, 2e-3, rows, True)\n",
     )
 
 

@@ -7,14 +7,14 @@ import gc
 import pytest
 import torch
 from test_caller import changed, checked_step, moved, with_strides
-from test_cuda import make_call, random_maps
+from test_cuda import make_call, random_fit, random_maps
 
 from pqlab import kernels
 from pqlab.kernels import dispatch, ops, use_backend
 
 pytestmark = pytest.mark.gpu
 
-K, V, TABLE, BEFORE, AFTER, K_BOOKS, Q, SCALE = 6, 7, 8, 9, 10, 11, 15, 16
+K, V, TABLE, BEFORE, AFTER, K_BOOKS, Q, SCALE, K_SCALE, K_SHIFT = 6, 7, 8, 9, 10, 11, 15, 16, 21, 22
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,7 +40,7 @@ def checked(monkeypatch) -> list[str]:
     return found
 
 
-def step_call(maps="kv", v_codec=(64, 8), batch=1, head_dim=128, dtype=torch.float16) -> list:
+def step_call(maps="kv", v_codec=(64, 8), batch=1, head_dim=128, dtype=torch.float16, fitted=False) -> list:
     """Arguments of `ops.step_`, by place."""
     m = head_dim // 2
     rows = ((4, 3000, 130), (4, 70, 60), (2, 0, 0))[:batch]
@@ -48,6 +48,7 @@ def step_call(maps="kv", v_codec=(64, 8), batch=1, head_dim=128, dtype=torch.flo
     q, k_pages, v_pages, table, before, k_books, v_books, *exact, k_nbits, v_nbits, scale = call
     given = random_maps(2, head_dim)
     given = [x if side in maps else None for x, side in zip(given, "kkvv", strict=True)]
+    given += random_fit(batch, 2, head_dim, fitted)
     k, v = torch.randn(2, batch, 2, 1, head_dim, device="cuda").to(dtype)
     more = [[int(s < 4), 0, int(s == 4)] for s, _, _ in rows]
     after = before + torch.tensor(more, device="cuda").int()
@@ -65,12 +66,15 @@ def by_checks(op, args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("maps", ["", "k", "v", "kv"])
+@pytest.mark.parametrize("maps", ["", "k", "v", "kv", "k fitted", "kv fitted"])
 @pytest.mark.parametrize("v_codec", [(64, 8), (32, 8), (32, 4)])  # one launch of append, or two
 def test_a_repeated_step_has_the_same_bits(batch, maps, v_codec, checked):
-    args = step_call(maps, v_codec, batch)
+    args = step_call(maps.split(" ")[0], v_codec, batch, fitted="fitted" in maps)
     ops.step_(*args)
     for round_ in range(3):
+        if "fitted" in maps:
+            args[K_SCALE].mul_(0.9)
+            args[K_SHIFT].neg_()
         for place in (K, V, Q):
             args[place] = unlike(args[place])
         for place in (TABLE, BEFORE, AFTER):
@@ -110,9 +114,9 @@ def at_an_odd_place(x):
 @pytest.mark.parametrize(
     ("place", "change"),
     [
-        *((place, moved) for place in (0, 1, 2, 3, 4, 5, K_BOOKS, 17, 20)),
+        *((place, moved) for place in (0, 1, 2, 3, 4, 5, K_BOOKS, 17, 20, K_SCALE)),
         (K_BOOKS, changed),
-        *((place, torch.clone) for place in (0, 3, 4, 5, K_BOOKS, 18)),
+        *((place, torch.clone) for place in (0, 3, 4, 5, K_BOOKS, 18, K_SHIFT)),
         *((place, with_strides) for place in (K, V, TABLE, BEFORE, AFTER, Q)),
         *((place, at_an_odd_place) for place in (K, V, Q)),
         (TABLE, lambda table: torch.nn.functional.pad(table, (0, 3), value=-1)),
@@ -120,7 +124,7 @@ def at_an_odd_place(x):
     ],
 )
 def test_a_step_that_differs_is_checked(place, change, checked):
-    args = step_call()
+    args = step_call(fitted=True)
     got = checked_step(args, place, change, checked)
     want = by_checks(ops.step_, args)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))

@@ -384,6 +384,7 @@ def test_steps_store_and_flush_like_the_reference(cpu):
         pages = [torch.zeros(6, heads, 1, 4, 16, dtype=torch.uint8) for _ in "kv"]
         maps = [torch.randn(heads, head_dim, head_dim, generator=g) for _ in range(4)]
         maps = [(40 * maps[0]).round().clamp(-127, 127).to(torch.int8), maps[1].half(), maps[2], maps[3]]
+        scale, shift = fit_of_keys(3, heads, head_dim)
         exact = [torch.zeros(3, heads, n, head_dim) for n in (2, 2, slots, slots)]
         table = torch.tensor([[4, 1], [0, -1], [3, 2]], dtype=torch.int32)
         lengths = torch.zeros(3, 3, dtype=torch.int32)
@@ -399,14 +400,14 @@ def test_steps_store_and_flush_like_the_reference(cpu):
                         after[row, 1:] += torch.tensor([page_size, -page_size], dtype=torch.int32)
                 q = torch.randn(3, 2 * heads, 1, head_dim, generator=g)
                 if step % 2:
-                    k, v = reference.apply_map(k, maps[0]), reference.apply_map(v, maps[2])
+                    k, v = reference.apply_map(k, maps[0], scale, shift), reference.apply_map(v, maps[2])
                     ops.append_(*exact, *pages, k, v, table, lengths, after, *books, 8, 8)
-                    asked = reference.apply_map(q, maps[1].mT)
+                    asked = reference.apply_map(q, maps[1].mT, 1 / scale)
                     out = ops.decode(asked, *pages, table, after, *books, *exact, 8, 8, 0.3)[0]
                     outs.append(reference.apply_map(out, maps[3]))
                 else:
                     call = (*exact, *pages, k, v, table, lengths, after, *books, 8, 8, q, 0.3)
-                    outs.append(ops.step_(*call, *maps)[0])
+                    outs.append(ops.step_(*call, *maps, scale, shift)[0])
                 lengths = after
         results.append((*pages, *exact))
         steps.append(torch.stack(outs))
@@ -418,20 +419,21 @@ def test_steps_store_and_flush_like_the_reference(cpu):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 3), (80, 1), (20, 6), (16, 9)])
-@pytest.mark.parametrize("sides", ["kv", "k", "v"])
+@pytest.mark.parametrize("sides", ["kv", "k", "v", "kv fitted", "k fitted"])
 def test_maps_of_a_step(library, dtype, head_dim, group, sides):
     """Against float64: what is stored and what comes out, with maps of every dtype that they may have."""
     g = torch.Generator().manual_seed(head_dim + group)
     heads, m = 2, head_dim // 4
-    q, *rest = decode_case(batch=1, heads=heads, group=group, head_dim=head_dim, k_m=m, v_m=m, coded=(50,),
-                           sinks=(2,), window=(9,), dtype=dtype)  # fmt: skip
+    q, *rest = decode_case(heads=heads, group=group, head_dim=head_dim, k_m=m, v_m=m, coded=(50, 0), sinks=(2, 1),
+                           window=(9, 0), dtype=dtype)  # fmt: skip
     k_pages, v_pages, table, after, k_books, v_books, sink_k, sink_v, window_k, window_v, *_ = rest
-    before = after - torch.tensor([[0, 0, 1]], dtype=torch.int32)
-    k, v = (torch.randn(1, heads, 1, head_dim, generator=g).to(dtype) for _ in "kv")
+    before = after - torch.tensor([[0, 0, 1], [1, 0, 0]], dtype=torch.int32)
+    k, v = (torch.randn(2, heads, 1, head_dim, generator=g).to(dtype) for _ in "kv")
     forward = (25 * torch.randn(heads, head_dim, head_dim, generator=g)).round().clamp(-127, 127).to(torch.int8)
     backward = torch.randn(heads, head_dim, head_dim, generator=g) / head_dim**0.5
     maps = {"k": (forward, backward.half()), "v": (forward.float() / 127, backward)}
-    given = [x for side in "kv" for x in (maps[side] if side in sides else (None, None))]
+    given = [x for side in "kv" for x in (maps[side] if side in sides.split()[0] else (None, None))]
+    given += fit_of_keys(2, heads, head_dim) if "fitted" in sides else (None, None)
 
     def step(backend, kind: torch.dtype) -> list[torch.Tensor]:
         exact = [x.to(kind, copy=True) for x in (sink_k, sink_v, window_k, window_v)]
@@ -443,6 +445,40 @@ def test_maps_of_a_step(library, dtype, head_dim, group, sides):
     for got, want in zip(step(library, dtype), step(dispatch.backends()["reference"], torch.float64), strict=True):
         got, want = got.double().nan_to_num(0), want.double().nan_to_num(0)  # slots without a token
         torch.testing.assert_close(got, want, atol=tolerance * want.abs().max().item(), rtol=0)
+
+
+def fit_of_keys(batch: int, heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`k_scale` and `k_shift` of `ops.step_`, different for every row."""
+    g = torch.Generator().manual_seed(7)
+    scale, shift = torch.rand(batch, heads, head_dim, generator=g), torch.randn(batch, heads, head_dim, generator=g)
+    return 0.5 + scale / 2, shift
+
+
+def test_fitted_keys_by_their_formula(backend):
+    """In float64, written out: what a row stores of its key, and attention with what it asks."""
+    group, d = 3, 32
+    q, *case = decode_case(group=group, sinks=(4, 4), window=(9, 1), coded=(40, 16))
+    k_pages, v_pages, table, after, k_books, v_books, *exact, k_nbits, v_nbits, factor = case
+    heads = k_books.shape[0]
+    g = torch.Generator().manual_seed(3)
+    k, v = torch.randn(2, 2, heads, 1, d, generator=g)
+    forward = torch.linalg.qr(torch.randn(heads, d, d, generator=g)).Q
+    scale, shift = fit_of_keys(2, heads, d)
+    before = after - torch.tensor([0, 0, 1], dtype=torch.int32)
+    step = (*exact, k_pages, v_pages, k, v, table, before, after, k_books, v_books, k_nbits, v_nbits, q, factor)
+    maps = (forward, forward.mT.contiguous(), None, None)
+    out, lse = ops.step_(*step, *maps, scale, shift)
+    for row in range(2):
+        token = (int(after[row, 1]) + int(after[row, 2]) - 1) % exact[2].shape[2]
+        for h in range(heads):
+            stored = (k[row, h, 0].double() @ forward[h].double()) * scale[row, h] + shift[row, h]
+            torch.testing.assert_close(exact[2][row, h, token].double(), stored, atol=1e-5, rtol=1e-5)
+    asked = torch.stack([q[:, h].double() @ forward[h // group].double() for h in range(heads * group)], 1)
+    asked /= scale.repeat_interleave(group, 1)[:, :, None]
+    for row in range(2):
+        want, want_lse = plain_attention((asked, *case), row)
+        torch.testing.assert_close(out[row].double(), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lse[row].double(), want_lse, atol=1e-4, rtol=1e-4)
 
 
 # -- dispatch --------------------------------------------------------------------------------------------------------
@@ -464,6 +500,8 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3))
     maps = (torch.ones(2, 8, 8, dtype=torch.int8), *torch.randn(3, 2, 8, 8).half())
     torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3, *maps))
+    fitted = (*maps, *fit_of_keys(1, 2, 8))
+    torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3, *fitted))
     torch.library.opcheck(torch.ops.pqlab.step_.default, (*args, torch.randn(1, 4, 1, 8), 0.3, None, None, *maps[2:]))
 
 
@@ -508,10 +546,15 @@ def test_maps_that_do_not_fit_are_named():
     token, table = torch.ones(1, 2, 1, 8), torch.tensor([[1]], dtype=torch.int32)
     lengths = torch.tensor([[0, 0, 3]], dtype=torch.int32)
     args = (*exact, *pages, token, token, table, lengths, lengths, *books, 4, 4, torch.randn(1, 4, 1, 8), 0.3)
-    good = torch.randn(2, 8, 8)
+    good, fit = torch.randn(2, 8, 8), torch.ones(1, 2, 8)
+    of_keys = (good, good, None, None)
     for maps, cause in (
         ((good, None, None, None), "both directions"), ((None, None, good, good[:, :4]), "must be \\[2, 8, 8\\]"),
-        ((good, good.char(), None, None), "forward int8"),
+        ((good, good.char(), None, None), "forward int8"), ((*of_keys, fit), "give k_scale and k_shift, or neither"),
+        ((None, None, good, good, fit, fit), "give k_forward and k_backward, too"),
+        ((*of_keys, fit[0], fit), "k_scale must be float32 \\[1, 2, 8\\] on cpu, dense"),
+        ((*of_keys, fit, fit.half()), "k_shift must be .* got torch.float16"),
+        ((*of_keys, fit, torch.ones(1, 8, 2).mT), "k_shift must be .* with strides"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=cause):
             ops.step_(*args, *maps)

@@ -122,10 +122,11 @@ class Backend:
 
 
 def in_code_space(step: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
-    """The arguments of `step_` with k, v and q mapped and without the maps, and the map of the output, if any."""
-    args, (k_forward, k_backward, v_forward, v_backward) = list(step[:17]), step[17:]
+    """The arguments of `step_` with k, v and q mapped and without maps and fit, and the map of the output, if any."""
+    args, (k_forward, k_backward, v_forward, v_backward, k_scale, k_shift) = list(step[:17]), step[17:]
     if k_forward is not None:
-        args[6], args[15] = reference.apply_map(args[6], k_forward), reference.apply_map(args[15], k_backward.mT)
+        args[6] = reference.apply_map(args[6], k_forward, k_scale, k_shift)
+        args[15] = reference.apply_map(args[15], k_backward.mT, None if k_scale is None else 1 / k_scale)
     if v_forward is not None:
         args[7] = reference.apply_map(args[7], v_forward)
     return tuple(args), v_backward

@@ -106,7 +106,7 @@ def step(*args: Any) -> None:
     """Raises ValueError for what `ops.step_` cannot take; args are all of its arguments."""
     append(*append_part(args))
     decode(*decode_part(args))
-    heads, head_dim = args[2].shape[1], args[2].shape[3]
+    batch, heads, _, head_dim = args[2].shape
     for side, forward, backward in (("k", *args[17:19]), ("v", *args[19:21])):
         if forward is None and backward is None:
             continue
@@ -119,6 +119,19 @@ def step(*args: Any) -> None:
         if forward.dtype not in (*BOOK_DTYPES, torch.int8) or backward.dtype not in BOOK_DTYPES:
             got = f"{forward.dtype} and {backward.dtype}"
             _fail("step_", f"maps must be float32 or float16 (or forward int8), {side}_forward and _backward are {got}")
+    k_scale, k_shift = args[21:]
+    if k_scale is None and k_shift is None:
+        return
+    if k_scale is None or k_shift is None:
+        _fail("step_", "keys are fitted by two tensors: give k_scale and k_shift, or neither")
+    if args[17] is None:
+        _fail("step_", "k_scale and k_shift are of keys behind their map: give k_forward and k_backward, too")
+    for name, x in (("k_scale", k_scale), ("k_shift", k_shift)):
+        fits = x.dtype == torch.float32 and x.shape == (batch, heads, head_dim) and x.device == args[6].device
+        if not (fits and x.is_contiguous()):
+            want = f"float32 [{batch}, {heads}, {head_dim}] on {args[6].device}, dense"
+            got = f"{x.dtype} {[*x.shape]} on {x.device} with strides {[*x.stride()]}"
+            _fail("step_", f"{name} must be {want}, got {got}")
 
 
 def _dims(x: Tensor, count: int) -> tuple[int, ...]:

@@ -33,11 +33,11 @@ SOURCES = Path(__file__).parent / "csrc" / "cpu"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _STEP_AT = tuple(range(0, 64, 8))  # `caller.ADDRESSES` are the first fields of struct pq_decode_args, in their order
 _DECODE_AT = (*_STEP_AT[:5], -1, -1, -1)
-_DECODE_HELD = struct.Struct("=14Q16q")  # the second part of struct pq_decode_args of csrc/cpu/api.h, after `CALL`
+_DECODE_HELD = struct.Struct("=16Q16q")  # the second part of struct pq_decode_args of csrc/cpu/api.h, after `CALL`
 _ENCODE_ARGS = struct.Struct("=4Q11q")  # struct pq_encode_args
 _FLUSH = 4  # pq_result: stored, and some row flushes now
 _VECTORS = (torch.float32, torch.bfloat16, torch.float16)
-_NO_MAPS = (None,) * 4
+_NO_MAPS = (None,) * 6
 _APPEND_ARGS = struct.Struct("=8Q5q")  # struct pq_append_args
 _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append_": (6, 13)}
 """Where the arguments of an operation hold its vectors, and where its (one or two) nbits begin."""
@@ -49,7 +49,7 @@ class Held:
     """What decode takes of the tensors that stay from call to call."""
 
     packed: bytes  # the second part of struct pq_decode_args
-    addresses: tuple[int, ...]  # of those tensors, without maps that are None
+    addresses: tuple[int, ...]  # of those tensors, without those that are None
     versions: tuple[int, int]  # of the codebooks
     owners: tuple[Any, ...]  # of the memory that it points to, or weak references to them
     in_place: bool  # it points to the given sinks and windows, not to copies of them
@@ -180,9 +180,10 @@ class CpuBackend(Backend):
         return out, lse, self._library.pq_decode(call + held.packed)
 
     def _hold(self, tensors: tuple[Tensor | None, ...], k_nbits: int, v_nbits: int) -> Held:
-        """What decode takes of the tensors that stay from call to call, noted at the first one. The last four: maps.
+        """What decode takes of the tensors that stay from call to call, noted at the first one.
 
-        Between two calls a model streams all of its weights, and then every question to a tensor costs a microsecond.
+        The last six are maps, and the keys' scale and shift. Between two calls a model streams all of its weights, and
+        then every question to a tensor costs a microsecond.
         """
         key = (k_nbits, v_nbits, *map(id, tensors))
         held = self._held.get(key)
@@ -190,7 +191,7 @@ class CpuBackend(Backend):
         versions = version(tensors[2]), version(tensors[3])
         if held is not None and held.addresses == addresses and held.versions == versions:
             return held
-        k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _, *maps = tensors
+        k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _, *maps, _, _ = tensors
         _, heads, tiles, k_m, _ = k_pages.shape
         images = self._prepared(k_books, k_nbits, False), self._prepared(v_books, v_nbits, True)
         plain = [None if t is None else _plain(t) for t in tensors]

@@ -169,15 +169,15 @@ class CudaBackend(Backend):
 
     def step_(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Append sets decode's tickets to zero: in a graph that saves a kernel a layer."""
-        maps = args[17:]
+        maps, fit = args[17:21], args[21:]
         if any(x is not None and x.dtype == torch.float32 for x in maps):  # kept so only where float16 overflows
             step, home = in_code_space(args)
-            out, lse = self.step_(*step, None, None, None, None)
+            out, lse = self.step_(*step, *(None,) * 6)
             return (out if home is None else reference.apply_map(out, home)), lse
         k_forward, k_backward, v_forward, v_backward = (None if x is None else x.contiguous() for x in maps)
         call, q = decode_part(args), args[15]
         held = self._hold_step(call, k_backward, v_backward)
-        todo = Maps(k_forward, v_forward, k_backward, _dense_last(q), held.mapped_q)
+        todo = Maps(k_forward, v_forward, k_backward, _dense_last(q), held.mapped_q, *fit)
         self.append_(*append_part(args), tickets=held.tickets, maps=todo)
         return self.decode(*call, held=held)
 
@@ -247,9 +247,9 @@ class CudaBackend(Backend):
         if self._caller is None or op not in ("decode", "step_") or not self._caller.is_there():
             return None
         stores = op == "step_"
-        call, maps = (decode_part(args), args[17:]) if stores else (args, ())
+        call, maps, fit = (decode_part(args), args[17:21], args[21:]) if stores else (args, (), ())
         q, page_table, lengths, k_books, v_books = call[0], *call[3:7]
-        lasting = (*call[1:3], *call[5:11], *(x for x in maps if x is not None))
+        lasting = (*call[1:3], *call[5:11], *(x for x in (*maps, *fit) if x is not None))
         changing = (q, page_table, lengths, *((args[6], args[7], args[9]) if stores else ()))
         if not all(x.is_contiguous() for x in (*lasting, *changing)) or not all(map(operator.is_, _dense(call), call)):
             return None
@@ -262,7 +262,7 @@ class CudaBackend(Backend):
         if stores:
             k_forward, k_backward, v_forward, v_backward = maps
             held = self._hold_step(call, k_backward, v_backward)
-            todo = Maps(k_forward, v_forward, k_backward, q, held.mapped_q)
+            todo = Maps(k_forward, v_forward, k_backward, q, held.mapped_q, *fit)
             packed = append_params(append_part(args), held.tickets, todo)
             for ((m, nbits), params), at in zip(packed, APPEND_AT, strict=False):  # one launch or two
                 launches.append(Launch(_address(self._encode_kernel(q, m, nbits).library.pqlab_append), params, at))

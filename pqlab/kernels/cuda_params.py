@@ -18,7 +18,7 @@ from .caller import offsets
 _DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQQQ5iIif2I")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
 _ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
 _APPEND_SIDE = struct.Struct("<QQQ2qQQQi4x")  # struct AppendSide of csrc/cuda/pq_append.cuh
-_APPEND = struct.Struct("<QQQ10iQQ3qQQ6i7f4x")  # struct AppendParams, after its two sides
+_APPEND = struct.Struct("<QQQ10iQQ3qQQQQ6i7f4x")  # struct AppendParams, after its two sides
 
 
 def _place(packed: struct.Struct, before: str) -> int:
@@ -63,6 +63,8 @@ class Maps(NamedTuple):
     query: Tensor | None  # transposed
     q: Tensor
     to: int
+    k_scale: Tensor | None  # with their shift: what mapped keys are fitted by
+    k_shift: Tensor | None
 
 
 def decode_params(args: tuple[Any, ...], held: Held, out: int, lse: int) -> bytes:
@@ -100,8 +102,9 @@ def append_params(
     (sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
      k_nbits, v_nbits) = args  # fmt: skip
     batch, heads, slots, head_dim = window_k.shape
-    k_map, v_map, query_map, q, mapped_q = maps or Maps(None, None, None, k, 0)
-    asked = (q.data_ptr(), *q.stride()[:3], _pointer(query_map), mapped_q, q.shape[1] // heads, q.shape[2])
+    k_map, v_map, query_map, q, mapped_q, *fit = maps or Maps(None, None, None, k, 0, None, None)
+    asked = (q.data_ptr(), *q.stride()[:3], _pointer(query_map), mapped_q, *map(_pointer, fit),
+             q.shape[1] // heads, q.shape[2])  # fmt: skip
     k_side, v_side = (
         _APPEND_SIDE.pack(sink.data_ptr(), window.data_ptr(), x.data_ptr(), *x.stride()[:2], books.data_ptr(),
                           pages.data_ptr(), _pointer(matrix), matrix is not None and matrix.dtype == torch.int8)

@@ -23,7 +23,7 @@ __all__ = ["OPS", "append_", "decode", "encode", "encode_pages_", "step_"]
 
 OPS = ("decode", "encode", "encode_pages_", "append_", "step_")
 
-_STEP_ARGS = 21  # of step_, maps included
+_STEP_ARGS = 23  # of step_, maps and fit included
 
 _is_traced = torch.compiler.is_dynamo_compiling
 """Else an ordinary tensor needs nothing of torch's dispatcher, which takes 15 us for a dozen tensors."""
@@ -158,6 +158,8 @@ def step_(
     k_backward: Tensor | None = None,
     v_forward: Tensor | None = None,
     v_backward: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    k_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One layer of a decode step: `append_`, then `decode` with the lengths `after`.
 
@@ -165,16 +167,25 @@ def step_(
     (`quantization.codec`) k, v, q and the result are in the head space, and what is stored is in code space: k and v
     go in as x @ forward[h], q asks as q @ backward[h]^T of the keys, and out @ backward[h] of the values comes out.
 
+    Behind their map, keys may be fitted to the sequence. Row b then stores (k @ k_forward[h]) * k_scale[b, h] +
+    k_shift[b, h] and asks (q @ k_backward[h]^T) / k_scale[b, h]. The shift adds the same number to all scores of a
+    query: its lse grows by that, out stays.
+
     Args:
         k_forward, v_forward: [H, d, d], float16, float32 or int8 in units of 1/127; None is no map.
         k_backward, v_backward: float16 or float32 [H, d, d], the inverses; of a side both or neither.
+        k_scale, k_shift: float32 [B, H, d], dense, no scale 0; both or neither, and only with a map of the keys. They
+            are read anew at every call: a caller changes them where they lie.
 
     Returns:
         out [B, Hq, S, d] and lse [B, Hq, S] of `decode`.
+
+    Raises:
+        ValueError: shapes that do not fit each other. KernelMissingError: a forced backend cannot run.
     """
     args = (
         sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
-        k_nbits, v_nbits, q, scale, k_forward, k_backward, v_forward, v_backward,
+        k_nbits, v_nbits, q, scale, k_forward, k_backward, v_forward, v_backward, k_scale, k_shift,
     )  # fmt: skip
     if type(q) is not Tensor or _is_traced():
         return torch.ops.pqlab.step_.default(*args)
@@ -203,7 +214,8 @@ _library.define(
     "step_(Tensor(a!) sink_k, Tensor(b!) sink_v, Tensor(c!) window_k, Tensor(d!) window_v, Tensor(e!) k_pages, "
     "Tensor(f!) v_pages, Tensor k, Tensor v, Tensor page_table, Tensor before, Tensor after, Tensor k_books, "
     "Tensor v_books, int k_nbits, int v_nbits, Tensor q, float scale, Tensor? k_forward=None, "
-    "Tensor? k_backward=None, Tensor? v_forward=None, Tensor? v_backward=None) -> (Tensor out, Tensor lse)"
+    "Tensor? k_backward=None, Tensor? v_forward=None, Tensor? v_backward=None, Tensor? k_scale=None, "
+    "Tensor? k_shift=None) -> (Tensor out, Tensor lse)"
 )
 
 

@@ -133,15 +133,28 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out.to(out_a.dtype), total.log() + top
 
 
-def apply_map(x: Tensor, matrix: Tensor) -> Tensor:
+def apply_map(x: Tensor, matrix: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """x [..., g*H, n, d] times matrix [H, d, d], in x's dtype; the g query heads of a group follow each other.
 
     The matrix is float16, float32, or int8 in units of 1/127. Sums are float32 (float64 for x of float64); of many
     vectors of 16 bits on a GPU they are made by its tensor cores, in which eight bits lose nothing.
+
+    Args:
+        scale, shift: float32 [..., H, d]; what the product is multiplied with, and what is added then, if anything.
     """
     heads, d, _ = matrix.shape
     if x.dim() < 3 or x.shape[-3] % heads or x.shape[-1] != d:
         raise ValueError(f"expected [..., a multiple of {heads} heads, n, {d}], got {list(x.shape)}")
+    y = _product(x, matrix)
+    if scale is not None:
+        y = y.unflatten(-3, (heads, -1)) * scale[..., None, None, :]  # [..., H, g, n, d]
+        y = (y if shift is None else y + shift[..., None, None, :]).flatten(-4, -3)
+    return y.to(x.dtype)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """The product of `apply_map`, in the dtype of its sums, or in x's where they come so."""
+    heads, d, _ = matrix.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.is_cuda and x.shape[-2] >= _MANY and x.dtype in (torch.float16, torch.bfloat16):
         if matrix.dtype == torch.int8:
@@ -156,10 +169,10 @@ def apply_map(x: Tensor, matrix: Tensor) -> Tensor:
         y = y / 127  # at decode x has fewer elements to divide than the matrix
     matrix = matrix.to(dtype)
     if math.prod(x.shape[:-3]) == 1:  # one sequence: no dimension has to be moved
-        return torch.bmm(y.reshape(heads, -1, d), matrix).view(x.shape).to(x.dtype)
+        return torch.bmm(y.reshape(heads, -1, d), matrix).view(x.shape)
     rows = y.unflatten(-3, (heads, -1)).movedim(-4, 0)  # [H, ..., g, n, d]: a broadcast would copy the matrices instead
     out = torch.bmm(rows.reshape(heads, -1, d), matrix).view(rows.shape)
-    return out.movedim(0, -4).flatten(-4, -3).to(x.dtype)
+    return out.movedim(0, -4).flatten(-4, -3)
 
 
 def encode(x: Tensor, books: Tensor) -> Tensor:

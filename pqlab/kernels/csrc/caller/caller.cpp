@@ -62,7 +62,7 @@ struct Places {
 };
 
 const Places DECODE{14, 0, 3, 4, 13, -1, -1, -1, {5, 6, 1, 2, 7, 8, 9, 10}};
-const Places STEP{21, 15, 8, 10, 16, 6, 7, 9, {11, 12, 0, 1, 2, 3, 4, 5, 17, 18, 19, 20}};
+const Places STEP{23, 15, 8, 10, 16, 6, 7, 9, {11, 12, 0, 1, 2, 3, 4, 5, 17, 18, 19, 20, 21, 22}};
 
 // What differs from call to call, in the order of `caller.ADDRESSES`.
 enum Address { Q, PAGE_TABLE, LENGTHS, OUT, LSE, K, V, BEFORE, ADDRESSES };
@@ -94,7 +94,7 @@ struct Launch {
 // What calls have in common.
 struct Known {
     struct HeldTensor {
-        PyObject* object;  // not owned: valid while `held` is alive; None for a map that is not there
+        PyObject* object;  // not owned: valid while `held` is alive; None for a map or a fit that is not there
         const void* address;
         int64_t version;  // -1: not compared
     };

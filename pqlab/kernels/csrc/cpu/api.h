@@ -37,6 +37,8 @@ struct pq_decode_args {
     // Maps [H, d, d], null without: k @ k_forward and v @ v_forward are stored, q @ k_backward^T asks, and out is what
     // was attended to @ v_backward.
     const void *k_forward, *k_backward, *v_forward, *v_backward;
+    // [B, H, d], null without: (k @ k_forward) * k_scale + k_shift is stored, (q @ k_backward^T) / k_scale asks.
+    const float *k_scale, *k_shift;
     const void* k_prepared;  // the books by `pq_prepare_book`; null where `pq_book_bytes` is 0
     const void* v_prepared;
     int64_t heads, head_dim, tiles, max_pages;

@@ -131,15 +131,17 @@ void Decode::store_token(int64_t pair, Scratch& s) const {
     const bool sink = token < a.num_sinks;
     const int64_t slots = sink ? a.num_sinks : a.window_slots;
     const int64_t place = sink ? token : (token - a.num_sinks) % a.window_slots;
-    const auto put = [&](const void* from, const void* to, const Map& map) {
+    const auto put = [&](const void* from, const void* to, const Map& map, const float* scale, const float* shift) {
         s.mapped.resize(size_t(2 * d));
         float *x = s.mapped.data(), *y = x + d;
         to_float(x, from, pair * d, d, a.dtype);
         if (map) multiply(x, 1, map, d, false, y);
+        if (scale)
+            for (int64_t i = 0; i < d; i++) y[i] = y[i] * scale[i] + shift[i];
         from_float(const_cast<void*>(to), (pair * slots + place) * d, map ? y : x, d, a.dtype);
     };
-    put(a.k, sink ? a.sink_k : a.window_k, k_forward(pair));
-    put(a.v, sink ? a.sink_v : a.window_v, v_forward(pair));
+    put(a.k, sink ? a.sink_k : a.window_k, k_forward(pair), of_pair(a.k_scale, pair), of_pair(a.k_shift, pair));
+    put(a.v, sink ? a.sink_v : a.window_v, v_forward(pair), nullptr, nullptr);
 }
 
 void Decode::run(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const {
@@ -151,6 +153,9 @@ void Decode::run(const Segment& segment, const Segment* next, Scratch& s, const 
         s.mapped.resize(size_t(group_rows * d));
         multiply(s.q.data(), group_rows, map, d, true, s.mapped.data());
         s.q.swap(s.mapped);
+        if (const float* scale = of_pair(a.k_scale, segment.pair))
+            for (int64_t at = 0; at < group_rows * d; at += d)
+                for (int64_t i = 0; i < d; i++) s.q[size_t(at + i)] /= scale[i];
     }
     if (segment.first_tile < segment.last_tile) {
         if (few_rows()) run_lookup(segment, next, s, rows);

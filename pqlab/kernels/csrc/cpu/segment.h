@@ -59,6 +59,9 @@ struct Decode {
     Map v_forward(int64_t pair) const { return Map{a.v_forward, a.v_forward_dtype}.of(pair % a.heads, a.head_dim); }
     Map v_backward(int64_t pair) const { return Map{a.v_backward, a.v_backward_dtype}.of(pair % a.heads, a.head_dim); }
 
+    // What the keys of a pair are fitted by, [d], or null.
+    const float* of_pair(const float* fit, int64_t pair) const { return fit ? fit + pair * a.head_dim : nullptr; }
+
     int check() const {
         for (int64_t b = 0; b < a.batch; b++) {
             const int32_t* row = a.lengths + b * 3;

@@ -30,6 +30,8 @@ struct AppendParams {
   int64_t q_stride[3];
   const __half* q_map;   // [H, D, D]: queries are asked as q q_map[h]^T; null: as they are
   void* mapped_q;        // [B, H * G, S, D] of T, dense
+  const float* k_scale;  // [B, H, D], or null: mapped keys are stored * k_scale + k_shift, mapped queries / k_scale
+  const float* k_shift;
   int G, S;
   int maps;              // whether this launch is the one that maps
   // Filled in by the launcher:
@@ -86,15 +88,28 @@ __device__ __forceinline__ void map_tokens(const AppendParams& p, int block, flo
     __device__ __forceinline__ void read(int j, int v) { lengths[j] = TokenLengths(p, b + v), row[j] = (b + v) * p.H + h; }
     __device__ __forceinline__ T* place(int j) const { return lengths[j].template place<T>(p, side, row[j]); }
   } tokens{p, side, b, h};
+  struct Fit {
+    const Tokens& tokens;
+    bool is_there;
+    __device__ __forceinline__ int64_t at(int j, int dim) const {
+      return static_cast<int64_t>(tokens.row[j]) * tokens.p.D + dim;
+    }
+    __device__ __forceinline__ void prefetch(int j, int dim) const {
+      if (is_there) prefetch_l2(tokens.p.k_scale + at(j, dim)), prefetch_l2(tokens.p.k_shift + at(j, dim));
+    }
+    __device__ __forceinline__ float of(int j, int dim, float y) const {
+      return is_there ? fmaf(y, tokens.p.k_scale[at(j, dim)], tokens.p.k_shift[at(j, dim)]) : y;
+    }
+  } fit{tokens, p.k_scale != nullptr && !second};
   const int64_t head = static_cast<int64_t>(h) * p.D * p.D;
   const auto* const eight = static_cast<const int8_t*>(side.map) + head;
   const auto* const half = static_cast<const __half*>(side.map) + head;
   if (n == 1) {
-    side.eight ? map_rows<1, int8_t, T>(eight, p.D, slice, n, smem, at, tokens)
-               : map_rows<1, __half, T>(half, p.D, slice, n, smem, at, tokens);
+    side.eight ? map_rows<1, int8_t, T>(eight, p.D, slice, n, smem, at, tokens, fit)
+               : map_rows<1, __half, T>(half, p.D, slice, n, smem, at, tokens, fit);
   } else {
-    side.eight ? map_rows<4, int8_t, T>(eight, p.D, slice, n, smem, at, tokens)
-               : map_rows<4, __half, T>(half, p.D, slice, n, smem, at, tokens);
+    side.eight ? map_rows<4, int8_t, T>(eight, p.D, slice, n, smem, at, tokens, fit)
+               : map_rows<4, __half, T>(half, p.D, slice, n, smem, at, tokens, fit);
   }
 }
 
@@ -112,11 +127,15 @@ __device__ __forceinline__ void map_queries(const AppendParams& p, int block, fl
     const int b = divide(first + v, p.each_inverse);
     return static_cast<T*>(p.mapped_q) + (static_cast<int64_t>(b * p.H + h) * each + (first + v - b * each)) * p.D;
   };
+  const auto divisor = [&](int v, int row) {
+    if (p.k_scale == nullptr) return 1.f;
+    return p.k_scale[(static_cast<int64_t>(divide(first + v, p.each_inverse)) * p.H + h) * p.D + row];
+  };
   const __half* const map = p.q_map + static_cast<int64_t>(h) * p.D * p.D;
   if (n == 1)
-    map_transposed<1, T>(map, p.D, slice, n, smem, at, to);
+    map_transposed<1, T>(map, p.D, slice, n, smem, at, to, divisor);
   else
-    map_transposed<4, T>(map, p.D, slice, n, smem, at, to);
+    map_transposed<4, T>(map, p.D, slice, n, smem, at, to, divisor);
 }
 
 // One new token a row to its sink or its slot of the ring, and, where a row flushes, the codes of ring tokens

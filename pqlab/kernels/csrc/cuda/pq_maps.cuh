@@ -69,12 +69,20 @@ __device__ __forceinline__ void map_vectors(float* smem, int n, int D, F&& at) {
         smem[(v + i) * kMapMost + r] = r < D ? to_float(at(min(v + i, n - 1))[r]) : 0.f;
 }
 
+// What becomes of results where they are stored: nothing.
+struct AsMapped {
+  __device__ __forceinline__ void prefetch(int, int) {}
+  __device__ __forceinline__ float of(int, int, float y) const { return y; }
+};
+
 // y = x M: a thread has four columns of the slice, of every 16th row. `map` is the head's; at(v) is where vector v
-// begins, `token` knows where results go: token.read(v) asks for it, token.place(v) says it, null for nowhere.
-template <int N, typename E, typename T, typename F, typename G>
-__device__ __forceinline__ void map_rows(const E* map, int D, int slice, int n, float* smem, F&& at, G& token) {
+// begins, `token` knows where results go: token.read(j, v) asks for it, token.place(j) says it, null for nowhere; `fit`
+// what they become there: fit.prefetch(j, dimension), fit.of(j, dimension, y).
+template <int N, typename E, typename T, typename F, typename G, typename H = AsMapped>
+__device__ __forceinline__ void map_rows(const E* map, int D, int slice, int n, float* smem, F&& at, G& token,
+                                         H fit = {}) {
   constexpr int EACH = kMapVectors / kMapWarps;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = threadIdx.x >> 3;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = threadIdx.x >> 3, dim = slice * kMapSlice + lane;
   const E* const m = map + row * D + slice * kMapSlice + (threadIdx.x & 7) * 4;
   Four<E> raw[8] = {};
   auto ask = [&](int first) {
@@ -85,7 +93,7 @@ __device__ __forceinline__ void map_rows(const E* map, int D, int slice, int n, 
   ask(0);
 #pragma unroll
   for (int j = 0; j < (N == 1 ? 1 : EACH); ++j)
-    if (warp + kMapWarps * j < n) token.read(j, warp + kMapWarps * j);
+    if (warp + kMapWarps * j < n) token.read(j, warp + kMapWarps * j), fit.prefetch(j, dim);
   map_vectors<N>(smem, n, D, at);
   __syncthreads();
   float* const parts = smem + kMapVectors * kMapMost;  // [vectors][warps][slice]
@@ -123,15 +131,17 @@ __device__ __forceinline__ void map_rows(const E* map, int D, int slice, int n, 
     float y = 0.f;
 #pragma unroll
     for (int k = 0; k < kMapWarps; ++k) y += parts[(v * kMapWarps + k) * kMapSlice + lane];
-    to[slice * kMapSlice + lane] = from_float<T>(y * Four<E>::unit);
+    to[dim] = from_float<T>(fit.of(j, dim, y * Four<E>::unit));
   }
 }
 
-// y = x M^T: a warp has four rows of the slice, a lane four columns; to(v) is where vector v's result goes.
-template <int N, typename T, typename F, typename G>
-__device__ __forceinline__ void map_transposed(const __half* map, int D, int slice, int n, float* smem, F&& at, G&& to) {
+// y = x M^T: a warp has four rows of the slice, a lane four columns; to(v) is where vector v's result goes, divided
+// by divisor(v, row).
+template <int N, typename T, typename F, typename G, typename H>
+__device__ __forceinline__ void map_transposed(const __half* map, int D, int slice, int n, float* smem, F&& at, G&& to,
+                                               H&& divisor) {
   constexpr int ROWS = kTransposedSlice / kMapWarps;
-  static_assert(ROWS == 4 && N <= 8, "see fold, and who stores what");
+  static_assert(ROWS == 4 && kMapVectors == 8, "see fold, and who stores what");
   const int lane = threadIdx.x & 31, row = slice * kTransposedSlice + (threadIdx.x >> 5) * ROWS;
   constexpr int ROUNDS = kMapMost / kMapRound;
   Four<__half> raw[ROUNDS][ROWS] = {};
@@ -140,11 +150,14 @@ __device__ __forceinline__ void map_transposed(const __half* map, int D, int sli
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
       if (r * kMapRound + 4 * lane < D) raw[r][i] = load_four(map + (row + i) * D + r * kMapRound + 4 * lane);
+  const int mine = lane & 7, my_row = row + (lane >> 3);  // the result that this lane stores
+  const float by = mine < n ? divisor(mine, my_row) : 1.f;
+  float result = 0.f;
   map_vectors<N>(smem, n, D, at);
   __syncthreads();
 #pragma unroll 1
   for (int v = 0; v < n; v += N) {
-    float y[N][ROWS] = {}, mine = 0.f;
+    float y[N][ROWS] = {};
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
       if (r * kMapRound >= D) break;
@@ -164,11 +177,10 @@ __device__ __forceinline__ void map_transposed(const __half* map, int D, int sli
       fold<2, 8>(y[k], lane);
 #pragma unroll
       for (int o = 4; o; o >>= 1) y[k][0] += __shfl_xor_sync(~0u, y[k][0], o);
-      if ((lane & 7) == k) mine = y[k][0];
+      if (mine == v + k) result = y[k][0];
     }
-    const int of = v + (lane & 7);
-    if ((lane & 7) < N && of < n) to(of)[row + (lane >> 3)] = from_float<T>(mine);
   }
+  if (mine < n) to(mine)[my_row] = from_float<T>(result / by);
 }
 
 }  // namespace pqlab
