@@ -29,7 +29,7 @@ EXACT_BYTES = 2
 SHARE_OF_DEFAULT = 0.7
 """Part of free memory that a pool of default size may take: prompts and other programs need some, too."""
 
-INT32 = 4
+INT32 = FLOAT32 = 4
 
 
 def coded_tokens(context: int, cache: CacheConfig) -> int:
@@ -105,7 +105,8 @@ class CacheCost:
         context: tokens of each sequence.
         batch: sequences.
         exact_bytes: bytes of an exact element, in the window as in the baseline (2: fp16 or bf16).
-        maps: the codebooks have a d × d map, forward and backward, per head and side, as `calibrate` makes them.
+        maps: the codebooks have a d × d map, forward and backward, per head and side, and keys are fitted to their
+            sequence, as `calibrate` makes them.
 
     All sizes are bytes unless a name says otherwise; `stored` is what the tokens occupy, `reserved` includes free
     pages. Raises `ConfigError` when M does not divide the head size or context or batch is below 1.
@@ -209,6 +210,12 @@ class CacheCost:
         return self.batch * self.cache.window_length * self.shape.token_bytes(self.exact_bytes)
 
     @property
+    def fit_bytes(self) -> int:
+        """A scale and a shift for every dimension of the keys of a sequence."""
+        heads = self.shape.num_layers * self.shape.num_kv_heads
+        return self.batch * heads * self.shape.head_dim * 2 * FLOAT32 if self.maps else 0
+
+    @property
     def table_bytes(self) -> int:
         """Page table (int32 per page) and the three lengths of each sequence."""
         return INT32 * (self.pages_used + 3 * self.batch)
@@ -220,16 +227,20 @@ class CacheCost:
 
     @property
     def constant_bytes(self) -> int:
-        """Model constants, shared by all sequences and independent of their length: centroids in two bytes, and of maps
-        one direction in a byte an entry, the other in two. (On a GPU the kernels hold them in float32.)"""
+        """Model constants, shared by all sequences and independent of their length: centroids in two bytes, of maps one
+        direction in a byte an entry, the other in two, and two numbers of two bytes for every dimension of the keys.
+        (On a GPU the kernels hold them in float32.)"""
         d = self.shape.head_dim
-        per_head = 2 * d * 2**self.pq.nbits + (3 * d * d if self.maps else 0)
-        return self.shape.num_layers * self.shape.num_kv_heads * 2 * per_head
+        per_head = 2 * (2 * d * 2**self.pq.nbits)
+        if self.maps:
+            per_head += 2 * 3 * d * d + 2 * 2 * d
+        return self.shape.num_layers * self.shape.num_kv_heads * per_head
 
     @property
     def stored_bytes(self) -> int:
         """What the tokens occupy, without free pages and model constants."""
-        return self.code_bytes + self.sink_bytes + self.window_bytes + self.table_bytes + self.sliding_bytes
+        exact = self.sink_bytes + self.window_bytes + self.sliding_bytes
+        return self.code_bytes + exact + self.fit_bytes + self.table_bytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -254,6 +265,7 @@ class CacheCost:
             ("free pages", max(0, self.pool_bytes - self.code_bytes), "max_pages"),
             ("exact window", self.window_bytes, "sequences"),
             ("exact sinks", self.sink_bytes, "sequences"),
+            ("key fits", self.fit_bytes, "sequences"),
             ("page table", self.table_bytes, "pages"),
             ("sliding layers", self.sliding_bytes, "sequences"),
             ("model constants", self.constant_bytes, "the model"),

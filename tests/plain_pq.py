@@ -2,7 +2,8 @@
 
 It is a transformers cache that works with any attention: `update` returns dequantized K and V for every column. It
 follows DESIGN's semantics (sinks, window, flush of whole pages, encode once) in the most literal way. Exact tokens lie
-behind the codec's map and are read through its inverse, which is that of rounded matrices.
+behind the codec's map and are read through its inverse, which is that of rounded matrices. Keys are fitted to the first
+page that a row codes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ class PlainPQLayer(DynamicLayer):
         self.codec, self.page_size, self.residual, self.sinks = codec, page_size, residual, sinks
         self.mask = mask  # bool [B, columns], False at pads
         self.coded: list[int] = []
+        self.fits: list[tuple[torch.Tensor, torch.Tensor]] = []  # scale and shift [H, d] of a row's keys
         self.raw: dict[str, torch.Tensor] = {}  # as the model made them: what is encoded
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.coded = [0] * keys.shape[0]
+            self.fits = [()] * keys.shape[0]
             self.raw = {"keys": keys[:, :, :0], "values": values[:, :, :0]}
         start = self.raw["keys"].shape[2]
         self.raw = {name: torch.cat([self.raw[name], x], 2) for name, x in (("keys", keys), ("values", values))}
@@ -55,8 +58,17 @@ class PlainPQLayer(DynamicLayer):
             chosen = body[self.coded[row] : end]
             for name, codec in self._sides():
                 x = self.raw[name][row][:, chosen]
-                getattr(self, name)[row][:, chosen] = codec.decode(codec.encode(x)).to(x.dtype)
+                getattr(self, name)[row][:, chosen] = self._decoded(row, codec, x).to(x.dtype)
             self.coded[row] = end
+
+    def _decoded(self, row: int, codec, x: torch.Tensor) -> torch.Tensor:
+        if not codec.can_fit:
+            return codec.decode(codec.encode(x))
+        y = codec.to_code_space(x)
+        if not self.coded[row]:
+            self.fits[row] = codec.fit(y[:, : min(64, self.page_size)])
+        scale, shift = (part[:, None] for part in self.fits[row])
+        return codec.from_code_space((codec.dequantize(codec.quantize(y * scale + shift)) - shift) / scale)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -70,7 +82,7 @@ class PlainPQLayer(DynamicLayer):
     def reorder_cache(self, beam_idx) -> None:
         super().reorder_cache(beam_idx)
         self.raw = {name: x[beam_idx] for name, x in self.raw.items()}
-        self.coded = [self.coded[i] for i in beam_idx.tolist()]
+        self.coded, self.fits = ([old[i] for i in beam_idx.tolist()] for old in (self.coded, self.fits))
         if self.mask is not None:
             self.mask = self.mask[beam_idx]
 

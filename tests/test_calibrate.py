@@ -196,7 +196,11 @@ def test_what_shares_a_codebook(make_model, tiny_tokenizer, maps):
     options = {"num_tokens": 1500, "window": 500, "progress": False, "maps": maps}
     books = {scope: calibrate(model, tiny_tokenizer, TEXT, PQConfig(8, 4), scope=scope, **options) for scope in SCOPES}
     per_map = {"head": 3, "layer": 4, "model": 4}  # bytes of an entry, both directions
-    sizes = {s: book.nbytes - 2 * 2 * 3 * 16 * 16 * per_map[s] * maps for s, book in books.items()}
+    heads = 2 * 3  # layers times kv heads
+    per_head = {
+        s: (2 * 16 * 16 * size + 2 * 16 * 2) * maps for s, size in per_map.items()
+    }  # two maps, the keys' moments
+    sizes = {s: book.nbytes - heads * per_head[s] for s, book in books.items()}
     one = 8 * 16 * 2 * 2
     assert sizes == {"head": 12 * one, "layer": 4 * one, "model": 2 * one}
     held_out = collect_kv(model, tiny_tokenizer, TEXT[::-1], num_tokens=500)

@@ -104,7 +104,10 @@ def test_a_file_of_ones_own(tmp_path):
     ("arguments", "message"),
     [
         ({"name": "wikitext-2"}, 'did you mean "wikitext-2-raw-v1"'),
-        ({"name": "nowhere.txt"}, "Names are pride, emma, moby-dick, genesis-es, code, numbers, sampled, wikitext-2-raw-v1"),
+        (
+            {"name": "nowhere.txt"},
+            "Names are pride, emma, moby-dick, genesis-es, code, numbers, sampled, wikitext-2-raw",
+        ),
         ({"name": "pride", "data": Path(".")}, "leave --data out"),
         ({"name": "pride", "calibration": "nowhere.txt"}, "there is no text nowhere.txt"),
     ],

@@ -145,14 +145,15 @@ def test_layers_of_unequal_heads_have_no_shape(monkeypatch):
 
 
 def map_bytes() -> int:
-    """Of both sides of TINY's layers: forward in eight bits, backward in float16."""
-    return sum(torch.empty(2, 2, 3, 16, 16, dtype=dtype).nbytes for dtype in (torch.int8, torch.float16))
+    """Of both sides of TINY's layers: forward in eight bits, backward in float16, mean and spread of the keys."""
+    maps = sum(torch.empty(2, 2, 3, 16, 16, dtype=dtype).nbytes for dtype in (torch.int8, torch.float16))
+    return maps + torch.empty(2, 2, 3, 16, dtype=torch.float16).nbytes
 
 
 def test_maps_are_model_constants():
     plain, mapped = (CacheCost(TINY, PQConfig(), CacheConfig(), 100, maps=maps) for maps in (False, True))
     assert mapped.constant_bytes - plain.constant_bytes == map_bytes()
-    assert mapped.stored_bytes == plain.stored_bytes
+    assert mapped.stored_bytes - plain.stored_bytes == mapped.fit_bytes == torch.empty(2, 2, 3, 16).nbytes
 
 
 def test_codebooks_of_that_shape_have_these_bytes():
@@ -181,4 +182,5 @@ def test_a_running_cache_has_these_bytes(make_model, context):
     assert [tuple(row) for row in cache.lengths.tolist()] == [cost.lengths] * 2
     assert held["codes"] == cost.code_bytes and held["pool"] == cost.pool_bytes
     assert held["exact_tokens"] == cost.sink_bytes + cost.window_bytes
+    assert held["key_fits"] == cost.fit_bytes
     assert held["model_constants"] == cost.constant_bytes

@@ -138,7 +138,7 @@ def test_layers_are_left_exact_where_no_choice_holds(tiny, planner, tmp_path):
 
     ids = torch.randint(0, 200, (1, 150), generator=torch.Generator().manual_seed(3))
     tiny.set_attn_implementation("pqlab")
-    whole = last_hidden(tiny, ids, TeacherForcedCache(tiny, from_codebooks(back.codebooks), SMALL))
+    whole = last_hidden(tiny, ids, TeacherForcedCache(tiny, from_codebooks(back.codebooks, SMALL.page_size), SMALL))
     cache = back.cache(tiny)
     assert [kind.startswith("exact") for kind in cache.layer_kinds()] == [i in back.codebooks.exact for i in range(2)]
     steps = [last_hidden(tiny, ids[:, t : t + 1], cache) for t in range(ids.shape[1])]

@@ -114,7 +114,7 @@ def test_what_is_stored_is_within_the_budget_and_a_tight_one_takes_a_smaller_win
 def test_the_factors_are_those_of_the_harness(tiny, planner):
     """Both exact tokens at once, which were never measured together, on windows that nothing was measured on."""
     chosen = dict.fromkeys(planner.options.costs.set_index(["layer", "side"]).index, 2)
-    quantize = from_codebooks(planner._books(chosen))
+    quantize = from_codebooks(planner._books(chosen), SMALL.page_size)
     configs = {f"{e.config.num_sinks} {e.config.residual_length}": e.config for e in planner.options.exact}
     frame = compare(tiny, planner._windows, dict.fromkeys(configs, quantize), own_configs=configs)
     measured = frame.groupby("method").kl.mean()
@@ -152,7 +152,7 @@ def test_a_file_brings_its_sinks_and_window(tiny, tiny_tokenizer, planner, tmp_p
     assert row.exact_tokens == made.config.num_sinks + made.config.residual_length
     assert row.note == f"its own {made.config.num_sinks} sinks and R {made.config.residual_length}"
     assert row.bytes_2048 == made.total_bytes(2048)
-    quantize = {"planned": from_codebooks(back.codebooks)}
+    quantize = {"planned": from_codebooks(back.codebooks, SMALL.page_size)}
     again = compare(tiny, [result_windows(tiny_tokenizer)], quantize, made.config)
     assert row.kl == pytest.approx(again.kl.mean())
     short = evaluate(tiny, tiny_tokenizer, [], **{**settings, "length": 100}).table().set_index("method")

@@ -15,15 +15,18 @@ SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize(("prompt", "maps"), [(1, False), (50, False), (119, False), (50, True)])
+@pytest.mark.parametrize(
+    ("prompt", "maps"), [(1, False), (50, False), (119, False), (50, True), (1, True), (50, "unfitted")]
+)
 def test_it_agrees_with_step_by_step_decode(make_model, kind, prompt, maps):
     """Behind a map in few bits the real cache's exact tokens are off by its rounding, far less than its codes are."""
     model = make_model(kind)
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=maps)
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=bool(maps))
+    books = books.unfitted() if maps == "unfitted" else books
     ids = torch.randint(0, 200, (1, 160), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        forced = TeacherForcedCache(model, from_codebooks(books), SMALL, prompt)
+        forced = TeacherForcedCache(model, from_codebooks(books, SMALL.page_size), SMALL, prompt)
         at_once = model(ids, **cache_argument(model, forced)).logits[0]
         cache = PagedPQCache(model, books, SMALL)
         steps = [model(ids[:, :prompt], **cache_argument(model, cache)).logits[0]]

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..config import CacheConfig
 from ..quantization import Codebooks, LayerCodec, PQCodec
+from .key_fit import KeyFit, fit_tokens
 
 _CHUNK = 512  # tokens whose distances to all centroids are held at a time
 
@@ -44,6 +45,7 @@ class ContiguousPQLayer(DynamicLayer):
         self.sinks: list[Tensor] = []
         self.codes: list[Tensor] = []
         self.window: list[Tensor] = []
+        self.fit: KeyFit | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         new = [key_states, value_states]
@@ -65,9 +67,14 @@ class ContiguousPQLayer(DynamicLayer):
     def stored(self) -> tuple[Tensor, Tensor]:
         """K and V [B, H, n, d] of all tokens, codes dequantized; exact ones as they come back from behind the map."""
         return tuple(
-            torch.cat([_through_map(side, sinks), side.decode(codes).to(sinks.dtype), _through_map(side, window)], 2)
-            for side, sinks, codes, window in zip(self._sides, self.sinks, self.codes, self.window, strict=True)
+            torch.cat([_through_map(side, sinks), self._decoded(i).to(sinks.dtype), _through_map(side, window)], 2)
+            for i, (side, sinks, window) in enumerate(zip(self._sides, self.sinks, self.window, strict=True))
         )
+
+    def _decoded(self, i: int) -> Tensor:
+        side = self._sides[i]
+        y = side.dequantize(self.codes[i])
+        return side.from_code_space(y if self.fit is None or i else self.fit.undo(y))
 
     def get_seq_length(self) -> int:
         return sum(part[0].shape[2] for part in (self.sinks, self.codes, self.window)) if self.is_initialized else 0
@@ -87,7 +94,14 @@ class ContiguousPQLayer(DynamicLayer):
         size = self.config.page_size
         leaving = (coded + waiting - self.config.residual_length) // size * size - coded
         for i, side in enumerate(self._sides):
-            fresh = nearest(side.to_code_space(self.window[i][:, :, :leaving]), side.centroids)
+            y = side.to_code_space(self.window[i][:, :, :leaving])
+            if side.can_fit:
+                if not coded:
+                    self.fit = KeyFit(side, len(y), y.device)
+                    for row, first in enumerate(y[:, :, : fit_tokens(size)]):
+                        self.fit.take(row, first)
+                y = self.fit.apply(y)
+            fresh = nearest(y, side.centroids)
             self.codes[i] = torch.cat([self.codes[i], fresh], 2)
             self.window[i] = self.window[i][:, :, leaving:].clone()  # a view would keep what has left
 

@@ -126,12 +126,14 @@ class PagedPQCache(Cache):
         return self.group.as_frame(first_token=self.settings.num_sinks)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: codes in used pages, the whole pool, exact buffers, exact layers, page table, constants."""
+        """Bytes held: codes in used pages, the whole pool, exact buffers, what keys are fitted with, exact layers, page
+        table, constants."""
         exact = [x for x in self.layers if not isinstance(x, PagedPQLayer)]
         return {
             "codes": self.pool.num_used * self.pool.layout.page_bytes,
             "pool": self.pool.layout.num_bytes,
             "exact_tokens": sum(layer.exact_nbytes for layer in self._quantized),
+            "key_fits": sum(layer.fit.nbytes for layer in self._quantized if layer.fit is not None),
             "exact_layers": sum(x.keys.nbytes + x.values.nbytes for x in exact if x.is_initialized),
             "page_table": self.group.page_table().nbytes,
             "model_constants": self.codebooks.nbytes,

@@ -6,6 +6,8 @@ map), so one kernel reads sinks, codes and window with one query::
     sinks   [B, H, num_sinks, d]   the first tokens of each row, exact
     pages   [max_pages, H, T, M, 2 * nbits] uint8, K and V: views of the pool
     window  [B, H, W, d]           ring of the newest tokens, exact; the token with code index u lies in slot u % W
+
+Keys may be fitted to their sequence on the way there (`key_fit`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from ..kernels.backend import EXACT, current_setting
 from ..kernels.reference import attend_dense, merge
 from ..paging.layout import read_pages
 from .exact_buffers import ExactBuffers
+from .key_fit import KeyFit, fit_tokens
 from .sequences import Flush, SequenceGroup, StepPlan, plain_state
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ class PagedPQLayer(CacheLayerMixin):
         self.columns = 0
         self.pending: _Handover | None = None
         self.sink_k = self.sink_v = self.window_k = self.window_v = None
+        self.fit: KeyFit | None = None  # where the codec can
 
     # -- transformers' side -------------------------------------------------------------------------------------
 
@@ -98,6 +102,7 @@ class PagedPQLayer(CacheLayerMixin):
             sinks, window = self.group.config.num_sinks, self.group.config.window_length
             made = (key_states.new_zeros(batch, heads, n, head_dim) for n in (sinks, sinks, window, window))
         self.sink_k, self.sink_v, self.window_k, self.window_v = made
+        self.fit = KeyFit(self.codec.k, batch, self.device) if self.codec.k.can_fit else None
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -141,7 +146,7 @@ class PagedPQLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Drop the exact buffers; the pages go back through `PagedPQCache.reset`."""
         self.columns, self.pending, self.is_initialized = 0, None, False
-        self.sink_k = self.sink_v = self.window_k = self.window_v = None
+        self.sink_k = self.sink_v = self.window_k = self.window_v = self.fit = None
 
     @plain_state
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -150,6 +155,8 @@ class PagedPQLayer(CacheLayerMixin):
             rows = rows.to(self.device)
             for name in ("sink_k", "sink_v", "window_k", "window_v"):
                 setattr(self, name, getattr(self, name).index_select(0, rows))
+            if self.fit is not None:
+                self.fit.select(rows)
 
     @property
     def exact_nbytes(self) -> int:
@@ -184,6 +191,7 @@ class PagedPQLayer(CacheLayerMixin):
         if mask is not None:
             self.group.check_mask(plan, mask)
         if steps == 1:
+            self._fit_first(plan)
             out = self._step(query, keys, values, plan.before, plan.after, scaling)
             self.columns = start + 1
         elif plan.starts_empty:
@@ -218,7 +226,9 @@ class PagedPQLayer(CacheLayerMixin):
         valid = torch.arange(n, device=self.device) < lengths.sum(1, keepdim=True).to(self.device)
         k = self._gather(rows, n, self.codec.k, self.k_pages, self.sink_k, self.window_k)
         v = self._gather(rows, n, self.codec.v, self.v_pages, self.sink_v, self.window_v)
-        return k, v, valid
+        if self.fit is not None:
+            k = self.fit.undo(k)
+        return self.codec.k.from_code_space(k), self.codec.v.from_code_space(v), valid
 
     def codes(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [H, coded, M] of a row's pages, K and V, in token order."""
@@ -243,11 +253,12 @@ class PagedPQLayer(CacheLayerMixin):
         scaling: float,
     ) -> torch.Tensor:  # fmt: skip
         """Store one token a row, [B, H, 1, d], between two states of the lengths, int32 [B, 3], and attend to all."""
-        k, v = self.codec.k, self.codec.v
+        k, v, fit = self.codec.k, self.codec.v, self.fit
         out, _ = ops.step_(
             self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages,
             keys, values, self.group.page_table(), before, after, k.centroids, v.centroids, k.nbits, v.nbits,
             query, scaling, k.forward, k.backward, v.forward, v.backward,
+            *(() if fit is None else (fit.scale, fit.shift)),
         )  # fmt: skip
         return out
 
@@ -267,16 +278,47 @@ class PagedPQLayer(CacheLayerMixin):
 
     def _attend_stored(self, query: torch.Tensor, lengths: torch.Tensor, scaling: float):
         """(out [B, Hq, S, d], lse [B, Hq, S]) over everything stored."""
+        asked = self.codec.k.map_query(query)
+        shifted = None
+        if self.fit is not None:
+            asked, shifted = self.fit.ask(asked)
         out, lse = ops.decode(
-            self.codec.k.map_query(query), self.k_pages, self.v_pages, self.group.page_table(), lengths,
+            asked, self.k_pages, self.v_pages, self.group.page_table(), lengths,
             self.codec.k.centroids, self.codec.v.centroids, self.sink_k, self.sink_v, self.window_k, self.window_v,
             self.codec.k.nbits, self.codec.v.nbits, scaling,
         )  # fmt: skip
+        if shifted is not None:  # new tokens, which lse is compared with, are not stored yet
+            lse = lse - scaling * shifted
         return self.codec.v.from_code_space(out), lse
+
+    def _fit_first(self, plan: StepPlan, keys: torch.Tensor | None = None) -> None:
+        """Fit the rows whose first tokens are coded in this step, and bring what they have stored to that.
+
+        Args:
+            keys: [B, H, S, d] in code space, the tokens of a chunk; a single new token is not among the first.
+        """
+        if self.fit is None:
+            return
+        for flush in plan.flushes:
+            if flush.first:
+                continue
+            row, count = flush.row, fit_tokens(self.group.config.page_size)
+            waiting = max(0, plan.tokens[row] - self.group.config.num_sinks)
+            sinks, window = (self.fit.undo(x[row], row) for x in (self.sink_k, self.window_k))
+            first = window[:, : min(waiting, count)]  # in ring slots from 0: nothing was ever coded before them
+            if waiting < count:
+                new = keys[row] if plan.real is None else keys[row][:, plan.real[row].to(keys.device)]
+                new_sinks = max(0, self.group.config.num_sinks - plan.tokens[row])
+                first = torch.cat([first, new[:, new_sinks : new_sinks + count - waiting]], 1)
+            self.fit.take(row, first)
+            self.sink_k[row], self.window_k[row] = self.fit.apply(sinks, row), self.fit.apply(window, row)
 
     def _store(self, plan: StepPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the new tokens of a step, flushing what the plan says. Nothing is encoded twice."""
         keys, values = self.codec.k.to_code_space(keys), self.codec.v.to_code_space(values)
+        self._fit_first(plan, keys)
+        if self.fit is not None:
+            keys = self.fit.apply(keys)
         if plan.num_columns == 1:
             ops.append_(
                 self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages, keys, values,
@@ -330,7 +372,7 @@ class PagedPQLayer(CacheLayerMixin):
             ops.encode_pages_(pages, x, codec.centroids, flush.page_ids, flush.first_slot, codec.nbits)
 
     def _gather(self, rows, n, codec, pages, sink, window) -> torch.Tensor:
-        """[B, H, n, d] in the head space: sinks, decoded pages and ring of each row, in token order."""
+        """[B, H, n, d] as stored: sinks, decoded pages and ring of each row, in token order."""
         batch, heads, ring, head_dim = window.shape
         out = window.new_zeros(batch, heads, n, head_dim)
         table = self.group.page_table()
@@ -342,7 +384,7 @@ class PagedPQLayer(CacheLayerMixin):
                 out[row, :, sinks : sinks + coded] = codec.dequantize(codes).to(out.dtype)
             slots = torch.arange(coded, coded + exact, device=out.device) % ring
             out[row, :, sinks + coded : sinks + coded + exact] = window[row].index_select(1, slots)
-        return codec.from_code_space(out)
+        return out
 
     def _store_and_dequantize(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None):
         """The fallback's step: K and V [B, H, columns, d] as a plain cache would return them, pads where they were."""

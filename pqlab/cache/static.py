@@ -154,7 +154,11 @@ class StaticGroup(SequenceGroup):
 
 
 class StaticPagedPQLayer(PagedPQLayer):
-    """A `PagedPQLayer` whose decode step is tensors only; chunks go the eager way."""
+    """A `PagedPQLayer` whose decode step is tensors only; chunks go the eager way.
+
+    Keys are fitted to a sequence by a chunk that codes its first tokens: a prompt of a page more than R and the sinks.
+    Where a captured step is the first to code any, they stay as they are.
+    """
 
     is_croppable = False
     is_compileable = True  # unless `allow_capture` finds otherwise
@@ -182,7 +186,8 @@ class StaticPagedPQLayer(PagedPQLayer):
         if not is_torchdynamo_compiling():
             sides = [(side.centroids, side.forward, side.backward) for side in (self.codec.k, self.codec.v)]
             buffers = (self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages)
-            for tensor in (*buffers, *(t for side in sides for t in side if t is not None)):
+            fit = () if self.fit is None else (self.fit.scale, self.fit.shift)
+            for tensor in (*buffers, *fit, *(t for side in sides for t in side if t is not None)):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -207,6 +212,8 @@ class StaticPagedPQLayer(PagedPQLayer):
     def reset(self) -> None:
         """Forget the tokens; the buffers keep their addresses."""
         self.pending, self.columns = None, 0
+        if self.fit is not None:
+            self.fit.reset()
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         if query.shape[2] > 1 or not self.group.num_rows:

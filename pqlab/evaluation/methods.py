@@ -16,7 +16,7 @@ from typing import Any
 
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
-from ..cost import EXACT_BYTES, INT32, coded_tokens
+from ..cost import EXACT_BYTES, FLOAT32, INT32, coded_tokens
 from ..errors import ConfigError
 from ..models.defaults import CALIBRATION_TEXT
 from ..quantization import Codebooks, attention_geometry
@@ -60,6 +60,7 @@ class Method:
         token_elements: elements of one token, K and V of all quantized layers.
         page_bytes: of K and V of all quantized layers as stored: codes, scales, zero points.
         constant_bytes: codebooks and maps, shared by all sequences.
+        fit_bytes: of a sequence, what its keys are fitted with (`cache.key_fit`).
         note: how the method was brought to equal terms; "" when there is nothing to say.
         cache: tokens that a sequence may reach -> a real cache, for the "pqlab" attention, whose codebooks are copies
             of its own; None for a method that is only simulated.
@@ -71,6 +72,7 @@ class Method:
     token_elements: int
     page_bytes: int
     constant_bytes: int = 0
+    fit_bytes: int = 0
     note: str = ""
     cache: Callable[[int], PagedPQCache] | None = None
 
@@ -86,20 +88,20 @@ class Method:
 
     def total_bytes(self, context: int) -> int:
         """`sequence_bytes` of this method."""
-        return sequence_bytes(context, self.config, self.page_bytes, self.token_elements, self.constant_bytes)
+        more = self.constant_bytes + self.fit_bytes
+        return sequence_bytes(context, self.config, self.page_bytes, self.token_elements, more)
 
 
-def sequence_bytes(
-    context: int, config: CacheConfig, page_bytes: int, token_elements: int, constant_bytes: int = 0
-) -> int:
-    """Bytes of one sequence of `context` tokens: pages, page table, sinks, window, and the model constants.
+def sequence_bytes(context: int, config: CacheConfig, page_bytes: int, token_elements: int, more_bytes: int = 0) -> int:
+    """Bytes of one sequence of `context` tokens: pages, page table, sinks, window, and what has one size at any length
+    (model constants, fits).
 
     The window counts as it is allocated, R + page_size tokens in fp16. Sliding-window layers, the same for every
     method, do not count. The other arguments are those of `Method`.
     """
     pages = coded_tokens(context, config) // config.page_size
     exact = (config.num_sinks + config.window_length) * token_elements * EXACT_BYTES
-    return pages * page_bytes + INT32 * (pages + 3) + exact + constant_bytes
+    return pages * page_bytes + INT32 * (pages + 3) + exact + more_bytes
 
 
 Maker = Callable[[Setting], Method]
@@ -164,11 +166,12 @@ def from_codebooks(
     config = config or setting.config
     return Method(
         name=name,
-        quantize=teacher_forced.from_codebooks(codebooks.to(setting.model.device)),
+        quantize=teacher_forced.from_codebooks(codebooks.to(setting.model.device), config.page_size),
         config=config,
         token_elements=token_elements(setting.geometry),
         page_bytes=_page_bytes(codebooks, config.page_size),
         constant_bytes=codebooks.nbytes,
+        fit_bytes=fit_bytes(codebooks),
         note=note,
         cache=lambda context: PagedPQCache(setting.model, deepcopy(codebooks), config, context=context),
     )
@@ -177,7 +180,14 @@ def from_codebooks(
 def stored_bytes(codebooks: Codebooks, config: CacheConfig, context: int) -> int:
     """`sequence_bytes` of a cache with these codebooks."""
     elements = token_elements(codebooks.geometry | codebooks.exact)
-    return sequence_bytes(context, config, _page_bytes(codebooks, config.page_size), elements, codebooks.nbytes)
+    more = codebooks.nbytes + fit_bytes(codebooks)
+    return sequence_bytes(context, config, _page_bytes(codebooks, config.page_size), elements, more)
+
+
+def fit_bytes(codebooks: Codebooks) -> int:
+    """A float32 scale and shift for every dimension of the keys."""
+    fitted = (layer.k for layer in codebooks.layers.values() if layer.k.can_fit)
+    return sum(2 * FLOAT32 * codec.num_heads * codec.head_dim for codec in fitted)
 
 
 def _page_bytes(codebooks: Codebooks, page_size: int) -> int:
@@ -191,7 +201,7 @@ def token_elements(geometry: Geometry) -> int:
     return sum(2 * heads * head_dim for heads, head_dim in geometry.values())
 
 
-def _default_codebooks(setting: Setting, bits: int, scope: str = "head") -> Method:
+def _default_codebooks(setting: Setting, bits: int, scope: str = "head", *, fit: bool = True) -> Method:
     """The codebooks of `pqlab.default_codebooks`: M = d/2 with 8 or 6 bits a code, M = d/4 with 8 bits a code."""
     from ..models import default_codebooks
 
@@ -201,6 +211,8 @@ def _default_codebooks(setting: Setting, bits: int, scope: str = "head") -> Meth
     pq = {4: PQConfig(), 3: PQConfig(nbits=6), 2: PQConfig(M=max(1, sizes[0] // 4))}[bits]
     options = {"text": setting.calibration, "scope": scope, "progress": setting.progress}
     books = default_codebooks(setting.model, setting.tokenizer, pq, **options)
+    if not fit:
+        return from_codebooks(f"pq-{bits}-unfitted", books.unfitted(), setting, note="keys are not fitted to the text")
     if scope == "head":
         return from_codebooks(f"pq-{bits}", books, setting)
     return from_codebooks(f"pq-{bits}-per-{scope}", books, setting, note=f"the kv heads of a {scope} share a codebook")
@@ -209,4 +221,5 @@ def _default_codebooks(setting: Setting, bits: int, scope: str = "head") -> Meth
 for _bits in (4, 3, 2):
     register(f"pq-{_bits}")(partial(_default_codebooks, bits=_bits))
 for _bits in (4, 2):
+    register(f"pq-{_bits}-unfitted")(partial(_default_codebooks, bits=_bits, fit=False))
     register(f"pq-{_bits}-per-layer")(partial(_default_codebooks, bits=_bits, scope="layer"))

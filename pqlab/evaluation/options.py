@@ -54,7 +54,7 @@ class Options:
         costs: `predict_kl`, whose sums the factors of `exact` multiply.
         exact: sinks and windows to choose from.
         context: tokens of the sequence whose bytes count; None: bits count, and exact tokens cost nothing.
-        constant_bytes: codebooks and maps, at most.
+        constant_bytes: codebooks and maps, at most, and what keys are fitted with.
     """
 
     costs: pd.DataFrame

@@ -30,7 +30,7 @@ from ..results.provenance import device_name
 from .allocation import Chosen, allocate, rows_of, worst_layers
 from .exact_tokens import ExactTokens, exact_sizes, measured
 from .fidelity import compare, summarize, text_windows
-from .methods import stored_bytes
+from .methods import fit_bytes, stored_bytes
 from .options import Option, Options, check_budget, check_room, records
 from .plan_file import Plan
 from .predicted_kl import predict_kl
@@ -157,12 +157,13 @@ class Planner:
             self.candidates |= made
             costs.append(predict_kl(model, shorter, made, config))
         self.costs = pd.concat(costs, ignore_index=True)
-        constants = pd.concat([Codebooks(layers).summary() for layers in self.candidates.values()])
+        every = [Codebooks(layers) for layers in self.candidates.values()]
+        constants = pd.concat([books.summary() for books in every])
         self.options = Options(
             self.costs,
             self._exact_tokens(configs, weighed, progress),
             context,
-            int(constants.groupby(["layer", "side"]).bytes.max().sum()),
+            int(constants.groupby(["layer", "side"]).bytes.max().sum()) + max(map(fit_bytes, every)),
         )
 
     def plan(self, *, bits: float | None = None, mib: float | None = None, kl: float | None = None) -> Plan:
@@ -248,7 +249,7 @@ class Planner:
         if self.context is None:
             return [ExactTokens(self.config)]
         middle = allocate(self.costs, (self.costs.bits.min() * self.costs.bits.max()) ** 0.5)
-        quantize = from_codebooks(self._books(middle).to(self.model.device))
+        quantize = from_codebooks(self._books(middle).to(self.model.device), self.config.page_size)
         predicted = float(rows_of(self.costs, middle).kl.sum())
         options = {"context": self.context, "progress": progress}
         return measured(self.model, windows, quantize, predicted, self.config, configs, **options)
@@ -264,7 +265,8 @@ class Planner:
     def _made(self, option: Option, exact: Sequence[int] = (), tried: Sequence[Option] = ()) -> Plan:
         chosen, config = allocate(self.costs, option.budget), option.exact.config
         books = self._books(chosen, exact)
-        frame = compare(self.model, self._windows, {"plan": from_codebooks(books.to(self.model.device))}, config)
+        quantize = from_codebooks(books.to(self.model.device), config.page_size)
+        frame = compare(self.model, self._windows, {"plan": quantize}, config)
         row = summarize(frame).iloc[0]
         table = rows_of(self.costs, chosen)
         table["kl"] *= option.exact.factor

@@ -24,7 +24,7 @@ from ..config import CacheConfig
 from ..paging.layout import SIDES
 from ..quantization import LayerCodec, attention_geometry
 from .fidelity import CHUNK, last_hidden
-from .teacher_forced import attend_decoded, schedule
+from .teacher_forced import attend_decoded, schedule, through_codes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,7 +163,7 @@ def _local_errors(
                 codec = getattr(codecs[i], side).to(w.key.device)  # trained codecs are half, GPU kernels read float32
                 tensors = {"k": w.key.clone(), "v": w.value.clone()}
                 stored = tensors[side]
-                stored[0, :, coded] = codec.decode(codec.encode(stored[0, :, coded])).to(stored.dtype)
+                stored[0, :, coded] = through_codes(codec, stored[0, :, coded], config.page_size)
                 delta = attend(tensors["k"], tensors["v"]) - exact  # [1, Hq, n, d]
                 change = [(g[i] * delta).sum((1, 3)).double().square().mean() for g in gradients]
                 found[i, side, bits] = 0.5 * float(sum(change)) / len(gradients)

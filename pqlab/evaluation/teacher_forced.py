@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from ..cache.key_fit import KeyFit, fit_tokens
 from ..config import CacheConfig
-from ..quantization import Codebooks
+from ..quantization import Codebooks, Codec
 
 Quantize = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(layer index, K [H, n, d], V [H, n, d]) -> both as they come back from storage."""
@@ -86,16 +87,26 @@ class TeacherForcedCache(Cache):
         super().__init__(layers=layers)
 
 
-def from_codebooks(codebooks: Codebooks) -> Quantize:
-    """Storage as codes of these codebooks."""
+def from_codebooks(codebooks: Codebooks, page_size: int = CacheConfig().page_size) -> Quantize:
+    """Storage as codes of these codebooks, keys fitted to the text where the codebooks can (`cache.key_fit`)."""
 
     def quantize(layer: int, k: torch.Tensor, v: torch.Tensor):
         if layer in codebooks.exact:
             return k, v
         codec = codebooks.layer(layer)
-        return tuple(c.decode(c.encode(x)).to(x.dtype) for c, x in ((codec.k, k), (codec.v, v)))
+        return tuple(through_codes(c, x, page_size) for c, x in ((codec.k, k), (codec.v, v)))
 
     return quantize
+
+
+def through_codes(codec: Codec, x: torch.Tensor, page_size: int) -> torch.Tensor:
+    """The vectors of one side, [H, n, d] behind the sinks, as they come back from a sequence's pages."""
+    if not codec.can_fit:
+        return codec.decode(codec.encode(x)).to(x.dtype)
+    y = codec.to_code_space(x)
+    fit = KeyFit(codec, 1, x.device)
+    fit.take(0, y[:, : fit_tokens(page_size)])
+    return codec.from_code_space(fit.undo(codec.dequantize(codec.quantize(fit.apply(y, 0))), 0)).to(x.dtype)
 
 
 def attend_decoded(

@@ -24,14 +24,14 @@ from . import fidelity
 from .plan_file import planned_configs
 from .teacher_forced import from_codebooks
 
-NOVEL, OTHER_NOVEL, SPANISH = "emma", "pride", "genesis-es"
+NOVEL, OTHER_NOVEL, SPANISH, SAMPLED = "emma", "pride", "genesis-es", "sampled"
 
 
 def texts() -> tuple[dict[str, str | list[str]], dict[str, str]]:
     """Texts to calibrate on and texts to measure on, by what they are.
 
     Code and Spanish are one text each: its second half is calibrated on, its first half is measured on. The default's
-    mix has other code and no Spanish.
+    mix has other code and no Spanish of its own; what a model writes by itself goes with a novel alone, too.
     """
     code, spanish = load_text(STDLIB), load_text(SPANISH)
     calibration: dict[str, str | list[str]] = {
@@ -39,7 +39,8 @@ def texts() -> tuple[dict[str, str | list[str]], dict[str, str]]:
         "source code": code[len(code) // 2 :],
         "Spanish": spanish[len(spanish) // 2 :],
     }
-    calibration |= {"all three": list(calibration.values()), CALIBRATION_TEXT: calibration_text(CALIBRATION_TEXT)}
+    calibration |= {"all three": list(calibration.values()), "novel, sampled": [load_text(NOVEL), load_text(SAMPLED)]}
+    calibration[CALIBRATION_TEXT] = calibration_text(CALIBRATION_TEXT)
     measured = {
         "novel": load_text(OTHER_NOVEL),
         "source code": code[: len(code) // 2],
@@ -122,7 +123,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         about = {"benchmark": "texts", "date": today(), "commit": commit(), "versions": versions()}
         about |= {"model": fingerprint(model), "device": device_name(args.device), "cache": asdict(CacheConfig())}
-        about |= {"texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH, CALIBRATION_TEXT)]}
+        about |= {
+            "texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH, SAMPLED, CALIBRATION_TEXT)]
+        }
         about |= {"windows": args.windows, "length": args.length, "tokens": args.tokens}
         print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))
     return 0

@@ -21,6 +21,7 @@ _PART_COLOURS = {
     "codes": REGIONS["code"],
     "exact window": REGIONS["window"],
     "exact sinks": REGIONS["sink"],
+    "key fits": GREY,
     "page table": YELLOW,
     "sliding layers": EXACT,
     "model constants": GREEN,

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ..quantization import Codebooks
 
 CALIBRATION_TEXT = "mixed"
-"""A novel, code, sentences with numbers and what a model writes by itself, none of them what `load_text` gives by default:
-a notebook should not show what was trained on. On other novels the mix is better than a novel alone, on code and digits
-several times better."""
+"""A novel, code, sentences with numbers and what a model writes by itself, none of them what `load_text` gives by
+default: a notebook should not show what was trained on. On other novels the mix is better than a novel alone, on code
+and digits several times better."""
 
 
 def default_codebooks(

@@ -194,7 +194,7 @@ def train(
     codecs: dict[tuple[int, str], PQCodec] = {}
     for key, members in batches.items():
         m, num_centroids, *_ = key
-        weights, directions = [], []
+        weights, directions, moments = [], [], []
         for i, side in members:
             x, seen = parts[side][i].to(device).float(), samples.sensitivity.get(i)  # [H, n, d]
             if not x.isfinite().all():
@@ -207,6 +207,8 @@ def train(
                 else:
                     forward, backward = alike(x, forward, backward, m)
                 directions.append((forward, backward))
+                y = x @ to_float(forward)
+                moments.append({"mean": y.mean(1), "spread": y.std(1)} if side == "k" else {})
             both = seen.weights() if weighted and seen else None
             weights.append(torch.ones_like(x[..., 0]) if both is None else both[SIDES.index(side)].to(device))
         sides = [parts[side][i] for i, side in members]
@@ -226,7 +228,7 @@ def train(
             heads, first = len(sides[j]), number[j, 0]
             own = scope == "head"
             centroids = books[first : first + heads].clone() if own else books[first].expand(heads, -1, -1, -1)
-            codecs[member] = PQCodec(centroids, *(directions[j] if maps else ())).half()
+            codecs[member] = (PQCodec(centroids, *directions[j], **moments[j]) if maps else PQCodec(centroids)).half()
     return {i: LayerCodec(codecs[i, "k"], codecs[i, "v"]) for i in samples.keys}
 
 

@@ -1,7 +1,7 @@
 """Codebooks of a whole model: a codec per (layer, side), where they come from, and the file they live in.
 
 The file is one safetensors file. Its metadata holds a JSON text under "pqlab" (`Codebooks.header`); its tensors are
-named `layers.<layer>.<k|v>.<centroids|forward|backward>`.
+named `layers.<layer>.<k|v>.<centroids|forward|backward|mean|spread>`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .maps import compact_map
 if TYPE_CHECKING:
     import pandas as pd
 
-_PARTS = ("centroids", "forward", "backward")
+_PARTS = ("centroids", "forward", "backward", "mean", "spread")
 _DEFAULT = PQConfig()
 
 
@@ -103,23 +103,28 @@ class Codebooks:
         seed: int = 0,
         maps: bool = False,
     ) -> Codebooks:
-        """Normally distributed centroids (and maps), seeded: lossy codecs for tests, without calibration."""
+        """Normally distributed centroids (and maps, with what keys are fitted by), seeded, without calibration: lossy
+        codecs for tests."""
         geometry, origin = _target(model, num_heads, head_dim)
         generator = torch.Generator().manual_seed(seed)
 
-        def codec(pq: PQConfig, heads: int, d: int) -> PQCodec:
+        def codec(pq: PQConfig, heads: int, d: int, side: str) -> PQCodec:
             m = pq.num_subspaces(d)
             centroids = torch.randn(heads, m, 2**pq.nbits, d // m, generator=generator)
             if not maps:
                 return PQCodec(centroids).half()
             rotation = torch.linalg.qr(torch.randn(heads, d, d, generator=generator)).Q
             stretch = torch.rand(heads, 1, d, generator=generator) + 0.5
-            return PQCodec(centroids, *compact_map(rotation * stretch, m)).half()
+            moments = {}
+            if side == "k":
+                moments = {"mean": torch.randn(heads, d, generator=generator) / 4}
+                moments["spread"] = torch.rand(heads, d, generator=generator) + 0.5
+            return PQCodec(centroids, *compact_map(rotation * stretch, m), **moments).half()
 
         layers = {}
         for i, (heads, d) in geometry.items():
             k, v = setting(config, i)
-            layers[i] = LayerCodec(codec(k, heads, d), codec(v, heads, d))
+            layers[i] = LayerCodec(codec(k, heads, d, "k"), codec(v, heads, d, "v"))
         return cls(layers, replace(origin, seed=seed))
 
     @property
@@ -154,6 +159,14 @@ class Codebooks:
     def layouts(self, page_size: int) -> tuple[tuple[PageLayout, PageLayout], ...]:
         """A (K, V) page layout per layer, in the order of `layer_ids`, as `PoolLayout` takes them."""
         return tuple((c.k.page_layout(page_size), c.v.page_layout(page_size)) for c in self.layers.values())
+
+    def unfitted(self) -> Codebooks:
+        """The same codecs for keys as they are: a cache does not fit them to its sequences (`PQCodec.fit`)."""
+        layers = {
+            i: replace(layer, k=replace(layer.k, mean=None, spread=None)) if layer.k.can_fit else layer
+            for i, layer in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     def to(self, device: torch.device | str) -> Codebooks:
         return Codebooks({i: layer.to(device) for i, layer in self.layers.items()}, self.origin, self.exact)

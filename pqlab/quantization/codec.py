@@ -8,6 +8,9 @@ A codec may put a linear map in front of the quantizer. Then there are two space
 Attention never has to leave code space: q . x = (q @ backward^T) . y for keys, and for values the output
 sum_t p_t x_t = (sum_t p_t y_t) @ backward. So a cache keeps its exact tokens in code space too (`to_code_space`), asks
 with `map_query(q)` and brings the output home with `from_code_space`. Without a map all three return their argument.
+
+Keys of a text that the calibration never saw spread wider than what the centroids were made for. `KeyFit` narrows them,
+dimension by dimension, as the first tokens of a sequence say.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from ..paging.layout import PageLayout
 
 DTYPES = (torch.float16, torch.float32)
 """Of centroids and maps."""
+
+LEAST_SCALE = 0.5
+"""`PQCodec.fit` narrows no dimension by more: few tokens say little about rare ones."""
 
 
 @runtime_checkable
@@ -84,6 +90,11 @@ class Codec(Protocol):
         """[H, d, d], the inverse of `forward`, float16 or float32; None without a map."""
         ...
 
+    @property
+    def can_fit(self) -> bool:
+        """Whether keys can be fitted to a sequence; see `PQCodec.fit`."""
+        ...
+
     def page_layout(self, page_size: int) -> PageLayout: ...
     def to(self, device: torch.device | str) -> Codec: ...
 
@@ -96,6 +107,7 @@ class _Spaces:
     nbits: int
     forward: Tensor | None = None
     backward: Tensor | None = None
+    can_fit = False
 
     def to_code_space(self, x: Tensor) -> Tensor:
         return x
@@ -124,11 +136,15 @@ class PQCodec(_Spaces):
     Args:
         centroids: [H, M, C, dm], C a power of two from 2 to 256. Heads may share one codebook: a tensor expanded to H.
         forward, backward: [H, d, d] with d = M * dm and backward[h] the inverse of forward[h]; both or neither.
+        mean, spread: [H, d], mean and standard deviation of the calibration's vectors in code space, for `fit`; both or
+            neither, and only with a map.
     """
 
     centroids: Tensor
     forward: Tensor | None = None
     backward: Tensor | None = None
+    mean: Tensor | None = None
+    spread: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.centroids.dim() != 4 or self.centroids.dtype not in DTYPES:
@@ -139,12 +155,17 @@ class PQCodec(_Spaces):
             raise ValueError(f"a codebook holds 2**nbits centroids, nbits 1 to 8; got {count}")
         if (self.forward is None) != (self.backward is None):
             raise ValueError("a map needs both directions: give forward and backward, or neither")
+        want = (self.num_heads, self.head_dim, self.head_dim)
         for name, matrix in (("forward", self.forward), ("backward", self.backward)):
-            want = (self.num_heads, self.head_dim, self.head_dim)
             allowed = (*DTYPES, torch.int8) if name == "forward" else DTYPES
             if matrix is not None and (tuple(matrix.shape) != want or matrix.dtype not in allowed):
                 kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
                 raise ValueError(f"{name} must be {list(want)} of {kinds}, got {matrix.dtype} {list(matrix.shape)}")
+        if (self.mean is None) != (self.spread is None) or (self.mean is not None and self.forward is None):
+            raise ValueError("a fit needs mean, spread and a map: give all of them, or neither mean nor spread")
+        for name, moment in (("mean", self.mean), ("spread", self.spread)):
+            if moment is not None and (tuple(moment.shape) != want[:2] or moment.dtype not in DTYPES):
+                raise ValueError(f"{name} must be {list(want[:2])} of float, got {moment.dtype} {list(moment.shape)}")
 
     @property
     def num_heads(self) -> int:
@@ -186,6 +207,29 @@ class PQCodec(_Spaces):
     def map_query(self, q: Tensor) -> Tensor:
         return q if self.backward is None else reference.apply_map(q, self.backward.mT)
 
+    @property
+    def can_fit(self) -> bool:
+        """Whether `fit` has something to hold vectors against."""
+        return self.spread is not None
+
+    def fit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift that bring vectors to the spread that the centroids were made for: y * scale + shift.
+
+        A dimension that spreads around the calibration's mean as much as the calibration's vectors or less stays as it
+        is; a wider one shrinks towards that mean, to `LEAST_SCALE` at most. (Moving the mean as well makes things
+        worse: keys of a head lie in several clusters, and how often each comes is not where they lie.)
+
+        Args:
+            y: [..., H, n, d], the first vectors of a sequence in code space.
+
+        Returns:
+            float32 [..., H, d] each.
+        """
+        mean, spread = self.mean.float(), self.spread.float()
+        here = (y.float() - mean[:, None]).square().mean(-2).sqrt()
+        scale = (spread / here.clamp_min(torch.finfo(torch.float32).tiny)).clamp(LEAST_SCALE, 1)
+        return scale, (1 - scale) * mean
+
     def to(self, device: torch.device | str) -> PQCodec:
         """The codec on a device. On CUDA its centroids are float32: the kernels there read them so."""
         moved = self._each(lambda tensor: tensor.to(device).contiguous())
@@ -196,7 +240,8 @@ class PQCodec(_Spaces):
         return self._each(to_half)
 
     def _each(self, change: Callable[[Tensor], Tensor], maps: bool = True) -> PQCodec:
-        tensors = {"forward": self.forward, "backward": self.backward} if maps else {}
+        names = ("forward", "backward", "mean", "spread") if maps else ()
+        tensors = {name: getattr(self, name) for name in names}
         centroids = self.centroids
         if centroids.stride(0) == 0:  # what heads share they go on sharing
             centroids = change(centroids[:1]).expand_as(centroids)

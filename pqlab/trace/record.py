@@ -231,12 +231,18 @@ def _tensors(
         "exact_k_tail": torch.stack([exact.layers[i].keys[0, :, prompt_tokens:].float().cpu() for i in kept]),
     }
     for position, i in enumerate(kept):
-        codec = layers[i].codec
+        codec, fit = layers[i].codec, layers[i].fit
         for side, codes, codec_of_side in zip("kv", layers[i].codes(0), (codec.k, codec.v), strict=True):
             tensors[f"codes_{side}.{position}"] = codes.cpu().contiguous()
-            tensors[f"books_{side}.{position}"] = codec_of_side.centroids.cpu().contiguous()
-            if getattr(codec_of_side, "backward", None) is not None:
-                tensors[f"map_{side}.{position}"] = codec_of_side.backward.cpu()
+            books, backward = codec_of_side.centroids, codec_of_side.backward
+            if (
+                side == "k" and fit is not None
+            ):  # (y - shift) / scale, with the shift in the books and the scale in the map
+                books = books.float() - fit.shift[0].unflatten(-1, (codec_of_side.num_subspaces, 1, -1))
+                backward = backward.float() / fit.scale[0, :, :, None]
+            tensors[f"books_{side}.{position}"] = books.cpu().contiguous()
+            if backward is not None:
+                tensors[f"map_{side}.{position}"] = backward.cpu()
     return tensors
 
 

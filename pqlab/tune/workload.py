@@ -129,7 +129,7 @@ class Workload:
         """Nats, mean over the positions; NaN where weights are random."""
         if self.random_weights:
             return nan
-        frame = self.text.frame(from_codebooks(self.codebooks(setting)), setting.cache())
+        frame = self.text.frame(from_codebooks(self.codebooks(setting), setting.page_size), setting.cache())
         return float(frame.kl.mean())
 
     def measure(self, setting: Setting) -> Measurement:
