@@ -23,21 +23,24 @@ struct Ahead {
     }
 };
 
-// Two of them, one after the other, a few lines with every turn of an inner loop: more at a time than a core has
-// buffers for (10 to 16) would hold up the loads behind them.
+// Two of them, one after the other, spread evenly over the turns of an inner loop: more at a time than a core has
+// buffers for (10 to 24) would hold up the loads behind them.
 struct Aheads {
+    static constexpr int64_t LINE = 256;  // of `due`
     Ahead now, later;
-    int64_t lines;  // a turn
+    int64_t rate, due = 0;  // rate: what falls due with a turn
 
     Aheads(const Ahead& first, const Ahead& second, int64_t turns)
-        : now(first), later(second), lines((first.share(1) + second.share(1) + turns - 1) / turns) {}
-    static Aheads none() { return {Ahead{nullptr, 0, 0}, Ahead{nullptr, 0, 0}, 1}; }
+        : now(first), later(second), rate(((first.share(1) + second.share(1)) * LINE + turns - 1) / turns) {}
     PQ_INLINE void fetch() {
+        due += rate;
+        if (due < LINE) return;
         if (now.count == 0) {
             now = later;
             later.count = 0;
         }
-        now.fetch(lines);
+        now.fetch(due / LINE);
+        due %= LINE;
     }
 };
 

@@ -113,6 +113,9 @@ inline void gather_codes(const uint8_t* const* tiles, int64_t pitch, int64_t gro
     }
 }
 
+// As an intrinsic in a loop, GCC 12 copies every sum at its end.
+PQ_INLINE void add_words(__m512i& sum, __m512i x) { asm("vpaddw %1, %0, %0" : "+v"(sum) : "v"(x)); }
+
 // Sums of the bytes of each plane over `count` subspaces for a row and AT_ONCE groups, added to sums
 // [AT_ONCE][PLANES][2]: all bytes as words (their overflow included), then the odd bytes. What is loaded of the tables
 // serves all groups: of loads there are two a cycle, and they are what bounds this loop.
@@ -138,8 +141,8 @@ PQ_INLINE void sum_groups(const __m512i* codes, int64_t pitch, int64_t count, co
 #pragma GCC unroll 2
             for (int g = 0; g < AT_ONCE; g++) {
                 const __m512i x = plane.at(codes[g], w[g]);
-                sum[g][p][0] = _mm512_add_epi16(sum[g][p][0], x);
-                sum[g][p][1] = _mm512_add_epi16(sum[g][p][1], _mm512_srli_epi16(x, 8));
+                add_words(sum[g][p][0], x);
+                add_words(sum[g][p][1], _mm512_srli_epi16(x, 8));
             }
         }
     }

@@ -83,7 +83,7 @@ PQ_NOINLINE void add_dimension(const __m512i* codes, int64_t groups, const uint8
     __m512i sum[ROWS][SUMS] = {};
     for (int64_t g = 0; g < groups; g++) {
         ahead.fetch();
-        __builtin_prefetch(planes + PLANES * PLANE + g % (PLANES * PARTS) * 64, 0, 3);
+        __builtin_prefetch(planes + PLANES * PLANE + g * 64, 0, 3);
         const __m512i c = codes[g];
         const Where w = where<PARTS>(c);
         const __m512i h = high.at(c, w), m = middle.at(c, w), l = low.at(c, w);

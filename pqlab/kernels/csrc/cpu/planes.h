@@ -57,6 +57,15 @@ PQ_INLINE Where where(__m512i codes) {
     return w;
 }
 
+#ifdef PQ_PAIRS
+// Bytes of two registers at the lower seven bits of 64 codes. With the intrinsic GCC 12 overwrites the tables instead of
+// the codes, and copies and stores every table for it.
+PQ_INLINE __m512i of_pair(__m512i codes, __m512i low, __m512i high) {
+    asm("vpermi2b %2, %1, %0" : "+v"(codes) : "v"(low), "v"(high));
+    return codes;
+}
+#endif
+
 // A plane in registers.
 template <int PARTS>
 struct Plane {
@@ -65,8 +74,9 @@ struct Plane {
     PQ_INLINE explicit Plane(const uint8_t* plane) {
 #pragma GCC unroll 4
         for (int i = 0; i < PARTS; i++) {
-            part[i] = _mm512_load_si512(plane + i * 64);
-            asm("" : "+v"(part[i]));  // or GCC loads it for every use, and of loads there are two a cycle
+            __m512i x = _mm512_load_si512(plane + i * 64);
+            asm("" : "+v"(x));  // or GCC loads it for every use, and of loads there are two a cycle at most
+            part[i] = x;
         }
     }
     // Its bytes at 64 codes.
@@ -75,8 +85,7 @@ struct Plane {
             return _mm512_permutexvar_epi8(codes, part[0]);
         } else {
 #ifdef PQ_PAIRS
-            const __m512i low = _mm512_permutex2var_epi8(part[0], codes, part[1]);
-            return _mm512_mask_blend_epi8(w.b7, low, _mm512_permutex2var_epi8(part[2], codes, part[3]));
+            return _mm512_mask_mov_epi8(of_pair(codes, part[0], part[1]), w.b7, of_pair(codes, part[2], part[3]));
 #else
             __m512i x = _mm512_permutexvar_epi8(codes, part[0]);
             x = _mm512_mask_permutexvar_epi8(x, w.b6, codes, part[1]);
