@@ -4,6 +4,13 @@
 
 namespace pq {
 
+// 3: into L1, 2: into L2. On AMD (Zen 4) what comes from L2 costs 15 % of a cold call; on Intel L1 has not been tried.
+#ifdef PQ_ZEN
+constexpr int FETCH_LEVEL = 3;
+#else
+constexpr int FETCH_LEVEL = 2;
+#endif
+
 // Memory that will be wanted soon: `count` tiles of `bytes` bytes, fetched bit by bit between other work. Pages lie
 // anywhere, so the hardware sees no pattern; without this the loops wait for memory half of the time.
 struct Ahead {
@@ -16,7 +23,7 @@ struct Ahead {
 
     PQ_INLINE void fetch(int64_t lines) {
         for (; lines > 0 && count > 0; lines--) {
-            __builtin_prefetch(*tiles + at, 0, 2);
+            __builtin_prefetch(*tiles + at, 0, FETCH_LEVEL);
             at += 64;
             if (at >= bytes) at = 0, tiles++, count--;
         }

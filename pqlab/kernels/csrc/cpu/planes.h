@@ -23,8 +23,8 @@ constexpr int64_t MAX_SUBSPACES = 256;  // so that sums of bytes fit into 16 bit
 #if defined(PQ_AVX2) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define PQ_PERMUTE 1
 // On AMD (so far all that have AVX-512) `vpermi2b` takes as long as `vpermb` and looks up twice as many entries; on
-// Intel it takes two cycles and an instruction more. GCC before 12.3 knows all of these machines as znver3.
-#if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+// Intel it takes two cycles and an instruction more.
+#ifdef PQ_ZEN
 #define PQ_PAIRS 1
 #endif
 

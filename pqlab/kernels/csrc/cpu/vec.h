@@ -7,6 +7,10 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define PQ_AVX2 1
 #endif
+// AMD. GCC before 12.3 knows those with AVX-512 as znver3.
+#if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+#define PQ_ZEN 1
+#endif
 #if defined(PQ_AVX2) || defined(__BMI2__)
 #include <immintrin.h>
 #endif
