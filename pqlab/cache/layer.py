@@ -12,7 +12,6 @@ Keys may be fitted to their sequence on the way there (`key_fit`).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,7 +26,8 @@ from ..kernels.reference import attend_dense, merge
 from ..paging.layout import read_pages
 from .exact_buffers import ExactBuffers
 from .key_fit import KeyFit, fit_tokens
-from .sequences import Flush, SequenceGroup, StepPlan, plain_state
+from .sequences import SequenceGroup, StepPlan, plain_state
+from .side import Side
 
 if TYPE_CHECKING:
     from ..quantization import LayerCodec
@@ -224,8 +224,8 @@ class PagedPQLayer(CacheLayerMixin):
         rows = lengths.tolist()
         n = max((sum(row) for row in rows), default=0)
         valid = torch.arange(n, device=self.device) < lengths.sum(1, keepdim=True).to(self.device)
-        k = self._gather(rows, n, self.codec.k, self.k_pages, self.sink_k, self.window_k)
-        v = self._gather(rows, n, self.codec.v, self.v_pages, self.sink_v, self.window_v)
+        where = self.group.page_table(), self.group.config.page_size
+        k, v = (side.read(rows, n, *where) for side in self.sides)
         if self.fit is not None:
             k = self.fit.undo(k)
         return self.codec.k.from_code_space(k), self.codec.v.from_code_space(v), valid
@@ -234,8 +234,13 @@ class PagedPQLayer(CacheLayerMixin):
         """Codes [H, coded, M] of a row's pages, K and V, in token order."""
         coded = int(self.group.lengths[row, 1])
         page_ids = self.group.page_table()[row, : -(-coded // self.group.config.page_size)]
-        sides = ((self.k_pages, self.codec.k), (self.v_pages, self.codec.v))
-        return tuple(read_pages(pages, page_ids, codec.nbits)[:, :coded] for pages, codec in sides)
+        return tuple(read_pages(side.pages, page_ids, side.codec.nbits)[:, :coded] for side in self.sides)
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """K and V."""
+        k = Side(self.codec.k, self.k_pages, self.sink_k, self.window_k)
+        return k, Side(self.codec.v, self.v_pages, self.sink_v, self.window_v)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -329,62 +334,10 @@ class PagedPQLayer(CacheLayerMixin):
             by_row = {flush.row: flush for flush in plan.flushes}
             for row, count in enumerate(plan.counts):
                 if count:
-                    self._store_row(plan, row, keys[row], values[row], by_row.get(row))
+                    keep = slice(None) if plan.real is None else plan.real[row].to(keys.device)
+                    for side, x in zip(self.sides, (keys, values), strict=True):
+                        side.write(row, x[row][:, keep], plan.tokens[row], by_row.get(row))
         self.columns = plan.start + plan.num_columns
-
-    def _store_row(self, plan: StepPlan, row: int, k: torch.Tensor, v: torch.Tensor, flush: Flush | None) -> None:
-        """Store a row's part [H, S, d] of a chunk: sinks, then codes straight from the chunk, then the ring."""
-        num_sinks, ring = self.group.config.num_sinks, self.group.config.window_length
-        if plan.real is not None:
-            keep = plan.real[row].to(k.device)
-            k, v = k[:, keep], v[:, keep]
-        token = plan.tokens[row]
-        new_sinks = min(max(0, num_sinks - token), k.shape[1])
-        if new_sinks:
-            self.sink_k[row, :, token : token + new_sinks] = k[:, :new_sinks]
-            self.sink_v[row, :, token : token + new_sinks] = v[:, :new_sinks]
-            k, v = k[:, new_sinks:], v[:, new_sinks:]
-        if not k.shape[1]:
-            return
-        first = token + new_sinks - num_sinks  # code index of k's first token
-        keep_from = first
-        if flush is not None:
-            old = first - flush.first  # so many of the flushed tokens wait in the ring
-            end = flush.first + flush.count
-            from_ring = replace(flush, count=min(old, flush.count)) if old > 0 else None
-            fresh = slice(0, max(0, end - first))
-            parts_k = [k[:, fresh]] if from_ring is None else [self._ring(self.window_k, from_ring), k[:, fresh]]
-            parts_v = [v[:, fresh]] if from_ring is None else [self._ring(self.window_v, from_ring), v[:, fresh]]
-            k_part, v_part = (p[0] if len(p) == 1 else torch.cat(p, 1) for p in (parts_k, parts_v))
-            self._encode(flush, k_part, v_part)
-            keep_from = max(first, end)
-        slots = torch.arange(keep_from, first + k.shape[1], device=k.device) % ring
-        self.window_k[row, :, slots] = k[:, keep_from - first :]
-        self.window_v[row, :, slots] = v[:, keep_from - first :]
-
-    def _ring(self, window: torch.Tensor, flush: Flush) -> torch.Tensor:
-        """[H, count, d]: the ring's tokens with code indexes [first, first + count) of the flush's row."""
-        slots = torch.arange(flush.first, flush.first + flush.count, device=window.device)
-        return window[flush.row].index_select(1, slots % self.group.config.window_length)
-
-    def _encode(self, flush: Flush, k: torch.Tensor, v: torch.Tensor) -> None:
-        for codec, pages, x in ((self.codec.k, self.k_pages, k), (self.codec.v, self.v_pages, v)):
-            ops.encode_pages_(pages, x, codec.centroids, flush.page_ids, flush.first_slot, codec.nbits)
-
-    def _gather(self, rows, n, codec, pages, sink, window) -> torch.Tensor:
-        """[B, H, n, d] as stored: sinks, decoded pages and ring of each row, in token order."""
-        batch, heads, ring, head_dim = window.shape
-        out = window.new_zeros(batch, heads, n, head_dim)
-        table = self.group.page_table()
-        for row, (sinks, coded, exact) in enumerate(rows):
-            out[row, :, :sinks] = sink[row, :, :sinks]
-            if coded:
-                page_ids = table[row, : -(-coded // self.group.config.page_size)]
-                codes = read_pages(pages, page_ids, codec.nbits)[:, :coded]
-                out[row, :, sinks : sinks + coded] = codec.dequantize(codes).to(out.dtype)
-            slots = torch.arange(coded, coded + exact, device=out.device) % ring
-            out[row, :, sinks + coded : sinks + coded + exact] = window[row].index_select(1, slots)
-        return out
 
     def _store_and_dequantize(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None):
         """The fallback's step: K and V [B, H, columns, d] as a plain cache would return them, pads where they were."""
