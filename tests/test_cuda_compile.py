@@ -85,11 +85,13 @@ def test_decode_compiles(config, tmp_path):
     assert "warning" not in output
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", output)]
     assert max(spills) <= 64, output  # registers bound this kernel; more spills would be in its loops
-    info = (ctypes.c_int * 4)()
+    info = (ctypes.c_int * 6)()
     library.pqlab_decode_info(info)
     shape = config.shape()
-    assert list(info) == [config.vectors, shape.warps, config.smem_bytes(shape), config.book_bytes]
+    assert list(info[:4]) == [config.vectors, shape.warps, config.smem_bytes(shape), config.book_bytes]
     assert info[2] <= SHARED_MEMORY[config.arch]
+    floats, slices = info[4:]
+    assert slices % config.vectors == 0 and floats >= config.vectors * config.head_dim + 4 * slices
 
 
 @needs_nvcc

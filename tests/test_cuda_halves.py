@@ -27,7 +27,7 @@ def test_any_ratio_of_heads(heads, kv_heads):
         check(make_call(heads, kv_heads, 256, (128, 8), (128, 8), rows=rows, seed=11))
 
 
-@pytest.mark.parametrize("length, kv_heads", [(1, 1), (33, 2), (513, 2), (8191, 8), (40000, 8), (131072, 1)])
+@pytest.mark.parametrize("length, kv_heads", [(1, 1), (33, 2), (513, 2), (8193, 1), (8191, 8), (40000, 8), (131072, 1)])
 def test_lengths(length, kv_heads):
     """Of segments: none is full, one, several in one block; the shares of a batch are cut elsewhere."""
     for rows in (((0, length, 0),), ((3, length, 50), (0, length // 3, 0))):

@@ -59,9 +59,9 @@ class _Kernel:
         if hasattr(library, "pqlab_encode"):
             library.pqlab_encode_room.restype = ctypes.c_int64
         if hasattr(library, "pqlab_decode"):
-            info = (ctypes.c_int * 4)()
+            info = (ctypes.c_int * 6)()
             library.pqlab_decode_info(info)
-            library.vectors, library.book_bytes = info[0], info[3]
+            library.vectors, _, _, library.book_bytes, library.part_floats, library.tickets = info
         self.library = library
 
     def unable(self) -> str | None:
@@ -283,15 +283,16 @@ class CudaBackend(Backend):
         """What a call of decode needs beside its arguments."""
         q, k_pages, k_books, v_books = args[0], args[1], args[5], args[6]
         library = self._decode_kernel(args).library
-        batch, query_heads, steps, head_dim = q.shape
+        batch, query_heads, steps, _ = q.shape
         heads = k_pages.shape[1]
         blocks = -(-query_heads // heads * steps // library.vectors)
         splits = max(1, self._device(q)[2] // (heads * blocks))
         stream = torch.cuda.current_stream(q.device).cuda_stream
         books = self._books.of(library, k_books, v_books, stream)
-        floats = heads * blocks * (splits + batch) * library.vectors * (head_dim + 4)
+        floats = heads * blocks * (splits + batch) * library.part_floats
         each = q.numel() * q.element_size() if maps else 0  # of queries and of results in code space
-        partial, tickets = self._workspaces.of(q, floats + each // 2, batch * heads * blocks, stream, zero_tickets)
+        count = batch * heads * blocks * library.tickets
+        partial, tickets = self._workspaces.of(q, floats + each // 2, count, stream, zero_tickets)
         after = partial.data_ptr() + 4 * floats
         room = (after, after + each) if maps else (0, 0)
         return Held(books, partial, tickets, splits, *room)

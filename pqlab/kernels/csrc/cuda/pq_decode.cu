@@ -40,9 +40,12 @@ const char* check_device() {
 
 }  // namespace
 
-// {query vectors a block, warps a block, shared memory bytes, bytes of prepared books a kv head}
+// {query vectors a block, warps a block, shared memory bytes, bytes of prepared books a kv head, floats of what a block
+// leaves of a row, tickets of a row and group of query vectors}
 PQ_API void pqlab_decode_info(int* info) {
+  using Of = pqlab::Slices<Cfg>;
   info[0] = Cfg::HG, info[1] = Cfg::NW, info[2] = Cfg::smem_bytes, info[3] = Cfg::book_bytes;
+  info[4] = Of::jobs * Of::floats, info[5] = Of::jobs;
 }
 
 // k_books [H, KM, C, d / KM], v_books likewise, float32 dense -> image [H][book_bytes], 16-byte aligned.

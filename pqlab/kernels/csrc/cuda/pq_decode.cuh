@@ -3,8 +3,8 @@
 // A block works for one kv head and up to HG query vectors that share it; it holds both codebooks of the head in
 // shared memory and walks over its share of all rows' tokens. Warps work in pairs: the first looks up keys and leaves
 // scores in shared memory, the second turns scores into weights and looks up values. A pair takes chunks of 32 tokens,
-// keeps its own running maximum and sum, and the pairs' results are merged once per row. Rows that several blocks share
-// are finished by whichever of them comes last.
+// keeps its own running maximum and sum, and the pairs' results are merged once per row. Of a row that several blocks
+// share, a slice of the result is finished by whichever of them comes last with its part of it.
 //
 // What makes it fast (LOG.md has the counts):
 //  * A lookup of one warp touches 32 different banks, for any codes. Values: lane l always looks up subspace l of a
@@ -28,16 +28,17 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
   using K = typename Cfg::K;
   using V = typename Cfg::V;
   constexpr int NW = Cfg::NW, NP = Cfg::NP, NT = NW * 32;
-  using Stream = CodeStream<NP, Cfg::SLOTS>;
+  using Stream = CodeStream<Cfg>;
   extern __shared__ __align__(1024) uint8_t smem[];
   const Place<Cfg> at(p, smem);
   const uint32_t ring_barriers = at.key_books + 8 * (Cfg::ring_barriers + at.warp * Cfg::SLOTS);
   const uint8_t* const books = p.books + static_cast<size_t>(at.h) * Cfg::book_bytes;
 
-  // What everything waits for: lengths, page table, codes. The first chunks of a single row do not depend on its
+  // What everything waits for: lengths, page table, codes, query. The first chunks of a single row do not depend on its
   // length, so its page table is asked for at once; a table that is longer than the row says nothing there, which is
   // then not used. Asked for before the codebooks, or they would stand in line behind them.
   int lengths[3] = {}, early[2] = {};
+  Query<Cfg> query;
   if constexpr (ONE) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) lengths[i] = load_now(p.lengths + i);
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
         const int page = Stream::page_of(p, Stream::early_tile(p, at.pair, 16 * i + at.lane / 2, at.lane));
         early[i] = load_now(p.page_table + min(page, p.table_stride - 1));
       }
+    if (at.keys) query.load(p, at, 0);
   } else if (at.warp == NW - 1 && at.lane < (p.B * 3 + 31) / 32) {
     prefetch_l2(p.lengths + at.lane * 32);
   }
@@ -86,11 +88,11 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
 
   if constexpr (ONE) {
     const Row row(lengths[0], lengths[1], lengths[2]);
-    const Share share = share_of_one<NP, Cfg::EXACT>(p, row);
+    const Share share = share_of_one<Cfg>(p, row);
     worked = row.units > 0 && static_cast<int>(blockIdx.x) < share.blocks;
     if (worked) {
       if (at.keys)
-        key_warp<Cfg>(p, at, 0, row, share, stream, turn, early);
+        key_warp<Cfg>(p, at, 0, row, share, stream, turn, query, early);
       else
         value_warp<Cfg>(p, at, 0, row, share, stream, turn, early);
       finish_row<Cfg, ONE>(p, at, share, 0);
@@ -105,7 +107,9 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
       const int b = plan->uniform(plan->b);
       if (b < 0) break;
       if (at.keys) {
-        key_warp<Cfg>(p, at, b, plan->row(), plan->shared(), stream, turn, nullptr);
+        Query<Cfg> asked;
+        asked.load(p, at, b);
+        key_warp<Cfg>(p, at, b, plan->row(), plan->shared(), stream, turn, asked, nullptr);
       } else {
         value_warp<Cfg>(p, at, b, plan->row(), plan->shared(), stream, turn, nullptr);
       }

@@ -4,8 +4,8 @@
 
 namespace pqlab {
 
-// A warp takes every NP-th token of the block's [e0, e1), AT_ONCE at a time. DIM::of(word, lane) and the next are the
-// dimensions a lane owns, for U words.
+// A warp takes every NP-th token of the block's [e0, e1), AT_ONCE at a time; the last warp begins, since the first ones
+// have codes where those are few. DIM::of(word, lane) and the next are the dimensions a lane owns, for U words.
 template <typename Cfg, int U, typename DIM>
 struct ExactTokens {
   using T = typename Cfg::T;
@@ -18,7 +18,7 @@ struct ExactTokens {
   // Asks for the first of them.
   __device__ __forceinline__ ExactTokens(const DecodeParams& p, const Place<Cfg>& at, const Row& row, int b, int e0,
                                          int e1)
-      : sinks(row.sinks), oldest(0), next(e0 + at.pair), end(e1) {
+      : sinks(row.sinks), oldest(0), next(e0 + NP - 1 - at.pair), end(e1) {
     if (next >= end) return;
     if (p.window_slots) oldest = static_cast<uint32_t>(row.coded) % p.window_slots;
     read_tokens(p, at, b);

@@ -15,7 +15,7 @@ template <typename Cfg>
 struct HalvesQuery {
   static constexpr int each = Cfg::D / 2, words = Cfg::HG * each, threads = Cfg::NW * 32;
   static constexpr int N = (words + threads - 1) / threads;
-  uint32_t x[N] = {};
+  Raw<typename Cfg::T> x[N] = {};
 
   // f(n, g, word): the thread's n-th is this word of vector g.
   template <typename F>
@@ -27,14 +27,14 @@ struct HalvesQuery {
     }
   }
   __device__ __forceinline__ void load(const DecodeParams& p, const Place<Cfg>& at, int row) {
-    mine([&](int n, int g, int word) { x[n] = load_half2(at.query(p, row, g) + 2 * word); });
+    mine([&](int n, int g, int word) { x[n] = load_raw(at.query(p, row, g) + 2 * word); });
   }
   static __device__ __forceinline__ uint32_t* shared(const Place<Cfg>& at, int half) {
     return reinterpret_cast<uint32_t*>(at.smem + Cfg::query_offset) + half * Cfg::HG * Cfg::query_words;
   }
   __device__ __forceinline__ void store(const Place<Cfg>& at) const {
     mine([&](int n, int g, int word) {
-      shared(at, word / (each / 2))[g * Cfg::query_words + word % (each / 2)] = x[n];
+      shared(at, word / (each / 2))[g * Cfg::query_words + word % (each / 2)] = to_half2(x[n]);
     });
   }
 };
@@ -44,6 +44,11 @@ template <typename Cfg>
 __device__ __forceinline__ void key_phase(const DecodeParams& p, const Place<Cfg>& at, int n, bool second,
                                           HalvesStream<Cfg>& stream, BookTurns<Cfg>& books) {
   using K = typename Cfg::K;
+  if (n <= 0) {  // making the scores' operands would only keep the other warps from it
+    books.wait();
+    books.leave();
+    return;
+  }
   const KeyTile<Cfg> tile(at);
   const Scores<Cfg> scores(at, HalvesQuery<Cfg>::shared(at, second), Cfg::query_words, books.buffer());
   books.wait();
@@ -117,23 +122,21 @@ __device__ __forceinline__ void softmax(const DecodeParams& p, const Place<Cfg>&
 // The block's share of a row: exact tokens, then codes, segment after segment. Leaves the warp's part for finish_row.
 template <typename Cfg>
 __device__ __forceinline__ void halves_warp(const DecodeParams& p, const Place<Cfg>& at, int b, const Row& row,
-                                            const Share& share, bool more, HalvesStream<Cfg>& stream,
-                                            BookTurns<Cfg>& books, const int* early) {
+                                            const Share& share, bool more, const HalvesQuery<Cfg>& query,
+                                            HalvesStream<Cfg>& stream, BookTurns<Cfg>& books, const int* early) {
   constexpr int HG = Cfg::HG, U = OwnHalves<Cfg>::U, half = OwnHalves<Cfg>::half;
   ExactTokens<Cfg, U, OwnHalves<Cfg>> exact(p, at, row, b, share.e0, share.e1);
   stream.start(p, b, row.coded, share, early);
-  HalvesQuery<Cfg> query;
-  query.load(p, at, b);
+  query.store(at);
+  __syncthreads();  // ahead of the exact tokens: warps that have none go on to codes
   Sums<Cfg> sums[2];  // the second is that of the half whose turn it is not
   auto both = [&](int word, int dim, int g) -> float& { return sums[word / half](word % half, dim, g); };
   float top[HG], total[HG];
 #pragma unroll
   for (int g = 0; g < HG; ++g) top[g] = -1e30f, total[g] = 0.f;
   exact.attend(p, at, b, top, total, both);
-  query.store(at);
-  __syncthreads();
 
-  const int segments = (stream.chunks_from(p, share, share.first) + Cfg::CHUNKS - 1) / Cfg::CHUNKS;
+  const int segments = (stream.chunks_from(p, share, share.begin.first) + Cfg::CHUNKS - 1) / Cfg::CHUNKS;
   books.take(segments, more);
 #pragma unroll 1
   for (int first = 0; first < segments * Cfg::CHUNKS; first += Cfg::CHUNKS) {
@@ -173,6 +176,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_halves_kernel(const __grid
 
   // As in pq_decode: what everything waits for is asked for before the books.
   int lengths[3] = {}, early[1] = {};
+  HalvesQuery<Cfg> query;
   if constexpr (ONE) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) lengths[i] = load_now(p.lengths + i);
@@ -180,6 +184,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_halves_kernel(const __grid
       const int page = Stream::page_of(p, Stream::early_tile(p, at.pair, at.lane / 2, at.lane));
       early[0] = load_now(p.page_table + min(page, p.table_stride - 1));
     }
+    query.load(p, at, 0);
   } else if (at.warp == NW - 1 && at.lane < (p.B * 3 + 31) / 32) {
     prefetch_l2(p.lengths + at.lane * 32);
   }
@@ -203,9 +208,9 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_halves_kernel(const __grid
 
   if constexpr (ONE) {
     const Row row(lengths[0], lengths[1], lengths[2]);
-    const Share share = share_of_one<NW, Cfg::EXACT>(p, row);
+    const Share share = share_of_one<Cfg>(p, row);
     if (row.units > 0 && static_cast<int>(blockIdx.x) < share.blocks) {
-      halves_warp<Cfg>(p, at, 0, row, share, false, stream, books, early);
+      halves_warp<Cfg>(p, at, 0, row, share, false, query, stream, books, early);
       finish_row<Cfg, false>(p, at, share, 0);
     } else if (row.units == 0 && blockIdx.x == 0) {
       store_nothing<Cfg>(p, at, 0);
@@ -223,7 +228,9 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_halves_kernel(const __grid
       __syncthreads();
       const int b = plan->uniform(plan->b);
       if (b < 0) break;
-      halves_warp<Cfg>(p, at, b, plan->row(), plan->shared(), plan->more(), stream, books, nullptr);
+      HalvesQuery<Cfg> asked;  // of its own: one for all rows would be carried from each to the next
+      asked.load(p, at, b);
+      halves_warp<Cfg>(p, at, b, plan->row(), plan->shared(), plan->more(), asked, stream, books, nullptr);
       finish_row<Cfg, false>(p, at, plan->shared(), plan->uniform(plan->b));
       fence_async();  // the rings are free again, for the copy engine too
       __syncthreads();

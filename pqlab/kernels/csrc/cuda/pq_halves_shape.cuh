@@ -29,7 +29,7 @@ struct HalvesConfig {
   static_assert(K::DP == 128 && D == 2 * K::DP, "a half is a pair of blocks");
   static_assert(K::CODES == 1 && V::CODES == 1, "a code for two dimensions at least");
   static_assert(SLOTS < kPhases * CHUNKS && CHUNKS <= 16, "a segment's places are in one register of a warp");
-  static constexpr int first_part = 0;
+  static constexpr int first_part = 0, DEALT = 16;
   static constexpr int own_words = 2 * (V::MP >= 32 ? V::MP / 32 : 1) * V::EW;
   static constexpr int exact_room = 16 / (own_words * static_cast<int>(sizeof(T))), exact_most = HG > 2 ? 2 : 4;
   static constexpr int EXACT = exact_room < 1 ? 1 : exact_room < exact_most ? exact_room : exact_most;
@@ -129,8 +129,8 @@ struct BookTurns {
 
 // A warp's stream of codes through all phases of a row: of every segment the halves of keys, then those of values.
 template <typename Cfg>
-struct HalvesStream : CodeStream<Cfg::NP, Cfg::SLOTS> {
-  using Base = CodeStream<Cfg::NP, Cfg::SLOTS>;
+struct HalvesStream : CodeStream<Cfg> {
+  using Base = CodeStream<Cfg>;
   using Base::chunks, Base::lane, Base::next, Base::now, Base::parity, Base::slot;
   int asked = 0, phase = 0;  // what is asked for next: chunk `asked` of the warp's, in this phase
   int segment = 0;           // its segment's first chunk

@@ -68,12 +68,14 @@ struct KeyTile {
 // Scores of the block's share of a row, chunk after chunk into the pair's buffers.
 template <typename Cfg>
 __device__ __forceinline__ void key_warp(const DecodeParams& p, const Place<Cfg>& at, int b, const Row& row,
-                                         const Share& share, CodeStream<Cfg::NP, Cfg::SLOTS>& stream, Turn& turn,
-                                         const int* early) {
+                                         const Share& share, CodeStream<Cfg>& stream, Turn& turn,
+                                         const Query<Cfg>& query, const int* early) {
   using K = typename Cfg::K;
-  Query<Cfg> query;
-  query.load(p, at, b);
   stream.start(p, b, row.coded, share, early);
+  if (stream.chunks == 0) {  // making the scores' operands would only keep the other warps from it
+    mbarrier_wait(at.key_books, 0);
+    return;
+  }
   const KeyTile<Cfg> tile(at);
   const Scores<Cfg> scores(at, query.spread(at));
   __syncwarp();  // the query is read, scores may follow

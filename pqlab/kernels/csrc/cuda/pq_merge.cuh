@@ -5,9 +5,71 @@
 
 namespace pqlab {
 
-// Merging, a lane has four dimensions of every 128 of them.
+// The merge by slices: a warp has a query vector, or 128 dimensions of it, a lane four of them; lanes that are left
+// over take other parts beside those.
 template <typename Cfg>
-constexpr int kSlices = (Cfg::DP + 127) / 128;
+struct Slices {
+  static constexpr int dims = Cfg::DP < 128 ? Cfg::DP : 128, count = Cfg::DP / dims, jobs = Cfg::HG * count;
+  static constexpr int lanes = dims / 4, beside = 32 / lanes;  // of a part; parts that a warp reads side by side
+  static constexpr int floats = 4 + dims;  // of a part in memory: maximum, sum of weights, two of nothing, sums
+};
+
+// What parts of a row come to, in one slice.
+struct Merged {
+  float top = -1e30f, total = 0.f;  // maximum (log2 units), sum of weights
+  float4 sums = make_float4(0.f, 0.f, 0.f, 0.f);
+
+  __device__ __forceinline__ void add(float f, const float4& x) {
+    sums.x += f * x.x, sums.y += f * x.y, sums.z += f * x.z, sums.w += f * x.w;
+  }
+  __device__ __forceinline__ void shrink(float to) {
+    const float f = exp2_approx(top - to);
+    top = to, total *= f;
+    sums.x *= f, sums.y *= f, sums.z *= f, sums.w *= f;
+  }
+  // Of lanes that have the same dimensions.
+  template <int LANES>
+  __device__ __forceinline__ void fold() {
+    float best = top;
+#pragma unroll
+    for (int o = LANES; o < 32; o <<= 1) best = fmaxf(best, __shfl_xor_sync(~0u, best, o));
+    if constexpr (LANES < 32) shrink(best);
+#pragma unroll
+    for (int o = LANES; o < 32; o <<= 1) {
+      total += __shfl_xor_sync(~0u, total, o);
+      sums.x += __shfl_xor_sync(~0u, sums.x, o), sums.y += __shfl_xor_sync(~0u, sums.y, o);
+      sums.z += __shfl_xor_sync(~0u, sums.z, o), sums.w += __shfl_xor_sync(~0u, sums.w, o);
+    }
+  }
+};
+
+// N parts on their way to a lane: n, n + BESIDE, .. below `end`.
+template <int N, int BESIDE>
+struct Parts {
+  float2 total[N];  // maximum, sum of weights
+  float4 sums[N];
+
+  template <typename TOTAL, typename SUMS>
+  __device__ __forceinline__ void read(int n, int end, TOTAL&& total_of, SUMS&& sums_of) {
+#pragma unroll
+    for (int j = 0; j < N; ++j, n += BESIDE) {
+      total[j] = make_float2(-1e30f, 0.f), sums[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (n < end) total[j] = total_of(n), sums[j] = sums_of(n);
+    }
+  }
+  __device__ __forceinline__ void add_to(Merged& merged) const {
+    float best = merged.top;
+#pragma unroll
+    for (int j = 0; j < N; ++j) best = fmaxf(best, total[j].x);
+    merged.shrink(best);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float f = exp2_approx(total[j].x - best);
+      merged.total += f * total[j].y;
+      merged.add(f, sums[j]);
+    }
+  }
+};
 
 // What a warp has of a row: sums(word, 0 or 1, g) of the dimensions DIM::of(word, lane) and the next, and for every query
 // vector its maximum and the lane's part of the sum of weights. Into its ring, which is empty then.
@@ -30,64 +92,48 @@ __device__ __forceinline__ void leave_part(const Place<Cfg>& at, const float (&t
   }
 }
 
-// Parts [blocks][HG][D + 4] that blocks left for one row (maximum, sum, two floats of nothing, D sums) -> the places of
-// the warps' parts, at most NW: warp n takes parts n, n + NW, ...
+// What the block's warps left of slice `job`.
 template <typename Cfg>
-__device__ __forceinline__ void fetch_parts(const Place<Cfg>& at, const float* parts, int blocks) {
-  constexpr int HG = Cfg::HG, NW = Cfg::NW, D = Cfg::D, SLICES = kSlices<Cfg>;
-  constexpr int AHEAD = SLICES > 1 ? 2 : 1;  // long parts come in many rounds where a head has many blocks
-  if (at.warp >= blocks || at.lane * 4 >= D) return;
-  auto total_of = [&](int n, int g) {
-    return __ldcg(reinterpret_cast<const float2*>(parts + static_cast<size_t>(n * HG + g) * (D + 4)));
+__device__ __forceinline__ Merged merge_warps(const Place<Cfg>& at, int job) {
+  using Of = Slices<Cfg>;
+  constexpr int first = Cfg::first_part, NW = Cfg::NW;
+  const int g = job / Of::count, dim = job % Of::count * Of::dims + at.lane % Of::lanes * 4;
+  Parts<(NW - first + Of::beside - 1) / Of::beside, Of::beside> parts;
+  parts.read(
+      first + at.lane / Of::lanes, NW, [&](int n) { return at.totals()[n * Cfg::HG + g]; },
+      [&](int n) { return *reinterpret_cast<const float4*>(at.sums(n) + g * Cfg::DP + dim); });
+  Merged merged;
+  parts.add_to(merged);
+  merged.template fold<Of::lanes>();
+  return merged;
+}
+
+// What `blocks` blocks left of slice `job` in memory, [blocks][jobs][floats]: a round is on its way while one is added.
+template <typename Cfg>
+__device__ __forceinline__ Merged merge_blocks(const Place<Cfg>& at, const float* from, int job, int blocks) {
+  using Of = Slices<Cfg>;
+  constexpr int N = Cfg::D < 128 ? 6 : 8;  // kernels of small heads have no registers for two rounds of eight
+  constexpr int apart = Of::jobs * Of::floats;
+  const float* const total = from + job * Of::floats;
+  const float* const sums = total + 4 + at.lane % Of::lanes * 4;
+  Parts<N, Of::beside> now, next;
+  auto read = [&](Parts<N, Of::beside>& parts, int n) {
+    parts.read(
+        n + at.lane / Of::lanes, blocks,
+        [&](int i) { return __ldcg(reinterpret_cast<const float2*>(total + i * apart)); },
+        [&](int i) { return __ldcg(reinterpret_cast<const float4*>(sums + i * apart)); });
   };
-  auto sums_of = [&](int n, int g, int slice) {
-    const float* const from = parts + static_cast<size_t>(n * HG + g) * (D + 4) + 4;
-    return __ldcg(reinterpret_cast<const float4*>(from + slice * 128 + at.lane * 4));
-  };
-  float2 total[HG];
-  float4 sums[HG][SLICES];
-#pragma unroll
-  for (int g = 0; g < HG; ++g) {  // all on their way before the first is used
-    total[g] = total_of(at.warp, g);
-#pragma unroll
-    for (int i = 0; i < SLICES; ++i) sums[g][i] = sums_of(at.warp, g, i);
-  }
+  Merged merged;
+  read(now, 0);
 #pragma unroll 1
-  for (int n = at.warp + NW; n < blocks; n += AHEAD * NW) {
-    float2 t[AHEAD][HG];
-    float4 s[AHEAD][HG][SLICES];
-#pragma unroll
-    for (int j = 0; j < AHEAD; ++j)
-#pragma unroll
-      for (int g = 0; g < HG; ++g) {
-        const int of = j ? min(n + j * NW, blocks - 1) : n;
-        t[j][g] = total_of(of, g);
-#pragma unroll
-        for (int i = 0; i < SLICES; ++i) s[j][g][i] = sums_of(of, g, i);
-      }
-#pragma unroll
-    for (int j = 0; j < AHEAD; ++j)
-#pragma unroll
-      for (int g = 0; g < HG; ++g) {
-        const float best = fmaxf(total[g].x, t[j][g].x), f0 = exp2_approx(total[g].x - best);
-        const float f1 = j == 0 || n + j * NW < blocks ? exp2_approx(t[j][g].x - best) : 0.f;
-        total[g] = make_float2(best, total[g].y * f0 + t[j][g].y * f1);
-#pragma unroll
-        for (int i = 0; i < SLICES; ++i) {
-          float4& sum = sums[g][i];
-          const float4 more = s[j][g][i];
-          sum.x = sum.x * f0 + more.x * f1, sum.y = sum.y * f0 + more.y * f1;
-          sum.z = sum.z * f0 + more.z * f1, sum.w = sum.w * f0 + more.w * f1;
-        }
-      }
+  for (int n = N * Of::beside; n < blocks; n += N * Of::beside) {
+    read(next, n);
+    now.add_to(merged);
+    now = next;
   }
-#pragma unroll
-  for (int g = 0; g < HG; ++g) {
-#pragma unroll
-    for (int i = 0; i < SLICES; ++i)
-      *reinterpret_cast<float4*>(at.sums(at.warp) + g * Cfg::DP + i * 128 + at.lane * 4) = sums[g][i];
-    if (at.lane == 0) at.totals()[at.warp * HG + g] = total[g];
-  }
+  now.add_to(merged);
+  merged.template fold<Of::lanes>();
+  return merged;
 }
 
 // The map of the results, out of code space; see DecodeParams::map. A warp has every NW-th of the matrix's rows, a lane
@@ -156,83 +202,76 @@ struct HomeMap {
   }
 };
 
-// Called by all threads of a block after its warps left their parts. The
-// last of the blocks that share a row, found by drawing tickets, merges what they left in memory, by the same code: no
-// second kernel, no waiting.
+// Whether the caller is the last of `blocks` that draw this ticket.
+__device__ __forceinline__ bool draws_last(int* ticket, int blocks) {
+  const bool last = draw_ticket(ticket) == blocks - 1;
+  if (last) *ticket = 0;
+  return last;
+}
+
+// Called by all threads of a block after its warps left their parts. Of the blocks that share a row, the warp that is
+// the last with a slice, found by drawing tickets, merges what all left of it in memory: no second kernel, no waiting, no
+// barrier of a block. Only a map needs all slices of a row in one block.
 template <typename Cfg, bool ONE>
 __device__ __forceinline__ void finish_row(const DecodeParams& p, const Place<Cfg>& at, const Share& share, int b) {
   using T = typename Cfg::T;
-  constexpr int HG = Cfg::HG, NW = Cfg::NW, D = Cfg::D, DP = Cfg::DP;
-  static_assert(NW <= 32, "a lane a part");
-  int* const last = reinterpret_cast<int*>(at.totals() + NW * HG);
-  const int row_group = (b * p.H + at.h) * gridDim.z + blockIdx.z;
+  using Of = Slices<Cfg>;
+  constexpr int HG = Cfg::HG, NW = Cfg::NW, D = Cfg::D;
+  const int group = at.h * gridDim.z + blockIdx.z;
+  int* const tickets = p.tickets + (b * p.H * static_cast<int>(gridDim.z) + group) * Of::jobs;
   // Parts of one (kv head, group) lie one after the other: split + b is different for all of them.
-  float* const parts = p.partial + static_cast<size_t>(at.h * gridDim.z + blockIdx.z) * (p.splits + p.B) * HG * (D + 4);
-  int first = Cfg::first_part, end = NW;
-  bool final = share.blocks == 1;
+  float* const parts = p.partial + (static_cast<size_t>(group) * (p.splits + p.B) + b) * Of::jobs * Of::floats;
+  const float* const of_row = parts + share.block0 * Of::jobs * Of::floats;
+  const bool alone = share.blocks == 1;
   HomeMap<Cfg, ONE> home;
-  if (final)
+  const auto store = [&](int job, const Merged& merged) {
+    const int g = job / Of::count, dim = job % Of::count * Of::dims + at.lane * 4;
+    if (at.lane >= Of::lanes || dim >= D || at.first_vector + g >= at.vectors) return;
+    const size_t vector = (static_cast<size_t>(b) * p.H + at.h) * at.vectors + at.first_vector + g;
+    const float one = __fdividef(1.f, merged.total);
+    const float result[4] = {merged.sums.x * one, merged.sums.y * one, merged.sums.z * one, merged.sums.w * one};
+    if (dim == 0) p.lse[vector] = (merged.top + __log2f(merged.total)) * kLn2;
+    T* const to = static_cast<T*>(p.out) + vector * D + dim;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (home.wanted(p))
+        home.results(at)[(dim + i) * Cfg::HS + g] = result[i];
+      else
+        to[i] = from_float<T>(result[i]);
+  };
+  if (alone)
     home.fetch(p, at);
   else
     home.prefetch(p, at);
+  __syncthreads();
 #pragma unroll 1
-  while (true) {
-    __syncthreads();
-#pragma unroll 1
-    for (int i = at.warp; i < HG * kSlices<Cfg>; i += NW) {  // a warp a vector, or 128 dimensions of it
-      const int g = i / kSlices<Cfg>, dim = i % kSlices<Cfg> * 128 + at.lane * 4;
-      const float2 total =
-          at.lane >= first && at.lane < end ? at.totals()[at.lane * HG + g] : make_float2(-1e30f, 0.f);
-      float best = total.x;
-#pragma unroll
-      for (int o = 16; o; o >>= 1) best = fmaxf(best, __shfl_xor_sync(~0u, best, o));
-      const float factor = exp2_approx(total.x - best);
-      float all = factor * total.y;
-#pragma unroll
-      for (int o = 16; o; o >>= 1) all += __shfl_xor_sync(~0u, all, o);
-      float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-      for (int n = first; n < end; ++n) {
-        const float f = __shfl_sync(~0u, factor, n);
-        const float4 x = *reinterpret_cast<const float4*>(at.sums(n) + g * DP + (dim < DP ? dim : 0));
-        value.x += f * x.x, value.y += f * x.y, value.z += f * x.z, value.w += f * x.w;
-      }
-      if (dim >= D) continue;
-      if (!final) {
-        float* const to = parts + (static_cast<size_t>(blockIdx.x + b) * HG + g) * (D + 4);
-        *reinterpret_cast<float4*>(to + 4 + dim) = value;
-        if (dim == 0) *reinterpret_cast<float2*>(to) = make_float2(best, all);
-      } else if (at.first_vector + g < at.vectors) {
-        const size_t vector = (static_cast<size_t>(b) * p.H + at.h) * at.vectors + at.first_vector + g;
-        T* const to = static_cast<T*>(p.out) + vector * D + dim;
-        const float one = __fdividef(1.f, all);
-        if (dim == 0) p.lse[vector] = (best + __log2f(all)) * kLn2;
-        if (home.wanted(p)) {
-          const float result[4] = {value.x * one, value.y * one, value.z * one, value.w * one};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) home.results(at)[(dim + i) * Cfg::HS + g] = result[i];
-          continue;
-        }
-        to[0] = from_float<T>(value.x * one), to[1] = from_float<T>(value.y * one);
-        to[2] = from_float<T>(value.z * one), to[3] = from_float<T>(value.w * one);
-      }
+  for (int job = at.warp; job < Of::jobs; job += NW) {
+    Merged merged = merge_warps<Cfg>(at, job);
+    if (!alone) {
+      float* const to = parts + (blockIdx.x * Of::jobs + job) * Of::floats;
+      if (at.lane < Of::lanes) *reinterpret_cast<float4*>(to + 4 + at.lane * 4) = merged.sums;
+      if (at.lane == 0) *reinterpret_cast<float2*>(to) = make_float2(merged.top, merged.total);
+      if (home.wanted(p)) continue;
+      __syncwarp();
+      const bool last = __any_sync(~0u, at.lane == 0 && draws_last(tickets + job, share.blocks));
+      __syncwarp();
+      if (!last) continue;
+      merged = merge_blocks<Cfg>(at, of_row, job, share.blocks);
     }
-    if (final) {
-      if (home.wanted(p)) home.store(p, at, b);
-      break;
-    }
-    __syncthreads();  // all of the part is written before the ticket is drawn
-    if (threadIdx.x == 0) {
-      const bool is_last = draw_ticket(p.tickets + row_group) == share.blocks - 1;
-      if (is_last) p.tickets[row_group] = 0;
-      *last = is_last;
-    }
-    __syncthreads();
-    if (!*last) break;
-    home.fetch(p, at);
-    fetch_parts(at, parts + static_cast<size_t>(share.block0 + b) * HG * (D + 4), share.blocks);
-    first = 0, end = min(share.blocks, NW), final = true;
+    store(job, merged);
   }
+  if (!home.wanted(p)) return;
+  if (!alone) {
+    int* const last = reinterpret_cast<int*>(at.totals() + NW * HG);
+    __syncthreads();  // all of the part is written before the ticket is drawn
+    if (threadIdx.x == 0) *last = draws_last(tickets, share.blocks);
+    __syncthreads();
+    if (!*last) return;
+    home.fetch(p, at);
+#pragma unroll 1
+    for (int job = at.warp; job < Of::jobs; job += NW) store(job, merge_blocks<Cfg>(at, of_row, job, share.blocks));
+  }
+  home.store(p, at, b);
 }
 
 // A row that stores nothing: out 0, lse -inf.

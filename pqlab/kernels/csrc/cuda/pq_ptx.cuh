@@ -161,7 +161,8 @@ __device__ __forceinline__ int load_now(const int* p) {
 }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Adds one; what the block wrote before its last barrier is visible to whoever sees the new value, and the reverse.
+// Adds one; what threads wrote before a barrier (or __syncwarp) that this one came through after them is visible to
+// whoever sees the new value, and the reverse.
 __device__ __forceinline__ int draw_ticket(int* ticket) {
   int before;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
@@ -209,10 +210,10 @@ __device__ __forceinline__ Raw<T> load_raw(const T* x) { return *reinterpret_cas
 template <typename T>
 __device__ __forceinline__ float2 to_float2(const Raw<T>& x) { return load_float2(reinterpret_cast<const T*>(&x)); }
 
-__device__ __forceinline__ uint32_t load_half2(const __half* x) { return *reinterpret_cast<const uint32_t*>(x); }
+__device__ __forceinline__ uint32_t to_half2(const Raw<__half>& x) { return x.x; }
 template <typename T>
-__device__ __forceinline__ uint32_t load_half2(const T* x) {
-  const float2 two = load_float2(x);
+__device__ __forceinline__ uint32_t to_half2(const Raw<T>& x) {
+  const float2 two = to_float2(x);
   return pack_half2(two.x, two.y);
 }
 

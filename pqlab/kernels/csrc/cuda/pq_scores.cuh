@@ -7,25 +7,26 @@
 
 namespace pqlab {
 
-// The query vectors of a row, fp16, dealt to the lanes of a key warp: asked for early, needed late.
+// The query vectors of a row, dealt to the lanes of a key warp: asked for early, needed late.
 template <typename Cfg>
 struct Query {
   static constexpr int words = Cfg::HG * Cfg::DP / 2, N = words / 32;
   static_assert(words * 4 <= 2 * Cfg::score_bytes, "goes through the buffers of scores");
-  uint32_t x[N];
+  Raw<typename Cfg::T> x[N];
 
   __device__ __forceinline__ void load(const DecodeParams& p, const Place<Cfg>& at, int row) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int word = i * 32 + at.lane, dim = word % (Cfg::DP / 2) * 2;
-      x[i] = Cfg::D == Cfg::DP || dim < Cfg::D ? load_half2(at.query(p, row, word / (Cfg::DP / 2)) + dim) : 0u;
+      x[i] = {};
+      if (Cfg::D == Cfg::DP || dim < Cfg::D) x[i] = load_raw(at.query(p, row, word / (Cfg::DP / 2)) + dim);
     }
   }
-  // All of them to the warp's buffers of scores: [HG][DP / 2].
+  // All of them to the warp's buffers of scores, fp16: [HG][DP / 2].
   __device__ __forceinline__ const uint32_t* spread(const Place<Cfg>& at) const {
     uint32_t* const to = reinterpret_cast<uint32_t*>(at.scores);
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i * 32 + at.lane] = x[i];
+    for (int i = 0; i < N; ++i) to[i * 32 + at.lane] = to_half2(x[i]);
     __syncwarp();
     return to;
   }

@@ -58,6 +58,7 @@ struct DecodeConfig {
   static_assert(HG >= 1 && HG <= 4 && NW % 2 == 0, "at most four query vectors a block, pairs of warps");
   static constexpr int DP = K::DP;
   static constexpr int first_part = NP;  // warps behind this one have parts of the result
+  static constexpr int DEALT = 8;        // blocks that are dealt the first chunks of a single row, see begin_of_one
   static constexpr int own_words = (V::MP >= 32 ? V::MP / 32 : 1) * V::EW;  // pairs of dimensions a lane of it sums
   // Exact tokens a value warp has on their way: they are in registers.
   static constexpr int exact_room = 16 / (own_words * static_cast<int>(sizeof(T))), exact_most = HG > 2 ? 2 : 4;
@@ -106,8 +107,8 @@ struct DecodeParams {
   int window_slots;
   void* out;                // [B, H * G, S, D] of T, dense
   float* lse;               // [B, H * G, S]
-  float* partial;           // [H][groups][splits + B][HG][D + 4]
-  int* tickets;             // [B * H * groups], zero before and after
+  float* partial;           // [H][groups][splits + B][jobs][floats], see Slices
+  int* tickets;             // [B * H * groups][jobs], zero before and after
   const __half* map;        // [H, D, D]: the result is out map[h], in the head space; null: out
   void* unmapped;           // with a map: room for as much as `out`, where B > 1
   int B, H, G, S;
@@ -137,20 +138,37 @@ __device__ __forceinline__ int share(int total, int part, int parts) {
   return static_cast<int>(static_cast<uint32_t>(total) * static_cast<uint32_t>(part) / static_cast<uint32_t>(parts));
 }
 
-// What a block does of a row: chunks first, first + 1, .. first + NP - 1 (one a pair of warps), then the same `step`
-// further on, below `end`; exact tokens [e0, e1). `blocks` blocks share the row, from block `block0` on.
+// Where a block begins: pair n of its warps with chunk first + n * apart.
+struct Begin {
+  int first, apart;
+};
+
+// What a block does of a row: the chunks with which it begins, then those `step` further on, below `end`; exact tokens
+// [e0, e1). `blocks` blocks share the row, from block `block0` on.
 struct Share {
-  int first, step, end, e0, e1, block0, blocks;
+  Begin begin;
+  int step, end, e0, e1, block0, blocks;
 };
 
 // A batch of one row: blocks take turns, NP chunks each, so that the first chunks of a block do not depend on how long
-// the row is. No block without a chunk for one pair of warps at least; exact tokens take as many blocks as let a pair
-// read its own, AT_ONCE, at once.
-template <int NP, int AT_ONCE>
+// the row is. The first DEALT blocks are dealt those of a turn one by one: a short row then keeps few warps of each
+// busy, which are faster than many of few blocks, and yet leaves few parts to merge.
+template <typename Cfg>
+__device__ __forceinline__ Begin begin_of_one(const DecodeParams& p) {
+  const int x = blockIdx.x, dealt = min(p.splits, Cfg::DEALT);
+  return x < dealt ? Begin{x, dealt} : Begin{x * Cfg::NP, 1};
+}
+
+// No block without a chunk for one pair of warps at least; exact tokens take as many blocks as let a pair read its own,
+// EXACT, at once.
+template <typename Cfg>
 __device__ __forceinline__ Share share_of_one(const DecodeParams& p, const Row& row) {
-  const int useful = max((row.chunks + NP - 1) / NP, (row.exact + NP * AT_ONCE - 1) / (NP * AT_ONCE));
+  constexpr int NP = Cfg::NP, exact_each = NP * Cfg::EXACT;
+  const int of_chunks = max(min(row.chunks, Cfg::DEALT), (row.chunks + NP - 1) / NP);
+  const int useful = max(of_chunks, (row.exact + exact_each - 1) / exact_each);
   const int blocks = max(1, min(p.splits, useful)), x = blockIdx.x;
-  return {x * NP, p.splits * NP, row.chunks, share(row.exact, x, blocks), share(row.exact, x + 1, blocks), 0, blocks};
+  return {begin_of_one<Cfg>(p), p.splits * NP, row.chunks, share(row.exact, x, blocks), share(row.exact, x + 1, blocks),
+          0, blocks};
 }
 
 // More rows: the units of all rows, one after the other, are cut into equal parts, one a block.
@@ -191,7 +209,7 @@ struct Part {
   template <int NP>
   __device__ __forceinline__ Share share_of(const Row& r) const {
     const int u0 = max(begin - before, 0), u1 = min(end - before, r.units), block0 = before / per_block;
-    return {share(r.chunks, u0, r.units), NP, share(r.chunks, u1, r.units),
+    return {{share(r.chunks, u0, r.units), 1}, NP, share(r.chunks, u1, r.units),
             share(r.exact, u0, r.units),  share(r.exact, u1, r.units),
             block0, (before + r.units - 1) / per_block - block0 + 1};
   }
@@ -226,8 +244,8 @@ struct Plan {
   }
   __device__ __forceinline__ Row row() const { return Row(uniform(sinks), uniform(coded), uniform(window)); }
   __device__ __forceinline__ Share shared() const {
-    return {uniform(share.first), uniform(share.step), uniform(share.end),   uniform(share.e0),
-            uniform(share.e1),    uniform(share.block0), uniform(share.blocks)};
+    return {{uniform(share.begin.first), 1}, uniform(share.step), uniform(share.end), uniform(share.e0),
+            uniform(share.e1), uniform(share.block0), uniform(share.blocks)};
   }
 };
 static_assert(sizeof(Plan) <= kPlanBytes, "see DecodeConfig");

@@ -4,8 +4,9 @@
 
 namespace pqlab {
 
-template <int NP, int SLOTS>
+template <typename Cfg>
 struct CodeStream {
+  static constexpr int NP = Cfg::NP, SLOTS = Cfg::SLOTS;
   const uint8_t* pages;  // of one side
   int tile_bytes;
   uint32_t ring, slot_bytes, barriers;  // shared memory addresses; a barrier a slot (sm_90)
@@ -33,7 +34,8 @@ struct CodeStream {
   }
   // The lane's tile of chunk k of a row whose shares do not depend on its length.
   static __device__ __forceinline__ uint32_t early_tile(const DecodeParams& p, int pair, int k, int lane) {
-    return 2 * (static_cast<int>(blockIdx.x) * NP + pair + p.splits * NP * k) + (lane & 1);
+    const Begin begin = begin_of_one<Cfg>(p);
+    return 2 * (begin.first + pair * begin.apart + p.splits * NP * k) + (lane & 1);
   }
   __device__ __forceinline__ uint32_t early_place(const DecodeParams& p, int k, int id) const {
     const uint32_t tile = early_tile(p, pair, k, lane), at = place_in(p, id, tile);
@@ -77,7 +79,7 @@ struct CodeStream {
   __device__ __forceinline__ void take(const DecodeParams& p, int row, int coded, const Share& share) {
     table = p.page_table + static_cast<size_t>(row) * p.table_stride;
     last_tile = (coded - 1) / kTile;
-    first = share.first + pair, step = share.step;
+    first = share.begin.first + pair * share.begin.apart, step = share.step;
     chunks = chunks_from(p, share, first);
   }
   // How many chunks of a share a warp has whose first is this one.
@@ -97,8 +99,8 @@ struct CodeStream {
     for (int k = 0; k < SLOTS; ++k) {
       fetch(p, k, s);
       s = s + 1 == SLOTS ? 0 : s + 1;
-      next = early ? early_place(p, 16 + lane / 2, early[1]) : place(p, 16 + lane / 2);
-  }
+    }
+    next = early ? early_place(p, 16 + lane / 2, early[1]) : place(p, 16 + lane / 2);
   }
 
   // Waits for the next chunk; its codes lie at the address that is returned until `release`.

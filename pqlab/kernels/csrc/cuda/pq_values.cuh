@@ -10,7 +10,7 @@ namespace pqlab {
 // Sums over the block's share of a row: left in the warp's ring and in the totals, for finish_row.
 template <typename Cfg>
 __device__ __forceinline__ void value_warp(const DecodeParams& p, const Place<Cfg>& at, int b, const Row& row,
-                                         const Share& share, CodeStream<Cfg::NP, Cfg::SLOTS>& stream, Turn& turn,
+                                         const Share& share, CodeStream<Cfg>& stream, Turn& turn,
                                          const int* early) {
   constexpr int HG = Cfg::HG, HS = Cfg::HS;
   using Dim = OwnDims<Cfg>;
