@@ -112,7 +112,7 @@ __device__ __forceinline__ Merged merge_warps(const Place<Cfg>& at, int job) {
 template <typename Cfg>
 __device__ __forceinline__ Merged merge_blocks(const Place<Cfg>& at, const float* from, int job, int blocks) {
   using Of = Slices<Cfg>;
-  constexpr int N = Cfg::D < 128 ? 6 : 8;  // kernels of small heads have no registers for two rounds of eight
+  constexpr int N = Cfg::D % 64 ? 6 : 8;  // kernels of heads of 32 and 96 have no registers for two rounds of eight
   constexpr int apart = Of::jobs * Of::floats;
   const float* const total = from + job * Of::floats;
   const float* const sums = total + 4 + at.lane % Of::lanes * 4;
