@@ -94,7 +94,7 @@ def test_memory_bars_are_the_parts_of_the_cost():
     cost = CacheCost(SMOL, PQConfig(), CacheConfig(max_pages=300), 8192, batch=2)
     figure = settings_figure(cost)
     assert "memory of all sequences, MiB" in [note.text for note in figure.layout.annotations]
-    bars = {bar.name: bar.x[1] for bar in figure.data[1:8]}
+    bars = {bar.name: bar.x[1] for bar in figure.data[1 : 1 + len(cost.parts())]}
     for part in cost.parts():
         assert bars[part["part"]] * 2**20 == pytest.approx(part["bytes"])
     assert figure.data[0].x[0] * 2**20 == pytest.approx(cost.baseline_bytes)

@@ -124,7 +124,7 @@ def cache_bytes(cache: Cache) -> tuple[int, int, int]:
         if isinstance(layer, ContiguousPQLayer):
             held += layer.nbytes
             for codec in (layer.codec.k, layer.codec.v):
-                parts = (codec.centroids, codec.forward, codec.backward)
+                parts = (codec.centroids, codec.forward, codec.backward, codec.mean, codec.spread)
                 books |= {part.data_ptr(): part.untyped_storage().nbytes() for part in parts if part is not None}
         elif layer.is_initialized:
             held += layer.keys.nbytes + layer.values.nbytes

@@ -81,7 +81,8 @@ class ContiguousPQLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for part in (self.sinks, self.codes, self.window) for x in part)
+        fit = 0 if self.fit is None else self.fit.nbytes
+        return sum(x.nbytes for part in (self.sinks, self.codes, self.window) for x in part) + fit
 
     @property
     def _sides(self) -> tuple[PQCodec, PQCodec]:
