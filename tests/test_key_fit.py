@@ -143,6 +143,20 @@ def test_a_static_cache_is_fitted_by_its_prompt(make_model):
         assert all((layer.fit.scale == 1).all() for layer in static.quantized_layers)
 
 
+def test_a_static_cache_says_what_it_cannot_fit(make_model, caplog):
+    """59 tokens: 3 sinks, R of 20, a page of 16, and steps that are the first to code a page."""
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    config = CacheConfig(16, 20, num_sinks=3, mode="static")
+    for prompt, said in ((38, 1), (39, 0)):
+        caplog.clear()
+        cache = PagedPQCache(model, random(model), config, context=130)
+        fed(model, cache, ids(1, 59), [prompt] + [1] * (59 - prompt))
+        assert caplog.text.count("39 tokens are enough") == said
+        assert all((layer.fit.scale == 1).all() == bool(said) for layer in cache.quantized_layers)
+        assert int(cache.lengths[0, 1]) == 32
+
+
 def test_wide_keys_lose_less():
     """Nearly twice as wide as those that centroids were made for: what a fit is for."""
     generator = torch.Generator().manual_seed(0)

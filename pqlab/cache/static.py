@@ -7,6 +7,8 @@ lengths once.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers.utils import is_torchdynamo_compiling
 
@@ -19,6 +21,8 @@ from ..kernels.backend import StepShape
 from ..paging import PagePool
 from .layer import PagedPQLayer
 from .sequences import SequenceGroup, StepPlan, plain_state
+
+log = logging.getLogger("pqlab")
 
 
 def advance(lengths: torch.Tensor, config: CacheConfig) -> torch.Tensor:
@@ -157,13 +161,13 @@ class StaticPagedPQLayer(PagedPQLayer):
     """A `PagedPQLayer` whose decode step is tensors only; chunks go the eager way.
 
     Keys are fitted to a sequence by a chunk that codes its first tokens: a prompt of a page more than R and the sinks.
-    Where a captured step is the first to code any, they stay as they are.
+    Where a captured step is the first to code any, they stay as they are, which is said.
     """
 
     is_croppable = False
     is_compileable = True  # unless `allow_capture` finds otherwise
     is_static = True
-    is_warm = False
+    is_warm = has_said = False
     group: StaticGroup
 
     def allow_capture(self, dtype: torch.dtype, query_heads: int) -> str | None:
@@ -222,12 +226,25 @@ class StaticPagedPQLayer(PagedPQLayer):
             out = super().attend(query, mask, scaling)
             self._warm_up(query[:, :, -1:], keys[:, :, -1:], values[:, :, -1:], scaling)
             if self.is_last:
+                self._say_unfitted()
                 self.group.end_chunk()
             return out
         pending = self._take_pending()
         if self.is_first:
             self.group.advance()
         return self._step(query, *pending, self.group.before, self.group.lengths, scaling)
+
+    def _say_unfitted(self) -> None:
+        """Once a cache: that captured steps will be the first to code a sequence, and cannot fit its keys."""
+        if self.fit is None or self.has_said or all(self.group.coded(row) for row in range(self.group.num_rows)):
+            return
+        self.has_said = True
+        enough = self.group.config.num_sinks + self.group.config.window_length
+        log.warning(
+            "static mode: the prompt is too short for its keys to be fitted, they are coded as they are; %d tokens are "
+            'enough, or set mode="eager"',
+            enough,
+        )
 
     def _warm_up(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> None:
         """Run a decode step's operation once, with no token to store.

@@ -9,8 +9,8 @@ Attention never has to leave code space: q . x = (q @ backward^T) . y for keys, 
 sum_t p_t x_t = (sum_t p_t y_t) @ backward. So a cache keeps its exact tokens in code space too (`to_code_space`), asks
 with `map_query(q)` and brings the output home with `from_code_space`. Without a map all three return their argument.
 
-Keys of a text that the calibration never saw spread wider than what the centroids were made for. `KeyFit` narrows them,
-dimension by dimension, as the first tokens of a sequence say.
+Keys of a text that the calibration never saw spread wider than what the centroids were made for. `PQCodec.fit` says,
+from the first tokens of a sequence, how much a cache has to narrow them, dimension by dimension.
 """
 
 from __future__ import annotations

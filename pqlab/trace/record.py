@@ -235,9 +235,7 @@ def _tensors(
         for side, codes, codec_of_side in zip("kv", layers[i].codes(0), (codec.k, codec.v), strict=True):
             tensors[f"codes_{side}.{position}"] = codes.cpu().contiguous()
             books, backward = codec_of_side.centroids, codec_of_side.backward
-            if (
-                side == "k" and fit is not None
-            ):  # (y - shift) / scale, with the shift in the books and the scale in the map
+            if side == "k" and fit is not None:  # (y - shift) / scale: the shift in the books, the scale in the map
                 books = books.float() - fit.shift[0].unflatten(-1, (codec_of_side.num_subspaces, 1, -1))
                 backward = backward.float() / fit.scale[0, :, :, None]
             tensors[f"books_{side}.{position}"] = books.cpu().contiguous()
