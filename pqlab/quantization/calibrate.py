@@ -207,8 +207,7 @@ def train(
                 else:
                     forward, backward = alike(x, forward, backward, m)
                 directions.append((forward, backward))
-                y = x @ to_float(forward)
-                moments.append({"mean": y.mean(1), "spread": y.std(1)} if side == "k" else {})
+                moments.append(_moments(x @ to_float(forward)) if side == "k" else {})
             both = seen.weights() if weighted and seen else None
             weights.append(torch.ones_like(x[..., 0]) if both is None else both[SIDES.index(side)].to(device))
         sides = [parts[side][i] for i, side in members]
@@ -230,6 +229,11 @@ def train(
             centroids = books[first : first + heads].clone() if own else books[first].expand(heads, -1, -1, -1)
             codecs[member] = (PQCodec(centroids, *directions[j], **moments[j]) if maps else PQCodec(centroids)).half()
     return {i: LayerCodec(codecs[i, "k"], codecs[i, "v"]) for i in samples.keys}
+
+
+def _moments(y: Tensor) -> dict[str, Tensor]:
+    """Of [H, n, d] in code space, what `PQCodec.fit` needs."""
+    return {"mean": y.mean(1), "spread": y.std(1)}
 
 
 def _sharers(heads: Sequence[int], scope: str) -> list[list[tuple[int, int]]]:
