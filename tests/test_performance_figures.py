@@ -62,7 +62,7 @@ def test_speedup_and_roofline_show_every_case():
     ours = [t for t in figure.data if t.name == "pqlab"]
     several = frame[(frame.batch == 1)].groupby(["shape", "bits"]).filter(lambda part: len(part) > 1)
     assert (
-        len(ours) == several.groupby(["shape", "bits"]).ngroups == 4
+        len(ours) == several.groupby(["shape", "bits"]).ngroups == 5
         and list(ours[0].y) == frame.microseconds[:6].tolist()
     )
     unknown = decode_frame(shipped("cpu-2cores"))  # no read rate: drawn without
