@@ -38,6 +38,8 @@ _CACHES = {
     "paged": (PAGED, "diamond", "solid"),
 }  # fmt: skip
 """Rows of `benchmarks.baseline_vs_paged` -> colour, mark, dash."""
+_ONE_TWO_FIVE = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+"""Ticks of a logarithmic axis that may span less than a power of ten."""
 _LEGEND = {"yref": "container", "y": 0.01, "yanchor": "bottom"}  # shares of the plot's height would reach its axis
 
 
@@ -94,7 +96,7 @@ def roofline_figure(frame: pd.DataFrame, theme: Theme | None = "light") -> go.Fi
             index % 2,
             _name(shape, bits, 1, False),
             x=_contexts(sorted(part.context)),
-            y={"type": "log", "dtick": 1, "title": {"text": "µs"} if index % 2 == 0 else {}},
+            y={"type": "log", "tickvals": _ONE_TWO_FIVE, "title": {"text": "µs"} if index % 2 == 0 else {}},
         )
         common = {"x": part.context, "showlegend": index == 0}
         for name, values, colour, mark in (
