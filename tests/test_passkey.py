@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 
@@ -48,6 +49,19 @@ def test_pairs_lie_at_their_depths_and_each_is_asked_for(tiny_tokenizer):
     before = text[: text.index("\n\nThe code of the river is 1234.")]
     assert before.count("x") == round(0.8 * room)
     assert tiny_tokenizer.decode(asked[0][0] + asked[0][1]).endswith("The code of the river is 1234")
+
+
+def test_methods_are_counted_question_by_question():
+    def rows(method, *found):
+        return [(method, 512, depth, 0, str(depth), hit, -1.0 - (not hit)) for depth, hit in enumerate(found)]
+
+    hits = [True] * 6 + [False] * 2
+    records = rows("exact", *hits) + rows("same", *hits) + rows("worse", *[False] * 6, True, False)
+    table = retrieval.beside_exact(pd.DataFrame(records, columns=retrieval.COLUMNS)).set_index("method")
+    assert table.loc["same", ["asked", "exact", "found", "lost", "won", "p", "nats"]].tolist() == [8, 6, 6, 0, 0, 1, 0]
+    assert table.loc["worse", ["found", "lost", "won"]].tolist() == [1, 6, 1]
+    assert table.p["worse"] == pytest.approx(2 * (1 + 7) / 2**7)
+    assert table.nats["worse"] == pytest.approx(-5 / 8)
 
 
 def test_a_length_that_cannot_be_is_refused(tiny_tokenizer, make_model):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,34 @@ def retrieve(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def beside_exact(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every method beside the exact cache, question by question: the same numbers, hidden at the same places.
+
+    Args:
+        frame: what `retrieve` found.
+
+    Returns:
+        DataFrame: method; asked, questions; exact, found by the exact cache; found, by the method; lost, found by the
+        exact cache alone; won, by the method alone; p, how often a method that is as good as exact would lose and win
+        so unevenly or more so (two-sided sign test; 1 when nothing tells them apart); nats, mean log-probability of the
+        answers less that under the exact cache.
+    """
+    keys = ["length", "depth", "trial", "key"]
+    found, told = (frame.pivot_table(index=keys, columns="method", values=v, sort=False) for v in ("found", "logp"))
+    rows = []
+    for name in (name for name in found if name != "exact"):
+        lost, won = int((found[name] < found["exact"]).sum()), int((found[name] > found["exact"]).sum())
+        sums = int(found["exact"].sum()), int(found[name].sum())
+        rows.append((name, len(found), *sums, lost, won, _sign_test(lost, won), (told[name] - told["exact"]).mean()))
+    return pd.DataFrame(rows, columns=["method", "asked", "exact", "found", "lost", "won", "p", "nats"])
+
+
+def _sign_test(lost: int, won: int) -> float:
+    """Two-sided probability of a split at least as uneven among `lost + won` fair coins."""
+    n = lost + won
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
+
+
 def _once(quantize: Quantize, coded: int) -> Quantize:
     """The same, but the first `coded` tokens, which are the prompt's under every question, are quantized once."""
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -206,6 +235,8 @@ def run(args: argparse.Namespace, name: str, hide: Hide) -> int:
     for title, part in frame.groupby("method", sort=False):
         print(f"{title}: found, by depth and length")
         print(part.pivot_table(index="depth", columns="length", values="found", aggfunc="mean").to_string())
+    print("beside exact, question by question")
+    print(beside_exact(frame).round(3).to_string(index=False))
     if args.json:
         print(json.dumps(record(frame, name, args)))
     return 0
