@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from copy import deepcopy
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -205,6 +206,20 @@ class PagedPQCache(Cache):
         self._select(rows)
         for layer in self._exact:
             layer.batch_select_indices(indices)
+
+    @plain_state
+    def __deepcopy__(self, memo: dict) -> PagedPQCache:
+        """A cache of the same tokens that goes its own way, with a pool of its own: a prompt is read once and continued
+        many times. What never changes, codebooks and the model's config, is shared. A recorder stays with the original.
+        """
+        shared = [self.codebooks, *self.codebooks.layers.values(), *(layer.config for layer in self._quantized)]
+        shared += [side for codec in self.codebooks.layers.values() for side in (codec.k, codec.v)]
+        memo.update({id(thing): thing for thing in shared})
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        deepcopy(self.pool, memo)  # first: layers hold views of it
+        vars(copied).update(deepcopy(vars(self), memo))
+        copied.group.probe = copied.table.listener = None
+        return copied
 
     # -- inside -------------------------------------------------------------------------------------------------
 

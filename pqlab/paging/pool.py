@@ -12,7 +12,8 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import product
+from copy import deepcopy
+from itertools import chain, product
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,14 +72,39 @@ class PagePool:
             require_memory(layout.num_bytes, layout.page_bytes, self.device)
         self._free = make_policy(policy, max_pages)
         self._refcounts = array("i", bytes(4 * max_pages))
+        self._sparse = sparse
         self.buffer = None
         self._views: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
         if layout is not None:
-            self.buffer = _zeros(layout, self.device, sparse)
-            self._views = tuple(
-                tuple(_at_offset_zero(layout.view(self.buffer, layer, side)) for side in range(2))
-                for layer in range(len(layout.layers))
-            )
+            self._make_buffer(layout)
+
+    def _make_buffer(self, layout: PoolLayout) -> None:
+        self.buffer = _zeros(layout, self.device, self._sparse)
+        self._views = tuple(
+            tuple(_at_offset_zero(layout.view(self.buffer, layer, side)) for side in range(2))
+            for layer in range(len(layout.layers))
+        )
+
+    def __deepcopy__(self, memo: dict) -> PagePool:
+        """A pool of its own with the same pages in use; the bytes of free pages are zero in it.
+
+        Views that were taken of this pool before become views of the copy, in whatever is copied with it afterwards.
+
+        Raises:
+            OutOfMemoryError: PQC004, as when a pool is made.
+        """
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        views = {"buffer": None, "_views": (), "layout": self.layout}
+        vars(copied).update({k: views[k] if k in views else deepcopy(v, memo) for k, v in vars(self).items()})
+        if self.layout is not None:
+            require_memory(self.layout.num_bytes, self.layout.page_bytes, self.device)
+            copied._make_buffer(self.layout)
+            used = torch.tensor([page for page, count in enumerate(self._refcounts) if count], device=self.device)
+            for old, new in zip(chain(*self._views), chain(*copied._views), strict=True):
+                if len(used):
+                    new[used] = old[used]
+                memo[id(old)] = new
+        return copied
 
     @property
     def policy(self) -> str:

@@ -19,6 +19,14 @@ class PageRows:
         self._version = 0  # counts changes, so that a copy on a device knows whether it is stale
         self._copies: dict[torch.device, tuple[torch.Tensor, int, torch.Tensor]] = {}  # , version, rows last asked for
 
+    def __getstate__(self) -> tuple[np.ndarray, int]:
+        return self._array, self._version  # tensors of the same memory would be copied apart from it
+
+    def __setstate__(self, state: tuple[np.ndarray, int]) -> None:
+        array, self._version = state
+        self._replace(array)
+        self._copies = {}
+
     @property
     def shape(self) -> tuple[int, int]:
         rows, width = self._host.shape
