@@ -25,6 +25,7 @@ from ..kernels.backend import EXACT, current_setting
 from ..kernels.reference import attend_dense, merge
 from ..paging.layout import read_pages
 from .exact_buffers import ExactBuffers
+from .gradients import no_gradients
 from .key_fit import KeyFit, fit_tokens
 from .sequences import SequenceGroup, StepPlan, plain_state
 from .side import Side
@@ -166,6 +167,7 @@ class PagedPQLayer(CacheLayerMixin):
 
     # -- attention's side ---------------------------------------------------------------------------------------
 
+    @no_gradients
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """Attention of the handed-over step, and its tokens stored.
 
@@ -339,6 +341,7 @@ class PagedPQLayer(CacheLayerMixin):
                         side.write(row, x[row][:, keep], plan.tokens[row], by_row.get(row))
         self.columns = plan.start + plan.num_columns
 
+    @no_gradients
     def _store_and_dequantize(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None):
         """The fallback's step: K and V [B, H, columns, d] as a plain cache would return them, pads where they were."""
         start, steps = self.columns, keys.shape[2]

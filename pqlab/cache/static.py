@@ -19,6 +19,7 @@ from ..errors import ResidualOverflowError, UnsupportedModelError
 from ..kernels import dispatch
 from ..kernels.backend import StepShape
 from ..paging import PagePool
+from .gradients import no_gradients
 from .layer import PagedPQLayer
 from .sequences import SequenceGroup, StepPlan, plain_state
 
@@ -219,6 +220,7 @@ class StaticPagedPQLayer(PagedPQLayer):
         if self.fit is not None:
             self.fit.reset()
 
+    @no_gradients
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         if query.shape[2] > 1 or not self.group.num_rows:
             self.columns = self.group.begin_chunk()
