@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from types import MappingProxyType
 from typing import Literal
 
@@ -64,9 +65,8 @@ class PQConfig:
     nbits: int = 8
 
     def __post_init__(self) -> None:
-        _require_int("nbits", self.nbits, 1, 8)
-        if self.M is not None:
-            _require_int("M", self.M, 1, None)
+        _require_int(self, "nbits", 1, 8)
+        _require_int(self, "M", 1, None)
 
     def num_subspaces(self, head_dim: int) -> int:
         """M for heads of `head_dim` elements; raises `ConfigError` when M does not divide it."""
@@ -90,7 +90,7 @@ class CacheConfig:
         residual_length: R, newest tokens that are always exact (the report's extended_residual); tokens.
         max_pages: pages of the pool; None sizes the pool from the context, the batch and the free memory.
         num_sinks: first tokens of every sequence that stay exact for ever; tokens.
-        policy: name of the page strategy (`pqlab.paging.policy.POLICIES`).
+        policy: name of the page strategy (`pqlab.paging.policy.POLICIES`); looked up when a pool is made.
         mode: "eager" takes pages as needed; "static" fixes capacity and shapes for graphs.
     """
 
@@ -102,11 +102,10 @@ class CacheConfig:
     mode: Literal["eager", "static"] = "eager"
 
     def __post_init__(self) -> None:
-        _require_int("page_size", self.page_size, 16, 512, step=16)
-        _require_int("residual_length", self.residual_length, 1, None)
-        _require_int("num_sinks", self.num_sinks, 0, None)
-        if self.max_pages is not None:
-            _require_int("max_pages", self.max_pages, 1, None)
+        _require_int(self, "page_size", 16, 512, step=16)
+        _require_int(self, "residual_length", 1, None)
+        _require_int(self, "num_sinks", 0, None)
+        _require_int(self, "max_pages", 1, None)
         if self.mode not in ("eager", "static"):
             raise ConfigError(f'mode = {self.mode!r} is unknown; set "eager" or "static"')
 
@@ -182,9 +181,14 @@ def from_report(**params: int | None) -> tuple[CacheConfig, PQConfig]:
     return cache, PQConfig(M=p["M"], nbits=p["nbits"])
 
 
-def _require_int(name: str, value: object, low: int, high: int | None, step: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _require_int(config: object, name: str, low: int, high: int | None, step: int = 1) -> None:
+    """Check a field and make it an int: numpy's whole numbers are taken, too, and None where it is the default."""
+    value = getattr(config, name)
+    if value is None and getattr(type(config), name) is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigError(f"{name} = {value!r} is not a whole number")
+    object.__setattr__(config, name, int(value))
     bound = f"{low} to {high}" if high is not None else f"at least {low}"
     multiple = f", a multiple of {step}" if step > 1 else ""
     nearest = max(low, round(value / step) * step)

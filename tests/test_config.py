@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from pqlab.config import (
@@ -164,3 +165,11 @@ def test_presets_that_do_not_exist():
         preset_for()
     with pytest.raises(ConfigError, match="context = 0"):
         preset_for(context=0)
+
+
+def test_whole_numbers_of_numpy_are_taken_as_ints():
+    config, pq = CacheConfig(page_size=np.int64(32), max_pages=np.int32(9)), PQConfig(M=np.int64(4))
+    assert (config, pq) == (CacheConfig(page_size=32, max_pages=9), PQConfig(M=4))
+    assert {type(config.page_size), type(config.max_pages), type(pq.M)} == {int}, "configs go into JSON files"
+    with pytest.raises(ConfigError, match="page_size = None is not a whole number"):
+        CacheConfig(page_size=None)

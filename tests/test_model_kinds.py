@@ -77,6 +77,8 @@ def test_exact_storage_gives_the_tokens_of_dynamic_cache(kind):
     assert max(float((a - b).abs().max()) for a, b in zip(ours.logits, exact.logits, strict=True)) < 1e-3
     assert cache.pool.num_used and "paged pq" in cache.layer_kinds()
     assert cache.lengths.sum(1).tolist() == [89, 64], "the pads of the second row are stored nowhere"
+    others = [kind for kind in cache.layer_kinds() if kind != "paged pq"]
+    assert bool(cache.nbytes()["exact_layers"]) == bool(others)
 
 
 OWN_ATTENTION = {

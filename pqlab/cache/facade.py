@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from ..config import CacheConfig
 from ..cost import fit_max_pages
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..kernels.backend import EXACT, current_setting
 from ..paging import PagePool
 from ..paging.layout import PoolLayout
@@ -41,12 +43,14 @@ class PagedPQCache(Cache):
         model: the model, or its config (then the cache lives on the CPU).
         codebooks: from `calibrate`, `Codebooks.load` or `Codebooks.identity`.
         config: page size, residual window, sinks, pages.
-        pool: a pool to share with other caches of the same model and codebooks; default: its own.
+        pool: a pool to share with other caches of the same model and codebooks; default: its own. Its pages come back
+            by `reset()`, and when the cache is garbage.
         context: tokens a sequence may reach, for the default pool size; default: the model's own limit.
         max_batch: sequences at a time, for the default pool size.
 
     Raises:
         UnsupportedModelError: the model needs something this cache does not do; raised here, before generation.
+        ConfigError: a context below 1, or max_pages that are not those of the given pool.
         OutOfMemoryError: PQC004, the pages do not fit; the message says which setting would.
         PageAllocationError: PQC001, while generating, when the pool runs out; nothing is changed then.
 
@@ -78,8 +82,10 @@ class PagedPQCache(Cache):
             )
         codebooks.check_fits(model)
         self.codebooks = codebooks.to(device)
-        self.settings = config if config is not None else CacheConfig()
+        self.settings = _of_pool(pool, config if config is not None else CacheConfig())
         static = self.settings.mode == "static"
+        if context is not None and context < 1:
+            raise ConfigError(f"context = {context} is out of range (at least 1); None takes the model's own limit")
         limit = context or getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.pool = pool if pool is not None else self._make_pool(limit, device, max_batch, shrink=context is None)
         self._check_pool()
@@ -88,6 +94,7 @@ class PagedPQCache(Cache):
             self.group = StaticGroup(self.pool, self.settings, device, limit)
         else:
             self.group = SequenceGroup(self.pool, self.settings, device)
+            self.pool.give_back_with(self.group, self.group.table.clear)
         # a compiled step takes every layer's buffers as inputs, which must not be views of each other's memory
         sizes = self.settings.num_sinks, self.settings.window_length
         shared = None if static else ExactBuffers(self.codebooks.geometry, *sizes)
@@ -135,7 +142,7 @@ class PagedPQCache(Cache):
             "pool": self.pool.layout.num_bytes,
             "exact_tokens": sum(layer.exact_nbytes for layer in self._quantized),
             "key_fits": sum(layer.fit.nbytes for layer in self._quantized if layer.fit is not None),
-            "exact_layers": sum(x.keys.nbytes + x.values.nbytes for x in exact if x.is_initialized),
+            "exact_layers": sum(_held_bytes(vars(x)) for x in exact),
             "page_table": self.group.page_table().nbytes,
             "model_constants": self.codebooks.nbytes,
         }
@@ -273,6 +280,26 @@ class PagedPQCache(Cache):
                 "the given pool's pages are laid out for other codebooks or another page size; "
                 "share pools only among caches of one model, one set of codebooks and one page_size"
             )
+
+
+def _of_pool(pool: PagePool | None, config: CacheConfig) -> CacheConfig:
+    """The config with what a given pool decides: its pages and their order."""
+    if pool is None:
+        return config
+    if config.max_pages not in (None, pool.max_pages):
+        raise ConfigError(
+            f"max_pages = {config.max_pages}, but the given pool has {pool.max_pages} pages; leave max_pages out"
+        )
+    return replace(config, max_pages=pool.max_pages, policy=pool.policy)
+
+
+def _held_bytes(held: object) -> int:
+    """Of the numbers in an exact layer: keys and values, or the states of a layer without attention."""
+    if isinstance(held, torch.Tensor):
+        return held.nbytes if held.is_floating_point() else 0
+    if isinstance(held, Mapping):
+        return sum(map(_held_bytes, held.values()))
+    return sum(map(_held_bytes, held)) if isinstance(held, (list, tuple)) else 0
 
 
 def _exact_layers(whole: PreTrainedConfig, text: PreTrainedConfig) -> list:

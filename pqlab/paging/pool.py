@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import mmap
 import sys
+import weakref
 from array import array
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import deepcopy
 from itertools import chain, product
@@ -72,6 +73,7 @@ class PagePool:
             require_memory(layout.num_bytes, layout.page_bytes, self.device)
         self._free = make_policy(policy, max_pages)
         self._refcounts = array("i", bytes(4 * max_pages))
+        self._dropped: deque[Callable[[], None]] = deque()
         self._sparse = sparse
         self.buffer = None
         self._views: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
@@ -93,8 +95,9 @@ class PagePool:
         Raises:
             OutOfMemoryError: PQC004, as when a pool is made.
         """
+        self._take_back()
         copied = memo[id(self)] = type(self).__new__(type(self))
-        views = {"buffer": None, "_views": (), "layout": self.layout}
+        views = {"buffer": None, "_views": (), "layout": self.layout, "_dropped": deque()}
         vars(copied).update({k: views[k] if k in views else deepcopy(v, memo) for k, v in vars(self).items()})
         if self.layout is not None:
             require_memory(self.layout.num_bytes, self.layout.page_bytes, self.device)
@@ -112,19 +115,32 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
+        self._take_back()
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        return self.max_pages - len(self._free)
+        return self.max_pages - self.num_free
 
     def can_allocate(self, n: int = 1) -> bool:
-        return n <= len(self._free)
+        return n <= self.num_free
+
+    def give_back_with(self, holder: object, give_back: Callable[[], None]) -> None:
+        """Take a holder's pages back once it is garbage: `give_back` frees them and does not refer to the holder.
+
+        It runs before the pool is asked for pages or counts, not in the middle of whatever the collector interrupts.
+        """
+        weakref.finalize(holder, self._dropped.append, give_back).atexit = False
+
+    def _take_back(self) -> None:
+        while self._dropped:
+            self._dropped.popleft()()
 
     def allocate(self, n: int = 1) -> list[int]:
         """Take n pages, one reference each. O(1) a page. All or nothing: PQC001 before anything is changed."""
         if n < 0:
             raise ValueError(f"cannot allocate {n} pages")
+        self._take_back()
         free = self._free
         if n > len(free):
             raise PageAllocationError(
@@ -187,6 +203,7 @@ class PagePool:
 
     def free_pages(self) -> list[int]:
         """The free ids, the next one to be handed out first. O(n): for pictures and checks."""
+        self._take_back()
         return list(self._free)
 
     def check_integrity(self, tables: Iterable[PageTable] = ()) -> None:
@@ -195,7 +212,7 @@ class PagePool:
         With `tables`, these must be the pool's only holders: every reference is then accounted for.
         """
         free = self.free_pages()
-        require(len(free) == self.num_free, f"the policy says {self.num_free} free pages and lists {len(free)}")
+        require(len(free) == len(self._free), f"the policy says {len(self._free)} free pages and lists {len(free)}")
         require(len(set(free)) == len(free), "a page is in the free list twice")
         require(all(0 <= page < self.max_pages for page in free), "the free list holds an id that is no page")
         unused = {page for page, count in enumerate(self._refcounts) if not count}
