@@ -128,6 +128,22 @@ def test_bad_input_is_named(setting, change, says):
         trace_decode(model, tokenizer, PROMPT, **({"steps": 3} | change), codebooks=books, config=SMALL)
 
 
+def test_token_ids_need_no_tokenizer(setting, trace):
+    model, tokenizer, books = setting
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    named = trace_decode(model, None, ids, 3, codebooks=books, config=SMALL)
+    assert named.steps.token_id.tolist() == trace.steps.token_id[:4].tolist()
+    assert named.steps.token.tolist() == [f"<{i}>" for i in named.steps.token_id]
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        trace_decode(model, None, PROMPT, 3, codebooks=books, config=SMALL)
+
+
+def test_a_head_that_is_not_there_is_named(trace):
+    for head in (-1, trace.num_heads):
+        with pytest.raises(IndexError, match=f"head {head} is outside"):
+            trace.attention(3, trace.layers[0], head)
+
+
 def test_characters_of_several_tokens_stay_whole(setting):
     model, tokenizer, books = setting
     prompt = "caf\u00e9 \u2014 na\u00efve " * 5

@@ -126,6 +126,8 @@ class DecodeTrace:
 
         if kind not in KINDS:
             raise ValueError(f"kind = {kind!r} is unknown; one of {KINDS}")
+        if not 0 <= head < self.num_heads:
+            raise IndexError(f"head {head} is outside [0, {self.num_heads}), the model's query heads")
         i = self._layer(layer)
         n = int(self.steps.num_tokens[self._step(step)])
         kv_head = head // (self.num_heads // self.tensors["k"].shape[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import transformers
@@ -36,7 +36,8 @@ def trace_decode(
     """Greedy decode of one prompt, token by token, with a paged PQ cache beside an exact cache on the same tokens.
 
     Args:
-        model, tokenizer: a Hugging Face causal LM; its attention is switched to "pqlab" for the run and back.
+        model: a Hugging Face causal LM; its attention is switched to "pqlab" for the run and back.
+        tokenizer: its tokenizer; None where token ids are given, tokens then show as their ids.
         prompt: text, or int64 [1, n] token ids.
         steps: tokens to decode after the prompt.
         codebooks, config: of the paged cache.
@@ -52,6 +53,8 @@ def trace_decode(
     if follow not in ("paged", "exact"):
         raise ValueError(f'follow = {follow!r} is unknown; "paged" or "exact"')
     if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("a prompt of text needs a tokenizer; give one, or token ids [1, n]")
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     else:
         ids = prompt.to(model.device)
@@ -125,13 +128,14 @@ def _run(model, tokenizer, ids, steps, cache, kept, follow, top, progress) -> De
             fed = torch.tensor([[chosen]], device=ids.device)
             ids = torch.cat([ids, fed], 1)
 
-    tokens = _texts(tokenizer, ids[0].tolist())
+    decode = _as_ids if tokenizer is None else tokenizer.decode
+    tokens = _texts(decode, ids[0].tolist())
     frame, tops_frame = pd.DataFrame(rows), pd.DataFrame(tops)
     for column in ("token", "next", "exact"):
         source = "token_id" if column == "token" else f"{column}_id"
         name = "token" if column == "token" else f"{column}_token"
-        frame[name] = [tokenizer.decode([i]) for i in frame[source]]
-    tops_frame["token"] = [tokenizer.decode([i]) for i in tops_frame.token_id]
+        frame[name] = [decode([i]) for i in frame[source]]
+    tops_frame["token"] = [decode([i]) for i in tops_frame.token_id]
     width = max(map(len, tables), default=0)
     table = torch.full((len(tables), width), -1, dtype=torch.int32)
     for i, pages in enumerate(tables):
@@ -244,18 +248,22 @@ def _tensors(
     return tensors
 
 
-def _texts(tokenizer, ids: list[int]) -> list[str]:
+def _as_ids(ids: list[int]) -> str:
+    return "".join(f"<{token}>" for token in ids)
+
+
+def _texts(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]:
     """The text each token adds; tokens that end inside a character add it with the token that completes it."""
     texts, done = [], ""
     window: list[int] = []
     for token in ids:
         window.append(token)
-        whole = tokenizer.decode(window)
+        whole = decode(window)
         if whole.endswith("\ufffd"):  # a character's first bytes: wait for the rest
             texts.append("")
             continue
-        texts.append(whole[len(done) :] if whole.startswith(done) else tokenizer.decode([token]))
-        window, done = window[-4:], tokenizer.decode(window[-4:])
+        texts.append(whole[len(done) :] if whole.startswith(done) else decode([token]))
+        window, done = window[-4:], decode(window[-4:])
     return texts
 
 
