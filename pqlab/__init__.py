@@ -34,9 +34,9 @@ try:
         UnsupportedModelError,
     )
     from .kernels import backend_report, use_backend
-    from .models import default_codebooks, fingerprint, load_model, load_text
+    from .models import fingerprint, load_model, load_text
     from .paging import PagePool, PageTable
-    from .quantization import Codebooks, calibrate
+    from .quantization import Codebooks, calibrate, default_codebooks
     from .trace import DecodeTrace, trace_decode
 
     attention.register()

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prepare() -> list[Path]:
     """Make what is missing: model, kernels, codebooks. Returns the files and folders that are kept."""
-    from . import models
+    from . import models, quantization
 
     made: list[Path] = []
 
@@ -49,8 +49,8 @@ def prepare() -> list[Path]:
 
     def codebooks() -> tuple[str, list[Path]]:
         loaded, tokenizer = models.load_model("default")
-        models.default_codebooks(loaded, tokenizer)
-        path = models.default_codebooks_path(loaded)
+        quantization.default_codebooks(loaded, tokenizer)
+        path = quantization.default_codebooks_path(loaded)
         return f"{_megabytes(path)}, {path}", [path]
 
     step("model", model)

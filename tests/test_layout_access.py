@@ -13,7 +13,6 @@ from pqlab.paging.access import (
     access,
     access_frame,
     byte_owners,
-    cached_codes,
     code_addresses,
     compare_orders,
     page_bytes,
@@ -134,9 +133,9 @@ def test_codes_of_a_cache(tiny_tokenizer):
     pages = cache.table.pages(0)
     for side in (0, 1):
         stored = cache.quantized_layers[1].codes(0)[side]  # [H, coded, M]
-        codes = cached_codes(cache, cache.quantized_layers[1].index, side, pages[1], head=2)
-        assert np.array_equal(codes, stored[2, 16:32].numpy())
+        codes = cache.page_codes(cache.quantized_layers[1].index, side, pages[1], head=2)
+        assert torch.equal(codes, stored[2, 16:32])
     with pytest.raises(ValueError, match="layer 7 is not quantized"):
-        cached_codes(cache, 7, 0, 0, 0)
+        cache.page_codes(7, 0, 0, 0)
     with pytest.raises(IndexError, match="page 60"):
-        cached_codes(cache, 0, 0, 60, 0)
+        cache.page_codes(0, 0, 60, 0)

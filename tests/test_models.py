@@ -383,22 +383,22 @@ def test_the_second_model_reads_english(all_threads):
 
 
 def test_default_codebooks_are_calibrated_once(make_model, tiny_tokenizer, tmp_path, monkeypatch):
-    from pqlab import quantization
+    from pqlab.quantization import default_codebooks, default_codebooks_path, defaults
 
     monkeypatch.setenv("PQLAB_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "short.txt"
     text.write_text(load_text("emma")[:30_000], encoding="utf-8")
     model, pq = make_model("llama"), PQConfig(M=4, nbits=4)
-    calibrate, calls = quantization.calibrate, []
-    monkeypatch.setattr(quantization, "calibrate", lambda *args, **kw: calls.append(1) or calibrate(*args, **kw))
+    calibrate, calls = defaults.calibrate, []
+    monkeypatch.setattr(defaults, "calibrate", lambda *args, **kw: calls.append(1) or calibrate(*args, **kw))
 
     def books(model=model, pq=pq):
-        return models.default_codebooks(model, tiny_tokenizer, pq, text=str(text), progress=False)
+        return default_codebooks(model, tiny_tokenizer, pq, text=str(text), progress=False)
 
     first, second = books(), books()
     assert len(calls) == 1
     assert all(torch.equal(tensor, second.tensors()[name]) for name, tensor in first.tensors().items())
-    path = models.default_codebooks_path(model, pq, text=str(text))
+    path = default_codebooks_path(model, pq, text=str(text))
     assert [entry.suffix for entry in sorted(path.parent.iterdir())] == [".safetensors", ".lock"]
 
     books(pq=PQConfig(M=8, nbits=4))

@@ -26,9 +26,9 @@ from ..evaluation.fidelity import text_windows
 from ..evaluation.longbench.answers import MakeCache
 from ..memory import MIB
 from ..model_runs import cudnn_attention_off
-from ..models import default_codebooks, load_text
+from ..models import load_text
 from ..models.arguments import add_model_arguments, load
-from ..quantization import Codebooks
+from ..quantization import Codebooks, default_codebooks
 from ..results.provenance import commit, device_name, today, versions
 from .generation import time_generation
 

@@ -11,7 +11,8 @@ import torch
 
 from ..config import CacheConfig
 from ..errors import ConfigError, UnsupportedModelError
-from ..models import default_codebooks, load_model
+from ..models import load_model
+from ..quantization import default_codebooks
 from ..results.provenance import commit, device_name, today, versions
 from .breakdown import breakdown
 from .random_models import SHAPES, random_model

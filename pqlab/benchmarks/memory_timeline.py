@@ -218,7 +218,8 @@ def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
         ids = torch.randint(0, model.config.vocab_size, (1, args.context), generator=generator).to(args.device)
     else:
         from ..evaluation.fidelity import text_windows
-        from ..models import default_codebooks, load_model, load_text
+        from ..models import load_model, load_text
+        from ..quantization import default_codebooks
 
         model, tokenizer = load_model(args.model, device=args.device)
         codebooks = default_codebooks(model, tokenizer)

@@ -17,7 +17,7 @@ from ..cost import fit_max_pages
 from ..errors import ConfigError, UnsupportedModelError
 from ..kernels.backend import EXACT, current_setting
 from ..paging import PagePool
-from ..paging.layout import PoolLayout
+from ..paging.layout import PoolLayout, read_pages
 from ..quantization import Codebooks
 from .exact_buffers import ExactBuffers
 from .layer import PagedPQLayer
@@ -132,6 +132,25 @@ class PagedPQCache(Cache):
     def as_frame(self):
         """DataFrame of the pages in use: page, sequence, first token, tokens, fill, bytes, address."""
         return self.group.as_frame(first_token=self.settings.num_sinks)
+
+    def page_codes(self, layer: int, side: int, page: int, head: int) -> torch.Tensor:
+        """uint8 [page_size, M] on the CPU: the codes of one page of a layer; side 0 is K, 1 is V. Slots never written
+        are zeros.
+
+        Raises:
+            ValueError: the layer is not quantized, or the cache stores floats (the identity codec).
+            IndexError: the pool has no such page.
+        """
+        quantized = [each.index for each in self._quantized]
+        if layer not in quantized:
+            raise ValueError(f"layer {layer} is not quantized in this cache; quantized are {quantized}")
+        position = quantized.index(layer)
+        nbits = self.pool.layout.layers[position][side].nbits
+        if nbits > 8:
+            raise ValueError("this cache stores exact floats (the identity codec); codes need a product quantizer")
+        if not 0 <= page < self.pool.max_pages:
+            raise IndexError(f"page {page} is outside [0, {self.pool.max_pages})")
+        return read_pages(self.pool.view(position, side), torch.tensor([page]), nbits)[head].cpu()
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: codes in used pages, the whole pool, exact buffers, what keys are fitted with, exact layers, page

@@ -17,8 +17,8 @@ from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
 from ..memory import MIB
 from ..models import calibration_text, fingerprint, load_model, load_text
-from ..models.defaults import CALIBRATION_TEXT
 from ..quantization import attention_geometry, calibrate
+from ..quantization.defaults import CALIBRATION_TEXT
 from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity
 from .teacher_forced import from_codebooks

@@ -17,8 +17,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..models import calibration_text, load_text, texts
-from ..models.defaults import CALIBRATION_TEXT
 from ..models.texts import MIXES, check_apart, members
+from ..quantization.defaults import CALIBRATION_TEXT
 
 SYNTHETIC = "_synthetic"
 

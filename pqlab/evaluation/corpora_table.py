@@ -15,9 +15,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache import PagedPQCache
 from ..config import CacheConfig
-from ..models import default_codebooks
 from ..models.hub import offline_unless_hub_answers
-from ..quantization import Codebooks
+from ..quantization import Codebooks, default_codebooks
 from .corpora import HUB, Corpus, DatasetError
 from .fidelity import compare, summarize, text_windows
 from .longbench.answers import answer_tasks, scores

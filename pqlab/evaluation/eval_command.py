@@ -11,7 +11,7 @@ import pandas as pd
 from ..config import CacheConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..memory import MIB
-from ..models.defaults import CALIBRATION_TEXT
+from ..quantization.defaults import CALIBRATION_TEXT
 from .evaluate import CONTEXTS, Evaluation, evaluate
 from .methods import check_names, default_names, names
 from .records import merged

@@ -27,9 +27,9 @@ from ..cost import EXACT_BYTES
 from ..errors import ConfigError
 from ..memory import MIB
 from ..models import fingerprint, load_text
-from ..models.defaults import CALIBRATION_TEXT
 from ..models.texts import check_apart
 from ..quantization import Codebooks, attention_geometry
+from ..quantization.defaults import CALIBRATION_TEXT
 from ..quantization.geometry import text_config
 from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
 from . import fidelity, methods

@@ -18,8 +18,8 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..cost import EXACT_BYTES, FLOAT32, INT32, coded_tokens
 from ..errors import ConfigError
-from ..models.defaults import CALIBRATION_TEXT
-from ..quantization import Codebooks, attention_geometry
+from ..quantization import Codebooks, attention_geometry, default_codebooks
+from ..quantization.defaults import CALIBRATION_TEXT
 from ..quantization.geometry import Geometry
 from . import teacher_forced
 from .teacher_forced import Quantize
@@ -203,8 +203,6 @@ def token_elements(geometry: Geometry) -> int:
 
 def _default_codebooks(setting: Setting, bits: int, scope: str = "head", *, fit: bool = True) -> Method:
     """The codebooks of `pqlab.default_codebooks`: M = d/2 with 8 or 6 bits a code, M = d/4 with 8 bits a code."""
-    from ..models import default_codebooks
-
     sizes = sorted({head_dim for _, head_dim in setting.geometry.values()})
     if bits == 2 and len(sizes) > 1:
         raise ConfigError(f"pq-2 has one M for all layers; heads of {sizes} elements need codebooks of their own")

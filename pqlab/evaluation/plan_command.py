@@ -11,7 +11,7 @@ from ..config import CacheConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..memory import MIB
 from ..models import calibration_text, load_model
-from ..models.defaults import CALIBRATION_TEXT
+from ..quantization.defaults import CALIBRATION_TEXT
 from .exact_tokens import RESIDUALS, SINKS
 from .options import check_budget, check_room
 from .plan import BITS, DEFAULT_BITS, Planner

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from ..config import CacheConfig
 from ..models import load_model, load_text
-from ..quantization import Codebooks
+from ..quantization import Codebooks, default_codebooks
 from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
 from .fidelity import last_hidden
 from .plan_file import planned_configs
@@ -218,8 +218,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, name: str, hide: Hide) -> int:
     """Try every cell of a task, print a grid a method (and JSON); the exit status."""
-    from ..models import default_codebooks
-
     options = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials}
     try:
         config = CacheConfig(residual_length=args.residual)

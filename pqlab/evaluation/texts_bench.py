@@ -15,9 +15,9 @@ import pandas as pd
 
 from ..config import CacheConfig, PQConfig
 from ..models import calibration_text, fingerprint, load_model, load_text
-from ..models.defaults import CALIBRATION_TEXT
 from ..models.texts import STDLIB
 from ..quantization import Codebooks, calibrate
+from ..quantization.defaults import CALIBRATION_TEXT
 from ..quantization.samples import NUM_TOKENS
 from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity

@@ -1,7 +1,6 @@
 """Which model and which text: the embedded defaults, any Hugging Face id, any folder, and where things are kept."""
 
 from ..store import CacheDirError, cache_dir
-from .defaults import default_codebooks, default_codebooks_path
 from .fetch import FetchError
 from .fingerprint import fingerprint
 from .load import ModelLoadError, ensure_default_model, load_model
@@ -18,8 +17,6 @@ __all__ = [
     "Text",
     "cache_dir",
     "calibration_text",
-    "default_codebooks",
-    "default_codebooks_path",
     "ensure_default_model",
     "fingerprint",
     "load_model",

@@ -12,14 +12,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
-from .layout import ORDERS, TILE, PageLayout, read_pages
+from .layout import ORDERS, TILE, PageLayout
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from ..cache import PagedPQCache
 
 Pattern = Literal["subspace", "token", "tile"]
 PATTERNS: dict[str, str] = {
@@ -128,26 +125,6 @@ def byte_owners(layout: PageLayout, head: int = 0) -> np.ndarray:
 def random_codes(page_size: int, num_subspaces: int, nbits: int, head: int = 0, seed: int = 0) -> np.ndarray:
     """uint8 [page_size, M]: codes that stand for no text, to look at bytes without a model."""
     return np.random.default_rng((seed, head)).integers(0, 2**nbits, (page_size, num_subspaces), dtype=np.uint8)
-
-
-def cached_codes(cache: PagedPQCache, layer: int, side: int, page: int, head: int) -> np.ndarray:
-    """uint8 [page_size, M]: the codes of one page of a cache; side 0 is K, 1 is V. Slots never written are zeros.
-
-    Raises:
-        ValueError: the layer is not quantized, or the cache stores floats (the identity codec).
-        IndexError: the pool has no such page.
-    """
-    quantized = [quantized.index for quantized in cache.quantized_layers]
-    if layer not in quantized:
-        raise ValueError(f"layer {layer} is not quantized in this cache; quantized are {quantized}")
-    position = quantized.index(layer)
-    nbits = cache.pool.layout.layers[position][side].nbits
-    if nbits > 8:
-        raise ValueError("this cache stores exact floats (the identity codec); codes need a product quantizer")
-    if not 0 <= page < cache.pool.max_pages:
-        raise IndexError(f"page {page} is outside [0, {cache.pool.max_pages})")
-    codes = read_pages(cache.pool.view(position, side), torch.tensor([page]), nbits)
-    return codes[head].cpu().numpy()
 
 
 def page_bytes(codes: np.ndarray, layout: PageLayout, head: int = 0) -> np.ndarray:

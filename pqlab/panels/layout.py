@@ -8,7 +8,7 @@ import traitlets
 
 from ..benchmarks.layout_bench import measure_orders
 from ..figures.layout import COLOUR_BY, layout_figure
-from ..paging.access import LOADS, PATTERNS, access_frame, cached_codes, compare_orders, random_codes
+from ..paging.access import LOADS, PATTERNS, access_frame, compare_orders, random_codes
 from . import controls
 from .base import Panel
 
@@ -91,7 +91,7 @@ class MemoryLayout(Panel):
         """uint8 [page_size, M]: the codes shown."""
         if self._cache is None:
             return random_codes(self.page_size, self.num_subspaces, self.nbits, self.head)
-        return cached_codes(self._cache, self.layer, _SIDES[self.side], self.page, self.head)
+        return self._cache.page_codes(self.layer, _SIDES[self.side], self.page, self.head).numpy()
 
     @property
     def source(self) -> str:

@@ -6,6 +6,7 @@ from .calibrate import calibrate, origin_of, train
 from .codebook import Codebooks, LayerCodec, Origin
 from .codebook_file import CodebookError
 from .codec import Codec, IdentityCodec, PQCodec
+from .defaults import default_codebooks, default_codebooks_path
 from .geometry import PQSpec, attention_geometry
 from .kmeans import distortion, product_kmeans
 from .merged import merged_head_dim, train_merged
@@ -24,6 +25,8 @@ __all__ = [
     "attention_geometry",
     "calibrate",
     "collect_kv",
+    "default_codebooks",
+    "default_codebooks_path",
     "distortion",
     "merged_head_dim",
     "origin_of",

@@ -19,6 +19,8 @@ from torch import Tensor
 from .. import kernels
 from ..config import PQConfig
 from ..errors import ConfigError
+from ..models import fingerprint
+from ..models.texts import BETWEEN
 from ..paging.layout import SIDES
 from .codebook import Codebooks, LayerCodec, Origin
 from .codec import PQCodec, to_float, to_half
@@ -125,9 +127,6 @@ def calibrate(
 
 def origin_of(model: PreTrainedModel, text: str | Sequence[str], samples: Samples, text_name: str = "") -> Origin:
     """Where codebooks for `model` come from that are trained on `samples` of a text with the default settings."""
-    from ..models import fingerprint
-    from ..models.texts import BETWEEN
-
     joined = text if isinstance(text, str) else BETWEEN.join(text)
     return Origin(
         model=Path(getattr(model.config, "_name_or_path", "")).name or type(model).__name__,

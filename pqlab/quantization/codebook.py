@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import PQConfig
+from ..models import fingerprint
 from ..paging.layout import SIDES, PageLayout
 from .codebook_file import CodebookError, read, write
 from .codec import Codec, IdentityCodec, PQCodec
@@ -243,8 +244,6 @@ class Codebooks:
         elif model_or_fingerprint is not None:
             books.check_fits(model_or_fingerprint, name)
             if hasattr(model_or_fingerprint, "parameters"):  # a config has a shape but no weights
-                from ..models import fingerprint
-
                 books._check_fingerprint(fingerprint(model_or_fingerprint), name)
         return books
 

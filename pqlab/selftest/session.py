@@ -153,8 +153,7 @@ class Session:
 
     @cached_property
     def codebooks(self) -> Codebooks:
-        from ..models import default_codebooks, default_codebooks_path
-        from ..quantization import Codebooks
+        from ..quantization import Codebooks, default_codebooks, default_codebooks_path
 
         if self.found.random:
             return Codebooks.random(self.loaded[0], maps=True)

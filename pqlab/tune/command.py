@@ -13,7 +13,7 @@ import pandas as pd
 from ..errors import ConfigError, PQCacheError, UnsupportedModelError
 from ..memory import readable_bytes
 from ..models.arguments import add_model_arguments, load
-from ..models.defaults import CALIBRATION_TEXT
+from ..quantization.defaults import CALIBRATION_TEXT
 from ..results.provenance import commit, today, versions
 from .choice import choose, price, timed_again, with_times
 from .space import Setting, Space

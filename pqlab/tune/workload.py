@@ -23,9 +23,9 @@ from ..errors import ConfigError
 from ..evaluation.continuation import Continuation
 from ..evaluation.fidelity import text_windows
 from ..evaluation.teacher_forced import from_codebooks
-from ..models import default_codebooks, fingerprint
+from ..models import fingerprint
 from ..presets import Preset
-from ..quantization import Codebooks
+from ..quantization import Codebooks, default_codebooks
 from ..results.provenance import commit, device_name, today
 from ..shapes import ModelShape
 from .space import Setting

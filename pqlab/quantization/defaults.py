@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import PQConfig
+from ..models import calibration_text, fingerprint, load_text
 from ..store import build_once, cache_dir, remove
-from .fingerprint import fingerprint
-from .texts import calibration_text, load_text
+from .calibrate import calibrate
+from .codebook import Codebooks
+from .codebook_file import CodebookError
+from .geometry import attention_geometry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..quantization import Codebooks
 
 CALIBRATION_TEXT = "mixed"
 """A novel, code, sentences with numbers and what a model writes by itself, none of them what `load_text` gives by
@@ -41,8 +42,6 @@ def default_codebooks(
         text: what to calibrate on: the name of a shipped text or mix, or the path of a text file.
         scope: what shares a codebook; see `calibrate`.
     """
-    from ..quantization import CodebookError, Codebooks, calibrate
-
     path = default_codebooks_path(model, pq, text=text, scope=scope)
 
     def build(target: Path) -> None:
@@ -62,8 +61,6 @@ def default_codebooks_path(
     model: PreTrainedModel, pq: PQConfig = PQConfig(), *, text: str = CALIBRATION_TEXT, scope: str = "head"
 ) -> Path:
     """The file that `default_codebooks` keeps; it need not exist yet."""
-    from ..quantization import attention_geometry
-
     subspaces = sorted({pq.num_subspaces(head_dim) for _, head_dim in attention_geometry(model).values()})
     key = hashlib.sha256(_quantizer_version().encode() + load_text(text).encode()).hexdigest()[:8]
     size = f"M{'-'.join(map(str, subspaces))}-{pq.nbits}bit" + ("" if scope == "head" else f"-per-{scope}")
