@@ -14,6 +14,7 @@ from ..config import CacheConfig
 from ..kernels import dispatch
 from ..kernels.reference import attend_dense
 from ..quantization import Codebooks
+from ..results.provenance import versions
 from ..transformers_api import cache_argument
 from .data import DecodeTrace
 
@@ -275,8 +276,6 @@ def _kernels(before: dict[tuple[str, str, str], int]) -> list[dict]:
 
 
 def _meta(model, cache: PagedPQCache, prompt_tokens: int, follow: str, scaling: float | None) -> dict:
-    from .. import __version__
-
     text = model.config.get_text_config()
     return {
         "model": getattr(model.config, "_name_or_path", "") or model.config.model_type,
@@ -296,7 +295,7 @@ def _meta(model, cache: PagedPQCache, prompt_tokens: int, follow: str, scaling: 
         "page_bytes": cache.pool.layout.page_bytes,
         "M": cache.quantized_layers[0].codec.k.num_subspaces,
         "nbits": cache.quantized_layers[0].codec.k.nbits,
-        "pqlab": __version__,
+        "pqlab": versions().get("pqlab", ""),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
