@@ -211,3 +211,92 @@ def test_what_static_mode_does_not_do_is_named(make_model):
     for act in (lambda: cache.crop(-1), lambda: cache.batch_repeat_interleave(2)):
         with pytest.raises(UnsupportedModelError, match='mode="eager"'):
             act()
+
+
+def run(model, cache, ids: torch.Tensor, **settings) -> torch.Tensor:
+    """Last logits [B, vocabulary] of a plain forward call."""
+    with torch.no_grad():
+        return model(ids, **cache_argument(model, cache), **settings).logits[:, -1]
+
+
+def interrupted(model, cache, ids: torch.Tensor, steps: int) -> None:
+    """A prompt and `steps` more tokens; Ctrl-C comes behind the attention of the first layer of the last of these."""
+    calls = 0
+
+    def stop(module, args):
+        nonlocal calls
+        calls += 1
+        if calls > steps:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, cache, ids)
+        for n in range(steps):
+            run(model, cache, torch.tensor([[n]]))
+    hook.remove()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9])
+def test_a_step_cut_short_is_not_gone_on_from(make_model, steps):
+    """Some layers have its tokens and some do not: whatever comes next would be read from a torn cache."""
+    model, ids = make_model("llama"), inputs_for("greedy")["input_ids"]
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    cache, fresh = (PagedPQCache(model, books, STATIC, context=200) for _ in range(2))
+    interrupted(model, cache, ids, steps)
+    pads = torch.ones_like(ids)
+    pads[:, :30] = 0
+    for _ in range(2):  # it does not pass by being asked again
+        with pytest.raises(RuntimeError, match="layers of the last step were not all run.*call cache.reset"):
+            run(model, cache, torch.tensor([[7]]))
+        with pytest.raises(RuntimeError, match="layers of the last step were not all run.*call cache.reset"):
+            run(model, cache, ids, attention_mask=pads)  # of the interrupted prompt's length
+        with pytest.raises(RuntimeError, match="layers of the last step were not all run.*call cache.reset"):
+            generate(model, cache, "greedy")
+    cache.reset()
+    assert torch.equal(generate(model, cache, "greedy").sequences, generate(model, fresh, "greedy").sequences)
+    cache.group.check_integrity()
+
+
+def test_a_compiled_step_does_not_go_on_from_one_cut_short(make_model):
+    model, ids = make_model("llama"), inputs_for("greedy")["input_ids"]
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=6)), STATIC, context=200)
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, backend="eager")
+    with torch.no_grad():
+        run(model, cache, ids)
+        step(torch.tensor([[1]]), **cache_argument(model, cache))
+        cache.reset()
+        interrupted(model, cache, ids, 3)
+        with pytest.raises(RuntimeError, match="call cache.reset"):
+            step(torch.tensor([[1]]), **cache_argument(model, cache))
+
+
+def test_layers_may_be_compiled_one_by_one(make_model):
+    """Then some layers of a step run Python and some do not, in either order."""
+    model, ids = make_model("llama"), inputs_for("greedy")["input_ids"]
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    plain = PagedPQCache(model, books, STATIC, context=200)
+    expected = [run(model, plain, ids)] + [run(model, plain, torch.tensor([[n]])) for n in range(4)]
+    for index in range(2):
+        torch._dynamo.reset()
+        cache = PagedPQCache(model, books, STATIC, context=200)
+        whole, layer = run(model, cache, ids), model.model.layers[index]
+        layer.forward = torch.compile(layer.forward, backend="eager")
+        ours = [whole] + [run(model, cache, torch.tensor([[n]])) for n in range(4)]
+        del layer.forward
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_first_prompt_of_one_token(make_model):
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    eager, static = (PagedPQCache(model, books, c, context=200) for c in (EAGER, STATIC))
+    for count in (1, 1, 50, 1):
+        ids = torch.arange(count)[None]
+        torch.testing.assert_close(run(model, static, ids), run(model, eager, ids))
+    assert static.lengths.tolist() == eager.lengths.tolist()

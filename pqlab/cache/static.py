@@ -48,10 +48,26 @@ class StaticGroup(SequenceGroup):
         self.capacity = capacity
         self.position = torch.zeros((), dtype=torch.int64, device=self.device)
         self.before = self.lengths
+        self.is_midway = False  # a step that Python runs has begun, and its last layer is still to come
         self._pages = torch.zeros(0, 0, dtype=torch.int32, device=self.device)
         self._page_lists: list[list[int]] = []
 
     # a decode step, on the device
+
+    def begin_step(self) -> None:
+        """Called by the first layer of a step. Raises RuntimeError where the step or chunk before it was cut short.
+
+        A compiled or replayed step runs no Python, so that nothing can stop it halfway here.
+        """
+        if self.is_midway:
+            raise self._cut_short()
+        if is_torchdynamo_compiling() or self._is_capturing():
+            return
+        self.is_midway = True
+
+    def end_step(self) -> None:
+        """The last layer of a step is done. Also called where the last layer is compiled and the first is not."""
+        self.is_midway = False
 
     def advance(self) -> None:
         """Count one more token in every row. Called by the first layer of a step; no host synchronization."""
@@ -66,9 +82,14 @@ class StaticGroup(SequenceGroup):
     # chunks, on the host
 
     @plain_state
-    def begin_chunk(self) -> int:
-        """Columns before the chunk. The first layer reads the device's counts, the others follow its plan."""
-        if self.plan is not None:
+    def begin_chunk(self, is_first: bool) -> int:
+        """Columns before the chunk. The first layer reads the device's counts, the others follow its plan.
+
+        Raises RuntimeError where layers are missing: of this chunk, or of the step or chunk before it.
+        """
+        if self.is_midway or is_first == (self.plan is not None):
+            raise self._cut_short()
+        if not is_first:
             return self.plan.start
         if self.num_rows:
             self.tokens = self.lengths.sum(1).tolist()
@@ -116,6 +137,7 @@ class StaticGroup(SequenceGroup):
         """Forget all tokens; rows keep their pages and tensors their addresses."""
         self.columns, self.tokens, self.plan, self._any_pad, self._announced = 0, [0] * self.num_rows, None, False, None
         self._coded = [0] * self.num_rows
+        self.is_midway = False
         self.lengths.zero_()
         self.position.zero_()
 
@@ -129,6 +151,16 @@ class StaticGroup(SequenceGroup):
         for row, (sinks, coded, window) in enumerate(self.lengths.tolist()):
             assert 0 <= window < self.config.window_length, (row, sinks, coded, window)
             assert sinks <= self.config.num_sinks and coded <= len(self._page_lists[row]) * self.config.page_size
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    @staticmethod
+    def _cut_short() -> RuntimeError:
+        return RuntimeError(
+            "the layers of the last step were not all run (it raised midway, or layers were skipped); "
+            "call cache.reset() before going on"
+        )
 
     # what the base class asks for
 
@@ -222,9 +254,10 @@ class StaticPagedPQLayer(PagedPQLayer):
 
     @no_gradients
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        if query.shape[2] > 1 or not self.group.num_rows:
-            self.columns = self.group.begin_chunk()
-            keys, values = self.pending
+        if query.shape[2] > 1 or not self.group.num_rows or self.group.plan is not None:
+            keys, values = pending = self._take_pending()
+            self.columns = self.group.begin_chunk(self.is_first)
+            self.pending = pending
             out = super().attend(query, mask, scaling)
             self._warm_up(query[:, :, -1:], keys[:, :, -1:], values[:, :, -1:], scaling)
             if self.is_last:
@@ -233,8 +266,12 @@ class StaticPagedPQLayer(PagedPQLayer):
             return out
         pending = self._take_pending()
         if self.is_first:
+            self.group.begin_step()
             self.group.advance()
-        return self._step(query, *pending, self.group.before, self.group.lengths, scaling)
+        out = self._step(query, *pending, self.group.before, self.group.lengths, scaling)
+        if self.is_last:
+            self.group.end_step()
+        return out
 
     def _say_unfitted(self) -> None:
         """Once a cache: that captured steps will be the first to code a sequence, and cannot fit its keys."""
