@@ -300,3 +300,19 @@ def test_a_first_prompt_of_one_token(make_model):
         ids = torch.arange(count)[None]
         torch.testing.assert_close(run(model, static, ids), run(model, eager, ids))
     assert static.lengths.tolist() == eager.lengths.tolist()
+
+
+def test_pads_are_forgotten_by_reset(make_model):
+    """A second turn over steps that lie in columns where the text before the reset had pads."""
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    eager, static = (PagedPQCache(model, books, c, context=200) for c in (EAGER, STATIC))
+    ids, pads = torch.arange(40)[None], torch.ones(1, 40, dtype=torch.long)
+    pads[:, :30] = 0
+    run(model, static, ids, attention_mask=pads)
+    static.reset()
+    for count in (8, *[1] * 20, 6):
+        ids = torch.arange(count)[None]
+        torch.testing.assert_close(run(model, static, ids), run(model, eager, ids))
+    assert static.group.real.all() and static.lengths.tolist() == eager.lengths.tolist()

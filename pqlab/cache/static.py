@@ -138,6 +138,7 @@ class StaticGroup(SequenceGroup):
         self.columns, self.tokens, self.plan, self._any_pad, self._announced = 0, [0] * self.num_rows, None, False, None
         self._coded = [0] * self.num_rows
         self.is_midway = False
+        self._real.fill_(True)  # steps on the device record no columns, so none may be left over
         self.lengths.zero_()
         self.position.zero_()
 
