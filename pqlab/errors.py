@@ -81,13 +81,16 @@ class KernelMissingError(PQCacheError):
 
 
 class ResidualOverflowError(PQCacheError):
-    """PQC003: one update brings more tokens than the residual window can take, or the window cannot be flushed."""
+    """PQC003: more tokens than a static cache has room for. Raised before anything was stored or counted."""
 
     code = "PQC003"
     explanation = Explanation(
         title="residual cache overflow",
-        what="A step brings more tokens than a static cache has room for. It is raised before anything was stored; "
-        "inside of a CUDA graph it comes as torch's own error, with this code in its text.",
+        what="A prompt or a step brings more tokens than a static cache has room for. Nothing was stored or counted: "
+        "the cache is as it was before. A compiled step, or one replayed from a CUDA graph, runs no Python that could "
+        "raise this. There an assertion on the device fails after the step was counted, and the cache has to be reset: "
+        "on a CPU torch raises a RuntimeError with this code in its text; on a GPU it prints the code, and every later "
+        "CUDA call of the process fails.",
         why='mode="static" fixes the capacity when the cache is made, so that its shapes never change. (In eager mode '
         "a full window is flushed to pages, so it cannot overflow: raising residual_length, the report's "
         "--extended_residual, is not needed.)",

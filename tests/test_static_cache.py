@@ -185,20 +185,6 @@ class Refuses(Backend):
         return "6-bit codes"
 
 
-def test_full_is_loud(make_model):
-    model = make_model("llama")
-    model.set_attn_implementation("pqlab")
-    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
-    with torch.no_grad():
-        with pytest.raises(ResidualOverflowError, match="PQC003.*70 tokens.*static cache of 64.*context=70"):
-            model(torch.zeros(1, 70, dtype=torch.long), **cache_argument(model, cache))
-        cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
-        model(torch.zeros(1, 63, dtype=torch.long), **cache_argument(model, cache))
-        model(torch.zeros(1, 1, dtype=torch.long), **cache_argument(model, cache))
-        with pytest.raises(RuntimeError, match="PQC003.*static cache of 64 tokens is full"):
-            model(torch.zeros(1, 1, dtype=torch.long), **cache_argument(model, cache))
-
-
 def test_what_static_mode_does_not_do_is_named(make_model):
     model = make_model("llama")
     cache = PagedPQCache(model, Codebooks.identity(model), STATIC, context=200)
@@ -316,3 +302,50 @@ def test_pads_are_forgotten_by_reset(make_model):
         ids = torch.arange(count)[None]
         torch.testing.assert_close(run(model, static, ids), run(model, eager, ids))
     assert static.group.real.all() and static.lengths.tolist() == eager.lengths.tolist()
+
+
+def test_a_prompt_that_does_not_fit(make_model):
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    with pytest.raises(ResidualOverflowError, match="PQC003.*static cache of 64 tokens holds 0.* 70 more.*context=70"):
+        run(model, cache, torch.zeros(1, 70, dtype=torch.long))
+
+
+def test_a_step_that_does_not_fit_changes_nothing(make_model):
+    model, ids = make_model("llama"), torch.arange(60)[None]
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=4))
+    cache, fresh = (PagedPQCache(model, books, STATIC, context=64) for _ in range(2))
+    settings = {"do_sample": False, "eos_token_id": None}
+    with pytest.raises(ResidualOverflowError, match="PQC003.*static cache of 64 tokens holds 64.* 1 more.*context=65"):
+        model.generate(ids, **cache_argument(model, cache), max_new_tokens=20, **settings)
+    assert int(cache.get_seq_length()) == 64 and cache.lengths.sum() == 64
+    cache.group.check_integrity()
+    expected = model.generate(ids, **cache_argument(model, fresh), max_new_tokens=5, **settings)
+    for name in ("sink_k", "sink_v", "window_k", "window_v"):
+        for a, b in zip(cache.quantized_layers, fresh.quantized_layers, strict=True):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+    with pytest.raises(ResidualOverflowError, match="PQC003"):  # and says so again
+        run(model, cache, torch.tensor([[1]]))
+    cache.reset()
+    assert torch.equal(model.generate(ids, **cache_argument(model, cache), max_new_tokens=5, **settings), expected)
+
+
+def test_a_compiled_step_that_does_not_fit(make_model):
+    """It runs no Python: the assertion on the device is heard of, and plain steps know what compiled ones counted."""
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    run(model, cache, torch.zeros(1, 62, dtype=torch.long))
+    torch._dynamo.reset()
+    step, token = torch.compile(model.forward, fullgraph=True, backend="eager"), torch.tensor([[1]])
+    with torch.no_grad():
+        for _ in range(2):
+            step(token, **cache_argument(model, cache))
+        with pytest.raises(ResidualOverflowError, match="PQC003.*64 tokens holds 64"):
+            run(model, cache, token)
+        with pytest.raises(RuntimeError, match="PQC003.*static cache of 64 tokens is full"):
+            step(token, **cache_argument(model, cache))
+    cache.reset()
+    run(model, cache, token)

@@ -55,15 +55,25 @@ class StaticGroup(SequenceGroup):
     # a decode step, on the device
 
     def begin_step(self) -> None:
-        """Called by the first layer of a step. Raises RuntimeError where the step or chunk before it was cut short.
+        """Called by the first layer of a step, before anything is counted.
 
-        A compiled or replayed step runs no Python, so that nothing can stop it halfway here.
+        A compiled or replayed step runs no Python: nothing stops it halfway here, and it is not counted on the host. On
+        a CPU the device's count is read for that; on a GPU, which would have to be waited for, `columns` is then too
+        small until the next chunk, and the assertion in `advance` remains.
+
+        Raises:
+            RuntimeError: the step or chunk before was cut short.
+            ResidualOverflowError: PQC003, the cache is full; nothing was changed.
         """
         if self.is_midway:
             raise self._cut_short()
         if is_torchdynamo_compiling() or self._is_capturing():
             return
+        if self.device.type == "cpu":
+            self.columns = int(self.position)
+        self._require_room(self.columns, 1)
         self.is_midway = True
+        self.columns += 1
 
     def end_step(self) -> None:
         """The last layer of a step is done. Also called where the last layer is compiled and the first is not."""
@@ -102,11 +112,7 @@ class StaticGroup(SequenceGroup):
         self.plan = None
 
     def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
-        if start + num_columns > self.capacity:
-            raise ResidualOverflowError(
-                f"{num_columns} tokens at column {start} exceed the static cache of {self.capacity}.",
-                f'Make the cache with context={start + num_columns} or more, or set mode="eager".',
-            )
+        self._require_room(start, num_columns)
         return super().plan_step(start, num_columns, batch, real)
 
     def coded(self, row: int) -> int:
@@ -155,6 +161,13 @@ class StaticGroup(SequenceGroup):
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _require_room(self, start: int, num_columns: int) -> None:
+        if start + num_columns > self.capacity:
+            raise ResidualOverflowError(
+                f"A static cache of {self.capacity} tokens holds {start} and cannot take {num_columns} more.",
+                f'Make the cache with context={start + num_columns} or more, or set mode="eager".',
+            )
 
     @staticmethod
     def _cut_short() -> RuntimeError:
