@@ -349,3 +349,19 @@ def test_a_compiled_step_that_does_not_fit(make_model):
             step(token, **cache_argument(model, cache))
     cache.reset()
     run(model, cache, token)
+
+
+def test_another_batch_needs_another_cache(make_model):
+    """Graphs hold the addresses of a batch's tensors, and may be replayed after a reset: these cannot be replaced."""
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    cache, fresh = (PagedPQCache(model, books, STATIC, context=200, max_batch=2) for _ in range(2))
+    two, one = torch.arange(100).view(2, 50), torch.arange(50)[None]
+    expected = run(model, fresh, two)
+    run(model, cache, two)
+    cache.reset()
+    for ids in (one, one[:, :1]):  # a chunk, a step
+        with pytest.raises(ValueError, match="keeps the batch.*reset.*holds 2 sequences.*given 1; make a new cache"):
+            run(model, cache, ids)
+    assert torch.equal(run(model, cache, two), expected), "what was refused changed nothing"

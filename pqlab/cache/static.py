@@ -54,7 +54,7 @@ class StaticGroup(SequenceGroup):
 
     # a decode step, on the device
 
-    def begin_step(self) -> None:
+    def begin_step(self, batch: int) -> None:
         """Called by the first layer of a step, before anything is counted.
 
         A compiled or replayed step runs no Python: nothing stops it halfway here, and it is not counted on the host. On
@@ -63,12 +63,14 @@ class StaticGroup(SequenceGroup):
 
         Raises:
             RuntimeError: the step or chunk before was cut short.
+            ValueError: another batch than the cache was made for.
             ResidualOverflowError: PQC003, the cache is full; nothing was changed.
         """
         if self.is_midway:
             raise self._cut_short()
         if is_torchdynamo_compiling() or self._is_capturing():
             return
+        self._require_batch(batch)
         if self.device.type == "cpu":
             self.columns = int(self.position)
         self._require_room(self.columns, 1)
@@ -112,6 +114,8 @@ class StaticGroup(SequenceGroup):
         self.plan = None
 
     def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
+        if self.num_rows:
+            self._require_batch(batch)
         self._require_room(start, num_columns)
         return super().plan_step(start, num_columns, batch, real)
 
@@ -161,6 +165,13 @@ class StaticGroup(SequenceGroup):
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _require_batch(self, batch: int) -> None:
+        if batch != self.num_rows:
+            raise ValueError(
+                f"a static cache keeps the batch of its first prompt, even when it was reset: it holds {self.num_rows} "
+                f"sequences and was given {batch}; make a new cache"
+            )
 
     def _require_room(self, start: int, num_columns: int) -> None:
         if start + num_columns > self.capacity:
@@ -280,7 +291,7 @@ class StaticPagedPQLayer(PagedPQLayer):
             return out
         pending = self._take_pending()
         if self.is_first:
-            self.group.begin_step()
+            self.group.begin_step(query.shape[0])
             self.group.advance()
         out = self._step(query, *pending, self.group.before, self.group.lengths, scaling)
         if self.is_last:
