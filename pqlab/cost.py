@@ -38,11 +38,11 @@ def coded_tokens(context: int, cache: CacheConfig) -> int:
 
 
 def max_pages_for(context: int, batch: int, cache: CacheConfig) -> int:
-    """Pages with which each of `batch` sequences may reach `context` tokens; at least one."""
+    """Pages with which each of `batch` sequences reaches `context` tokens; one each at least: static mode takes it."""
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise ConfigError(f"{name} = {value} is out of range (at least 1); the nearest good value is 1")
-    return max(1, batch * coded_tokens(context, cache) // cache.page_size)
+    return batch * max(1, coded_tokens(context, cache) // cache.page_size)
 
 
 def max_context_for(max_pages: int, batch: int, cache: CacheConfig) -> int:
@@ -84,9 +84,13 @@ def fit_max_pages(
         return fitting
     remedy = "Set a smaller page_size, or lower M or nbits."
     if fitting:
-        longest = max_context_for(fitting, batch, cache)
-        most = f", max_batch to at most {fitting * batch // pages}" if batch > 1 and fitting * batch >= pages else ""
-        remedy = f"Set context to at most {longest}{most} or max_pages to at most {fitting}, or lower M or nbits."
+        settings = {"max_pages": fitting}
+        if batch > 1 and fitting * batch >= pages:
+            settings = {"max_batch": fitting * batch // pages} | settings
+        if fitting >= batch:
+            settings = {"context": max_context_for(fitting, batch, cache)} | settings
+        *most, last = (f"{name} to at most {value}" for name, value in settings.items())
+        remedy = f"Set {', '.join(most)}{' or ' if most else ''}{last}, or lower M or nbits."
     raise OutOfMemoryError(
         f"{batch} × {context:,} tokens need {pages:,} pages of {page_bytes:,} bytes = "
         f"{pages * page_bytes / MIB:,.1f} MiB, {free / MIB:,.1f} MiB are free on {device}.",

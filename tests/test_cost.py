@@ -35,10 +35,10 @@ def test_coded_tokens_are_what_the_window_leaves(residual):
 
 def test_pages_and_context_are_inverse():
     cache = CacheConfig(page_size=16, residual_length=24, num_sinks=4)
-    for pages, batch in itertools.product(range(2, 30), (1, 2, 3)):
+    for pages, batch in itertools.product(range(3, 30), (1, 2, 3)):
         longest = max_context_for(pages, batch, cache)
         assert max_pages_for(longest, batch, cache) <= pages < max_pages_for(longest + 1, batch, cache)
-    assert max_pages_for(1, 1, cache) == 1
+    assert [max_pages_for(1, batch, cache) for batch in (1, 2, 3)] == [1, 2, 3], "a page each, as static mode takes"
 
 
 @pytest.mark.parametrize("nbits", [1, 4, 5, 8])
@@ -118,6 +118,10 @@ def test_the_pool_is_sized_by_context_batch_and_memory():
     assert fit_max_pages(layers(), cache, context=1000, batch=1, free_bytes=100 * page_bytes) == 60
     assert fit_max_pages(layers(), cache, context=1000, batch=2, free_bytes=100 * page_bytes, shrink=True) == 70
     assert fit_max_pages(layers(), cache, context=1000, free_bytes=100 * page_bytes, shrink=True) == 60
+    with pytest.raises(OutOfMemoryError, match="Set max_batch to at most 2 or max_pages to at most 2, or lower M"):
+        fit_max_pages(layers(), cache, context=40, batch=3, free_bytes=2 * page_bytes)  # no context is short enough
+    with pytest.raises(OutOfMemoryError, match="Set max_pages to at most 2, or lower M"):
+        fit_max_pages(layers(), cache, context=1000, batch=3, free_bytes=2 * page_bytes)
     with pytest.raises(OutOfMemoryError, match="Set a smaller page_size"):
         fit_max_pages(layers(), cache, context=1000, free_bytes=page_bytes - 1, shrink=True)
 

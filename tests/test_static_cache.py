@@ -365,3 +365,14 @@ def test_another_batch_needs_another_cache(make_model):
         with pytest.raises(ValueError, match="keeps the batch.*reset.*holds 2 sequences.*given 1; make a new cache"):
             run(model, cache, ids)
     assert torch.equal(run(model, cache, two), expected), "what was refused changed nothing"
+
+
+@pytest.mark.parametrize("context, batch", [(24, 2), (40, 3), (64, 2)])
+def test_the_default_pool_has_the_pages_that_rows_take(make_model, context, batch):
+    """Also where no token of a short context is ever coded."""
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    cache = PagedPQCache(model, books, replace(STATIC, max_pages=None), context=context, max_batch=batch)
+    run(model, cache, torch.arange(20).repeat(batch, 1))
+    assert cache.pool.num_free == 0
