@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import ClassVar
 
@@ -376,3 +377,22 @@ def test_the_default_pool_has_the_pages_that_rows_take(make_model, context, batc
     cache = PagedPQCache(model, books, replace(STATIC, max_pages=None), context=context, max_batch=batch)
     run(model, cache, torch.arange(20).repeat(batch, 1))
     assert cache.pool.num_free == 0
+
+
+def test_a_shared_pool_has_the_pages_back_when_the_cache_is_dropped(make_model):
+    """Not by a reset, after which graphs of the cache may be replayed."""
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    kept = PagedPQCache(model, books, STATIC, context=100)
+    run(model, kept, torch.arange(70)[None])
+    used = kept.pool.num_used
+    for _ in range(3):
+        other = PagedPQCache(model, books, STATIC, pool=kept.pool, context=100)
+        run(model, other, torch.arange(70)[None])
+        other.reset()
+        assert kept.pool.num_used == 2 * used
+        del other
+        gc.collect()
+        assert kept.pool.num_used == used
+    kept.pool.check_integrity()

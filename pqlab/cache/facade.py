@@ -192,7 +192,11 @@ class PagedPQCache(Cache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     def reset(self) -> None:
-        """Forget everything; the pages go back to the pool, the codebooks stay."""
+        """Forget everything; the pages go back to the pool, the codebooks stay.
+
+        In static mode rows keep their pages and the cache its batch, since graphs hold the addresses: to have the pages
+        back in a shared pool, or another batch, drop the cache (and its graphs) and make another.
+        """
         self.group.reset()
         for layer in self.layers:
             layer.reset()

@@ -8,6 +8,7 @@ lengths once.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from transformers.utils import is_torchdynamo_compiling
@@ -144,7 +145,10 @@ class StaticGroup(SequenceGroup):
 
     @plain_state
     def reset(self) -> None:
-        """Forget all tokens; rows keep their pages and tensors their addresses."""
+        """Forget all tokens; rows keep their pages and tensors their addresses, which graphs may hold.
+
+        The pages go back to the pool when the group is garbage.
+        """
         self.columns, self.tokens, self.plan, self._any_pad, self._announced = 0, [0] * self.num_rows, None, False, None
         self._coded = [0] * self.num_rows
         self.is_midway = False
@@ -194,6 +198,7 @@ class StaticGroup(SequenceGroup):
     def _add_rows(self, count: int) -> None:
         per_row = max_pages_for(self.capacity, 1, self.config)
         pages = self.pool.allocate(count * per_row)
+        self.pool.give_back_with(self, partial(self.pool.free, pages))
         self._page_lists = [pages[i * per_row : (i + 1) * per_row] for i in range(count)]
         self._pages = torch.tensor(self._page_lists, dtype=torch.int32, device=self.device)
         self.tokens, self._coded = [0] * count, [0] * count
