@@ -165,6 +165,22 @@ def test_pads_are_never_sinks_nor_codes(model, books):
     assert not torch.equal(cache.quantized_layers[0].codes(0)[0][:, :16], cache.quantized_layers[0].codes(1)[0][:, :16])
 
 
+@pytest.mark.parametrize("attention", ["pqlab", "sdpa"])
+@pytest.mark.filterwarnings("ignore:Falling back")
+def test_a_prompt_may_come_in_chunks_of_which_the_first_is_all_pads(model, attention):
+    ids = tokens(100, rows=2)
+    mask = torch.ones_like(ids)
+    mask[0, :70], mask[1, :40] = 0, 0
+    settings = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "prefill_chunk_size": 32}
+    model.set_attn_implementation("sdpa")
+    theirs = model.generate(ids, **settings, **cache_argument(model, DynamicCache(config=model.config)))
+    model.set_attn_implementation(attention)
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    cache.announce_mask(mask)
+    assert torch.equal(model.generate(ids, **settings, **cache_argument(model, cache)), theirs)
+    assert cache.lengths.sum(1).tolist() == [49, 79]
+
+
 def test_multi_turn_reuse_goes_on_where_the_cache_stands(model, books):
     cache, plain = PagedPQCache(model, books, SMALL), plain_pq_cache(model, books, SMALL)
     ids = [tokens(70), tokens(25, seed=1)]

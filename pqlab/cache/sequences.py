@@ -245,8 +245,12 @@ class SequenceGroup:
 
         Args:
             plan: the step.
-            mask: bool [B, 1, S, S] or None.
+            mask: bool [B, 1, S, columns before + S] or None; columns before the chunk are pads, if there are any.
+
+        Returns:
+            bool [B, 1, S, S] or None.
         """
+        mask = None if mask is None else mask[..., plan.start :]
         if mask is None or plan.real is not None:
             return mask
         if plan.is_causal is None:  # once a step, not once a layer
