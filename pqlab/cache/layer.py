@@ -189,9 +189,7 @@ class PagedPQLayer(CacheLayerMixin):
         start = self.columns
         mask = None if mask is None else mask[..., : start + steps]  # a static cache's mask spans its capacity
         real = None if mask is None else mask[:, 0, :, start:].diagonal(dim1=-2, dim2=-1)
-        plan = self.group.plan_step(start, steps, batch, real)
-        if mask is not None:
-            self.group.check_mask(plan, mask)
+        plan = self._plan(steps, batch, real, mask)
         if steps == 1:
             self._fit_first(plan)
             out = self._step(query, keys, values, plan.before, plan.after, scaling)
@@ -254,6 +252,13 @@ class PagedPQLayer(CacheLayerMixin):
             )
         pending, self.pending = self.pending, None
         return pending
+
+    def _plan(self, steps: int, batch: int, real: torch.Tensor | None, mask: torch.Tensor | None = None) -> StepPlan:
+        """The step's plan: the first layer has it checked and made, the others follow it."""
+        if self.is_first:
+            real = None if real is None else real.to("cpu")
+            self.group.begin_step(self.columns, batch, real, mask)
+        return self.group.plan_step(self.columns, steps, batch, real)
 
     def _step(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, before: torch.Tensor, after: torch.Tensor,
@@ -345,7 +350,7 @@ class PagedPQLayer(CacheLayerMixin):
     def _store_and_dequantize(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None):
         """The fallback's step: K and V [B, H, columns, d] as a plain cache would return them, pads where they were."""
         start, steps = self.columns, keys.shape[2]
-        plan = self.group.plan_step(start, steps, keys.shape[0], real)
+        plan = self._plan(steps, keys.shape[0], real)
         if steps == 1:
             self._store(plan, keys, values)
             old_k, old_v, _ = self.stored(plan.after)

@@ -73,7 +73,6 @@ class StepPlan:
     before: torch.Tensor
     after: torch.Tensor
     flushes: tuple[Flush, ...]
-    mask_checked: bool = False
     is_causal: bool | None = None  # of a first chunk's mask, once it was looked at
 
     @property
@@ -142,6 +141,24 @@ class SequenceGroup:
         spare = window - self.config.residual_length
         return spare - (coded + spare) % self.config.page_size
 
+    def begin_step(self, start: int, batch: int, real: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """What the first layer of a step asks before it has the step planned: is it one that may follow? Changes
+        nothing where it is refused.
+
+        Args:
+            start, batch, real: as in `plan_step`; real on the CPU.
+            mask: bool [B, 1, S, start + S], or None.
+
+        Raises:
+            RuntimeError: the step before was not run by all layers.
+            ValueError: another number of sequences.
+            UnsupportedModelError: the mask hides stored tokens from the new ones.
+        """
+        self._require_next(start, batch)
+        if mask is not None and start:
+            self._check_mask(start, real, mask)
+        self.plan = None  # what may be left of a step that began at the same column
+
     def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
         """The plan of the step that begins at column `start`; made by the first layer that asks, read by the others.
 
@@ -161,17 +178,8 @@ class SequenceGroup:
 
     @plain_state
     def _plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
-        if start != self.columns:
-            raise RuntimeError(
-                f"a layer stands at column {start} while the cache stands at {self.columns}: the layers of the last "
-                "step were not all run (it raised midway, or layers were skipped); call cache.reset() before going on"
-            )
-        if batch != self.num_rows:
-            if self.num_rows:
-                raise ValueError(
-                    f"the cache holds {self.num_rows} sequences and was given {batch}; select rows with "
-                    "cache.batch_select_indices / batch_repeat_interleave, or make a new cache"
-                )
+        self._require_next(start, batch)
+        if not self.num_rows:
             self._add_rows(batch)
         if real is not None:
             real = real.to("cpu")
@@ -220,25 +228,6 @@ class SequenceGroup:
         part = self._announced[:, start : start + num_columns]
         return torch.nn.functional.pad(part, (0, num_columns - part.shape[1]), value=True)
 
-    def check_mask(self, plan: StepPlan, mask: torch.Tensor) -> None:
-        """Refuse a mask that hides stored tokens from the new ones: every token sees all before it, or is a pad.
-
-        Args:
-            plan: the step.
-            mask: bool [B, 1, S, columns before + S].
-        """
-        if plan.mask_checked or not plan.start:
-            return
-        object.__setattr__(plan, "mask_checked", True)  # once a step, not once a layer
-        past = mask[:, 0, :, : plan.start].to("cpu")
-        expected = self.real[:, None, : plan.start]
-        pad = torch.zeros(1, 1, 1, dtype=torch.bool) if plan.real is None else ~plan.real[..., None]
-        if not bool(((past == expected) | pad).all()):
-            raise UnsupportedModelError(
-                "the attention mask hides stored tokens from new ones (a packed, block or sliding pattern), which a "
-                "paged PQ layer does not do; use a plain causal mask with padding, or an exact cache for this model"
-            )
-
     def first_chunk_mask(self, plan: StepPlan, mask: torch.Tensor | None) -> torch.Tensor | None:
         """The mask of a chunk with nothing before it, or None where it is plainly causal: that needs no mask, and the
         fastest attentions take none. A static cache gets a mask for every prompt, S x S bytes of it.
@@ -257,6 +246,28 @@ class SequenceGroup:
             causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
             object.__setattr__(plan, "is_causal", bool((mask == causal).all()))
         return None if plan.is_causal else mask
+
+    def _require_next(self, start: int, batch: int) -> None:
+        if start != self.columns:
+            raise RuntimeError(
+                f"a layer stands at column {start} while the cache stands at {self.columns}: the layers of the last "
+                "step were not all run (it raised midway, or layers were skipped); call cache.reset() before going on"
+            )
+        if self.num_rows and batch != self.num_rows:
+            raise ValueError(
+                f"the cache holds {self.num_rows} sequences and was given {batch}; select rows with "
+                "cache.batch_select_indices / batch_repeat_interleave, or make a new cache"
+            )
+
+    def _check_mask(self, start: int, real: torch.Tensor | None, mask: torch.Tensor) -> None:
+        """Every token sees all stored ones before it, or is a pad."""
+        past = mask[:, 0, :, :start].to("cpu")
+        pad = torch.zeros(1, 1, 1, dtype=torch.bool) if real is None else ~real[..., None]
+        if not bool(((past == self.real[:, None, :start]) | pad).all()):
+            raise UnsupportedModelError(
+                "the attention mask hides stored tokens from new ones (a packed, block or sliding pattern), which a "
+                "paged PQ layer does not do; use a plain causal mask with padding, or an exact cache for this model"
+            )
 
     def _flush(self, row: int, first: int, count: int) -> Flush:
         size = self.config.page_size
