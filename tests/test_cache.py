@@ -76,6 +76,28 @@ def test_running_out_of_pages_changes_nothing_and_goes_on_after_pages_are_freed(
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("attention", ["pqlab", "sdpa"])
+@pytest.mark.filterwarnings("ignore:Falling back")
+def test_a_prompt_that_gets_no_pages_leaves_no_rows_behind(model, books, attention):
+    model.set_attn_implementation(attention)
+    cache, fresh = PagedPQCache(model, books, replace(SMALL, max_pages=6)), PagedPQCache(model, books, SMALL)
+    with pytest.raises(PageAllocationError, match="16 pages are needed, 6 of 6 are free"):
+        feed(model, cache, tokens(90, rows=4))
+    assert cache.group.num_rows == cache.pool.num_used == 0 and cache.lengths.shape == (0, 3)
+    for ids in (tokens(90), tokens(1, seed=1)):
+        torch.testing.assert_close(feed(model, cache, ids), feed(model, fresh, ids))
+    cache.group.check_integrity()
+
+
+def test_a_cache_cropped_to_nothing_takes_another_batch(model, books):
+    cache, fresh = PagedPQCache(model, books, SMALL), PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(60, rows=3))
+    cache.crop(-60)
+    assert cache.get_seq_length() == cache.pool.num_used == 0
+    for ids in (tokens(60), tokens(1, seed=1)):
+        torch.testing.assert_close(feed(model, cache, ids), feed(model, fresh, ids))
+
+
 def test_two_caches_live_side_by_side_on_one_pool(model, books):
     first = PagedPQCache(model, books, SMALL)
     second = PagedPQCache(model, books, SMALL, pool=first.pool)

@@ -216,6 +216,8 @@ class PagedPQCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PagedPQLayer):
                 layer.columns, layer.pending = self.group.columns, None
+                if not layer.columns:
+                    layer.reset()
             else:
                 layer.crop(tokens_to_remove)
 

@@ -254,11 +254,20 @@ class PagedPQLayer(CacheLayerMixin):
         return pending
 
     def _plan(self, steps: int, batch: int, real: torch.Tensor | None, mask: torch.Tensor | None = None) -> StepPlan:
-        """The step's plan: the first layer has it checked and made, the others follow it."""
-        if self.is_first:
-            real = None if real is None else real.to("cpu")
+        """The step's plan: the first layer has it checked and made, the others follow it.
+
+        Where it is refused, what was made for the step is dropped: the next one may be of another size.
+        """
+        if not self.is_first:
+            return self.group.plan_step(self.columns, steps, batch, real)
+        real = None if real is None else real.to("cpu")
+        try:
             self.group.begin_step(self.columns, batch, real, mask)
-        return self.group.plan_step(self.columns, steps, batch, real)
+            return self.group.plan_step(self.columns, steps, batch, real)
+        except Exception:
+            if not self.columns:
+                self.reset()
+            raise
 
     def _step(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, before: torch.Tensor, after: torch.Tensor,

@@ -21,7 +21,7 @@ from functools import wraps
 import torch
 
 from ..config import CacheConfig
-from ..errors import UnsupportedModelError
+from ..errors import PageAllocationError, UnsupportedModelError
 from ..paging import PagePool, PageTable
 
 
@@ -179,7 +179,8 @@ class SequenceGroup:
     @plain_state
     def _plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
         self._require_next(start, batch)
-        if not self.num_rows:
+        is_new = not self.num_rows
+        if is_new:
             self._add_rows(batch)
         if real is not None:
             real = real.to("cpu")
@@ -193,7 +194,12 @@ class SequenceGroup:
             flushed.append(self.flush_count(self.coded(row), window))
         first = [self.coded(row) for row in range(batch)]
         if any(flushed):
-            self._extend(flushed)  # the only thing that can fail; it changes nothing when it does
+            try:
+                self._extend(flushed)  # the only thing that can fail; it changes nothing when it does
+            except PageAllocationError:
+                if is_new:
+                    self._drop_rows()
+                raise
 
         before = self._snapshot()
         tokens = tuple(self.tokens)
@@ -285,6 +291,8 @@ class SequenceGroup:
             if codes < self.table.num_tokens(row):
                 self.table.truncate(row, codes)
         self.columns -= num_columns
+        if not self.columns:
+            self._drop_rows()  # whatever comes next may be another number of sequences
         self._after_surgery()
 
     @plain_state
@@ -298,9 +306,8 @@ class SequenceGroup:
     @plain_state
     def reset(self) -> None:
         """Forget all sequences and give their pages back."""
-        self.table.select([])
-        self.columns, self.tokens, self._any_pad, self._announced = 0, [], False, None
-        self._real = self._real.new_zeros(0, 0)
+        self.columns, self._announced = 0, None
+        self._drop_rows()
         self._after_surgery()
 
     def column_to_token(self) -> torch.Tensor:
@@ -336,6 +343,12 @@ class SequenceGroup:
             self.table.add_sequence()
         self.tokens = [0] * count
         self._real = torch.ones(count, 64, dtype=torch.bool)
+        self._refresh_lengths()
+
+    def _drop_rows(self) -> None:
+        self.table.select([])
+        self.tokens, self._any_pad = [], False
+        self._real = self._real.new_zeros(0, 0)
         self._refresh_lengths()
 
     def _record_columns(self, real: torch.Tensor | None, num_columns: int) -> None:
