@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from pqlab import CacheConfig, PagedPQCache, UnsupportedModelError
+from pqlab.errors import PageAllocationError
 from pqlab.quantization import Codebooks
 from pqlab.transformers_api import cache_argument
 
@@ -112,3 +113,88 @@ def test_what_is_not_supported_is_named_before_a_token_is_generated(kind, says):
         cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
         model.set_attn_implementation("pqlab")
         generate(model, cache)
+
+
+LINEAR = {
+    "lfm2": GROUPED | {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "qwen3_next": GROUPED | {
+        "layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "jamba": GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+}  # fmt: skip
+BEHIND_EXACT = {"ministral": MIXED | GROUPED, **LINEAR}
+"""Models whose first layer keeps an exact state."""
+
+
+def ready(kind: str, **config) -> tuple:
+    model = make(kind, **BEHIND_EXACT[kind])
+    model.set_attn_implementation("pqlab")
+    books = Codebooks.identity(model)
+    return model, lambda **given: PagedPQCache(model, books, CacheConfig(**config), **given)
+
+
+@torch.no_grad()
+def step(model, cache, ids: torch.Tensor, **inputs) -> torch.Tensor:
+    return model(ids, **cache_argument(model, cache), **inputs).logits
+
+
+def text(count: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
+    return torch.randint(0, 200, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", BEHIND_EXACT)
+@pytest.mark.parametrize(("held", "refused_at"), [(9, 0), (8, 100), (5, 162)])
+@pytest.mark.filterwarnings("default")
+def test_a_step_refused_for_pages_is_taken_back_from_exact_layers_too(kind, held, refused_at):
+    """The first prompt, a chunk and a single token, with so many of 13 pages held by another cache until then."""
+    model, make_cache = ready(kind, page_size=16, residual_length=16, num_sinks=3, max_pages=13)
+    cache, plain = make_cache(), DynamicCache(config=model.config)
+    other = make_cache(pool=cache.pool)
+    step(model, other, text(held * 16 + 19))
+    refused = []
+    for ids in (text(100), text(50), *text(60, seed=1).T[:, None]):
+        wanted = step(model, plain, ids)
+        before = [layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")]
+        try:
+            got = step(model, cache, ids)
+        except PageAllocationError:
+            assert [x.get_seq_length() for x in cache.layers if hasattr(x, "get_seq_length")] == before
+            refused.append(cache.get_seq_length())
+            other.reset()
+            got = step(model, cache, ids)
+        assert (got - wanted).abs().max() < 1e-4
+    assert refused == [refused_at]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_refused_mask_is_taken_back_from_exact_layers_too():
+    model, make_cache = ready("ministral", page_size=16, residual_length=16)
+    cache, plain = make_cache(), DynamicCache(config=model.config)
+    mask = torch.ones(1, 41, dtype=torch.long)
+    step(model, cache, text(40)), step(model, plain, text(40))
+    mask[:, 10:20] = 0
+    with pytest.raises(UnsupportedModelError, match="hides stored tokens"):
+        step(model, cache, text(1), attention_mask=mask)
+    assert [layer.get_seq_length() for layer in cache.layers] == [40, 40]
+    assert (step(model, cache, text(1)) - step(model, plain, text(1))).abs().max() < 1e-4
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_step_interrupted_between_exact_layers_and_paged_ones_is_noticed():
+    model, make_cache = ready("ministral", page_size=16, residual_length=16)
+    cache = make_cache()
+    step(model, cache, text(40))
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    hook = model.get_decoder().layers[0].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, cache, text(1))
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"interrupted.*cache\.reset\(\)"):
+        step(model, cache, text(1))
+    cache.reset()
+    wanted = step(model, DynamicCache(config=model.config), text(40))
+    assert (step(model, cache, text(40)) - wanted).abs().max() < 1e-4

@@ -21,6 +21,7 @@ from ..paging.layout import PoolLayout, read_pages
 from ..quantization import Codebooks
 from .exact_buffers import ExactBuffers
 from .layer import PagedPQLayer
+from .leading import LeadingLayers
 from .sequences import SequenceGroup, plain_state
 from .static import StaticGroup, StaticPagedPQLayer
 
@@ -104,6 +105,11 @@ class PagedPQCache(Cache):
             layers[index] = kind(index, self.group, self.codebooks.layer(index), *views, text, shared)
         self._quantized = [layers[index] for index in quantized]
         self._quantized[0].is_first = self._quantized[-1].is_last = True
+        # in static mode pages are taken once, by the first prompt
+        self._leading = LeadingLayers([] if static else layers[: quantized[0]])
+        self._num_leading = len(self._leading)
+        if self._num_leading:
+            self._quantized[0].leading = self._leading
         if static:
             self._allow_capture(getattr(model, "dtype", torch.float32), text.num_attention_heads)
         self._warned = False
@@ -180,7 +186,21 @@ class PagedPQCache(Cache):
         layer = self.layers[layer_idx]
         if not self._warned and isinstance(layer, PagedPQLayer):
             self._say_fallback(layer, key_states.shape[0])
+        if layer_idx < self._num_leading:
+            self._leading.keep_before_update(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """State of a linear layer, which reads it before it writes, and may write in place."""
+        if layer_idx < self._num_leading:
+            self._leading.keep(layer_idx)
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """As `get_conv_state`."""
+        if layer_idx < self._num_leading:
+            self._leading.keep(layer_idx)
+        return super().get_recurrent_state(layer_idx, state_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(columns, offset) of the mask. One serves all full-attention layers: where some are left exact, theirs.
@@ -198,6 +218,7 @@ class PagedPQCache(Cache):
         back in a shared pool, or another batch, drop the cache (and its graphs) and make another.
         """
         self.group.reset()
+        self._leading.forget()
         for layer in self.layers:
             layer.reset()
 

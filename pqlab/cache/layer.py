@@ -27,6 +27,7 @@ from ..paging.layout import read_pages
 from .exact_buffers import ExactBuffers
 from .gradients import no_gradients
 from .key_fit import KeyFit, fit_tokens
+from .leading import LeadingLayers
 from .sequences import SequenceGroup, StepPlan, plain_state
 from .side import Side
 
@@ -79,6 +80,7 @@ class PagedPQLayer(CacheLayerMixin):
         self.config = config
         self.exact_buffers = exact_buffers
         self.is_first = self.is_last = False  # of the quantized layers; set by the cache
+        self.leading: LeadingLayers | None = None  # given to the first of the quantized layers by the cache
         self.columns = 0
         self.pending: _Handover | None = None
         self.sink_k = self.sink_v = self.window_k = self.window_v = None
@@ -256,18 +258,24 @@ class PagedPQLayer(CacheLayerMixin):
     def _plan(self, steps: int, batch: int, real: torch.Tensor | None, mask: torch.Tensor | None = None) -> StepPlan:
         """The step's plan: the first layer has it checked and made, the others follow it.
 
-        Where it is refused, what was made for the step is dropped: the next one may be of another size.
+        Where it is refused, what was made for the step is dropped (the next one may be of another size), and what
+        exact layers before this one have stored of it is taken back.
         """
         if not self.is_first:
             return self.group.plan_step(self.columns, steps, batch, real)
         real = None if real is None else real.to("cpu")
         try:
             self.group.begin_step(self.columns, batch, real, mask)
-            return self.group.plan_step(self.columns, steps, batch, real)
+            plan = self.group.plan_step(self.columns, steps, batch, real)
         except Exception:
             if not self.columns:
                 self.reset()
+            if self.leading is not None:
+                self.leading.put_back()
             raise
+        if self.leading is not None:
+            self.leading.forget()
+        return plan
 
     def _step(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, before: torch.Tensor, after: torch.Tensor,
