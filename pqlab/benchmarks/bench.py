@@ -17,6 +17,7 @@ BENCHMARKS = {
     "model": ("pqlab.benchmarks.model_bench", "time per token of a whole model, paged beside exact, in CUDA graphs"),
     "passkey": ("pqlab.evaluation.passkey", "one number in a long text, found by depth and length"),
     "pool": ("pqlab.benchmarks.pool_bench", "what a page costs to allocate and free in pools of any size"),
+    "rotary": ("pqlab.benchmarks.rotary_bench", "what keys stored before the rotary embedding would cost, at least"),
     "texts": ("pqlab.evaluation.texts_bench", "codebooks of one kind of text measured on another"),
 }
 

@@ -74,12 +74,18 @@ def exact_contenders(case: Case, device: torch.device | str = "cpu") -> dict[str
     return found
 
 
-def bench_decode(case: Case, seconds: float | None = None) -> dict[str, Any]:
-    """One record: microseconds of the kernel and of the best exact attention, and their ratio."""
+def cpu_arguments(case: Case) -> list[Any]:
+    """`decode_arguments` as a model in float32 gives them."""
     args = list(decode_arguments(case, device="cpu"))
     args[5:7] = [books.half() for books in args[5:7]]  # as calibration leaves them
     for exact in (0, *range(7, 11)):
         args[exact] = args[exact].float()
+    return args
+
+
+def bench_decode(case: Case, seconds: float | None = None) -> dict[str, Any]:
+    """One record: microseconds of the kernel and of the best exact attention, and their ratio."""
+    args = cpu_arguments(case)
     with use_backend("cpu"):
         out, _ = ops.decode(*args)
         with use_backend("reference"):

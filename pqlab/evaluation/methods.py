@@ -123,7 +123,7 @@ def register(name: str) -> Callable[[Maker], Maker]:
 
 def names() -> list[str]:
     """Every name that `make` knows: pqlab's own, then the peers in alphabetical order of their files."""
-    from . import peers  # noqa: F401  importing the package registers its methods
+    from . import before_rotary, peers  # noqa: F401  importing them registers their methods
 
     return list(_MAKERS)
 
@@ -201,14 +201,18 @@ def token_elements(geometry: Geometry) -> int:
     return sum(2 * heads * head_dim for heads, head_dim in geometry.values())
 
 
-def _default_codebooks(setting: Setting, bits: int, scope: str = "head", *, fit: bool = True) -> Method:
-    """The codebooks of `pqlab.default_codebooks`: M = d/2 with 8 or 6 bits a code, M = d/4 with 8 bits a code."""
+def default_pq(setting: Setting, bits: int) -> PQConfig:
+    """M and nbits of `pq-4`, `pq-3` and `pq-2`. Raises `ConfigError` where heads of several sizes have no common M."""
     sizes = sorted({head_dim for _, head_dim in setting.geometry.values()})
     if bits == 2 and len(sizes) > 1:
         raise ConfigError(f"pq-2 has one M for all layers; heads of {sizes} elements need codebooks of their own")
-    pq = {4: PQConfig(), 3: PQConfig(nbits=6), 2: PQConfig(M=max(1, sizes[0] // 4))}[bits]
+    return {4: PQConfig(), 3: PQConfig(nbits=6), 2: PQConfig(M=max(1, sizes[0] // 4))}[bits]
+
+
+def _default_codebooks(setting: Setting, bits: int, scope: str = "head", *, fit: bool = True) -> Method:
+    """The codebooks of `pqlab.default_codebooks`: M = d/2 with 8 or 6 bits a code, M = d/4 with 8 bits a code."""
     options = {"text": setting.calibration, "scope": scope, "progress": setting.progress}
-    books = default_codebooks(setting.model, setting.tokenizer, pq, **options)
+    books = default_codebooks(setting.model, setting.tokenizer, default_pq(setting, bits), **options)
     if not fit:
         return from_codebooks(f"pq-{bits}-unfitted", books.unfitted(), setting, note="keys are not fitted to the text")
     if scope == "head":

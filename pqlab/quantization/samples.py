@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -34,17 +34,18 @@ _MAX_CHARS = 4_000_000  # of a text that are tokenized to choose windows from
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples of every full-attention layer, by the model's layer index: keys and values, each [H, n, d], and what the
-    attention of the text did with them."""
+    """Samples of every full-attention layer, by the model's layer index: keys and values, each [H, n, d], what the
+    attention of the text did with them, and the position that a rotary embedding turned each of them by."""
 
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
     sensitivity: dict[int, Sensitivity] = field(default_factory=dict)  # empty where the model's attention is its own
+    positions: Tensor | None = None  # int64 [n]; None where nobody wrote them down
 
     def of(self, layers: Iterable[int]) -> Samples:
         """Those of some layers."""
         parts = ({i: part[i] for i in layers if i in part} for part in (self.keys, self.values, self.sensitivity))
-        return Samples(*parts)
+        return Samples(*parts, self.positions)
 
     @property
     def num_samples(self) -> int:
@@ -54,7 +55,8 @@ class Samples:
     def to(self, device: torch.device | str) -> Samples:
         """The same samples on a device."""
         keys, values = ({i: x.to(device) for i, x in side.items()} for side in (self.keys, self.values))
-        return Samples(keys, values, {i: seen.to(device) for i, seen in self.sensitivity.items()})
+        positions = None if self.positions is None else self.positions.to(device)
+        return Samples(keys, values, {i: seen.to(device) for i, seen in self.sensitivity.items()}, positions)
 
 
 def collect_kv(
@@ -109,6 +111,7 @@ def collect_kv(
         {i: torch.cat([part.keys.pop(i) for part in parts], 1) for i in list(parts[0].keys)},
         {i: torch.cat([part.values.pop(i) for part in parts], 1) for i in list(parts[0].values)},
         sensitivity,
+        torch.cat([part.positions for part in parts]),
     )
 
 
@@ -135,12 +138,13 @@ def record_kv(
     input_ids = input_ids.to(model.device)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(model.device)
     place = mask.cumsum(-1) * mask  # 1, 2, .. of the real tokens, 0 at pads
-    recorder = _Recorder(text_config(model), place > num_sinks, geometry, {} if sensitivity is None else sensitivity)
+    positions, chosen = (place - 1).clamp_min(0) + first_position, place > num_sinks
+    recorder = _Recorder(text_config(model), chosen, geometry, {} if sensitivity is None else sensitivity)
     with _observed(model):
         model.base_model(
             input_ids=input_ids,
             attention_mask=mask,
-            position_ids=(place - 1).clamp_min(0) + first_position,
+            position_ids=positions,
             **cache_argument(model.base_model, recorder),
             use_cache=True,
         )
@@ -151,7 +155,7 @@ def record_kv(
         raise UnsupportedModelError(
             f"{describe(geometry)} should reach the cache of this model, but it was given {got}"
         )
-    return found
+    return replace(found, positions=positions[chosen])
 
 
 @contextmanager

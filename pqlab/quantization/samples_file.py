@@ -19,7 +19,7 @@ def save_samples(path: str | Path, samples: Samples, about: Mapping[str, Any]) -
     Args:
         about: JSON types that the header is to hold: the model's fingerprint, the text, the tokens.
     """
-    tensors = {}
+    tensors = {} if samples.positions is None else {"positions": samples.positions}
     for i in samples.keys:
         tensors |= {f"{i}.keys": samples.keys[i], f"{i}.values": samples.values[i]}
         seen = samples.sensitivity.get(i)
@@ -42,4 +42,4 @@ def load_samples(path: str | Path) -> tuple[Samples, dict[str, Any]]:
             importance = (tensors[f"{name}.importance_k"], tensors[f"{name}.importance_v"])
             sensitivity[int(name)] = Sensitivity(tensors[f"{name}.query_moment"], num_queries, [importance])
     keys, values = ({i: tensors[f"{i}.{side}"] for i in header["layers"]} for side in ("keys", "values"))
-    return Samples(keys, values, sensitivity), header["about"]
+    return Samples(keys, values, sensitivity, tensors.get("positions")), header["about"]
