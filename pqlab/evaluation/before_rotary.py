@@ -41,9 +41,9 @@ def key_codec(
     Args:
         x: [H, n, d] keys, turned back; weights: [H, n] of `Sensitivity.weights`.
         metric: [H, d, d], E[q q^T] of queries that are turned. A key is asked by q turned by the distance to it; what
-            the samples recorded are queries turned by their positions, spread over the model's context, as these
-            distances are over long texts. (In texts of 2048 tokens distances are shorter: with a metric of just these,
-            errors of scores are 15 to 20 % smaller on SmolLM2. See LOG.md.)
+            the samples recorded are queries turned by their positions, which are spread over the model's context as
+            the distances of a long text are. (LOG.md: near the best metric at SmolLM2's whole context, and not at 2048
+            tokens; metrics of short distances lose far more where texts are long.)
         pairs: see the module.
     """
     m = pq.num_subspaces(x.shape[-1])
