@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
-from statistics import median
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,41 +39,48 @@ CASES = tuple(
     for *heads, d in ((9, 3, 64), (32, 8, 128), (32, 32, 128))
     for n in (8192, 32768)
 )
-_SIDE = {"cpu": 2048, "cuda": 8192}
+_SIDE = {"cpu": 1024, "cuda": 8192}
 """Of the square matrices whose product gives the rate."""
 
 _TURN = 4
 """Multiply-adds that turn the two numbers of a pair."""
 
 
-def bench_rotary(case: Case, device: str | torch.device = "cpu", *, seconds: float = 1.0) -> dict[str, Any]:
+def product_rate(device: str | torch.device = "cpu", *, seconds: float = 1.0) -> float:
+    """TFLOP/s of one large product, in the dtype that attention has on the device."""
+    device = torch.device(device)
+    side, dtype = _SIDE[device.type], torch.float32 if device.type == "cpu" else torch.float16
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _microseconds(lambda: a @ b, device, seconds) / 1e6
+
+
+def bench_rotary(
+    case: Case, tflops: float, device: str | torch.device = "cpu", *, seconds: float = 1.0
+) -> dict[str, Any]:
     """One record of a layer at decode.
+
+    Args:
+        tflops: of `product_rate`.
 
     Returns:
         case; microseconds, of the decode operation as it is; product_flops, of bringing all coded keys home;
-        tflops, the rate of a large product; product_microseconds at this rate; ratio, of both together to the
+        product_microseconds at the rate; ratio, of both together to the
         operation as it is; hidden_ratio, of the longer of both; pair_multiply_adds, of a lookup in pairs before the
         rotary embedding, and lookup_multiply_adds, as it is now.
     """
     device = torch.device(device)
     args = cpu_arguments(case) if device.type == "cpu" else decode_arguments(case, device=str(device))
-    side = _SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device, dtype=args[0].dtype) for _ in range(2))
-    calls = {"decode": lambda: ops.decode(*args), "product": lambda: a @ b}
     with use_backend(device.type):
-        calls["decode"]()  # kernels are built for what they are asked
+        ops.decode(*args)  # kernels are built for what they are asked
         kernels.wait()
-        times = _times(calls, device, seconds)
-    decode = times["decode"]
-    rate = 2 * side**3 / times["product"]  # per microsecond
+        decode = _microseconds(lambda: ops.decode(*args), device, seconds)
     flops = 2 * int(args[4][:, 1].sum()) * case.kv_heads * case.head_dim**2
-    product = flops / rate
+    product = flops / tflops / 1e6
     wide = case.head_dim // case.m
     return {
         "case": case.name,
         "microseconds": decode,
         "product_flops": flops,
-        "tflops": rate / 1e6,
         "product_microseconds": product,
         "ratio": (decode + product) / decode,
         "hidden_ratio": max(decode, product) / decode,
@@ -83,12 +89,11 @@ def bench_rotary(case: Case, device: str | torch.device = "cpu", *, seconds: flo
     }
 
 
-def _times(calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median microseconds: on a GPU with a cold L2, on a CPU of turns."""
+def _microseconds(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """On a GPU the median with a cold L2, on a CPU the fastest call, which other loads slow least."""
     if device.type == "cuda":
-        timer = Timer(str(device))
-        return {name: timer(call) for name, call in calls.items()}
-    return {name: median(found) * 1e6 for name, found in interleaved(calls, seconds).items()}
+        return Timer(str(device))(call)
+    return min(interleaved({"": call}, seconds)[""]) * 1e6
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -106,22 +111,20 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     kernels.start()
     kernels.wait()
+    tflops = product_rate(device, seconds=args.seconds)
     print(
-        f"{device_name(device)}; µs of decode as it is, µs at least to bring its keys home (at TFLOP/s of a large "
-        "product),\ntimes as long together, times as long if one hides the other, multiply-adds of a lookup in pairs"
+        f"{device_name(device)}, {tflops:.3g} TFLOP/s in a large product; µs of decode as it is, µs at least to bring"
     )
+    print("keys home, times as long together and if one hides the other, multiply-adds of a lookup in pairs")
     records = []
     for case in (c for c in CASES if args.only in c.name):
-        records.append(r := bench_rotary(case, device, seconds=args.seconds))
-        print(
-            f"  {r['case']:<42}{r['microseconds']:>10.1f}{r['product_microseconds']:>11.1f}{r['tflops']:>9.2f}"
-            f"{r['ratio']:>8.2f}{r['hidden_ratio']:>8.2f}"
-            f"   {r['pair_multiply_adds']} instead of {r['lookup_multiply_adds']}",
-            flush=True,
-        )
+        records.append(r := bench_rotary(case, tflops, device, seconds=args.seconds))
+        adds = f"{r['pair_multiply_adds']} instead of {r['lookup_multiply_adds']}"
+        times = f"{r['microseconds']:>10.1f}{r['product_microseconds']:>11.1f}"
+        print(f"  {r['case']:<42}{times}{r['ratio']:>8.2f}{r['hidden_ratio']:>8.2f}   {adds}", flush=True)
     if args.json:
         about = {"benchmark": "rotary", "device": device_name(device), "date": today(), "commit": commit()}
-        about |= {"versions": versions(), "threads": torch.get_num_threads()}
-        rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in records]
+        about |= {"versions": versions(), "threads": torch.get_num_threads(), "tflops": round(tflops, 4)}
+        rounded = [{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in records]
         print(json.dumps({**about, "records": rounded}))
     return 0
