@@ -55,7 +55,7 @@ class StaticGroup(SequenceGroup):
 
     # a decode step, on the device
 
-    def begin_step(self, batch: int) -> None:
+    def begin_decode(self, batch: int) -> None:
         """Called by the first layer of a step, before anything is counted.
 
         A compiled or replayed step runs no Python: nothing stops it halfway here, and it is not counted on the host. On
@@ -78,7 +78,7 @@ class StaticGroup(SequenceGroup):
         self.is_midway = True
         self.columns += 1
 
-    def end_step(self) -> None:
+    def end_decode(self) -> None:
         """The last layer of a step is done. Also called where the last layer is compiled and the first is not."""
         self.is_midway = False
 
@@ -115,8 +115,6 @@ class StaticGroup(SequenceGroup):
         self.plan = None
 
     def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
-        if self.num_rows:
-            self._require_batch(batch)
         self._require_room(start, num_columns)
         return super().plan_step(start, num_columns, batch, real)
 
@@ -169,6 +167,11 @@ class StaticGroup(SequenceGroup):
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _require_next(self, start: int, batch: int) -> None:
+        if self.num_rows:
+            self._require_batch(batch)
+        super()._require_next(start, batch)
 
     def _require_batch(self, batch: int) -> None:
         if batch != self.num_rows:
@@ -296,11 +299,11 @@ class StaticPagedPQLayer(PagedPQLayer):
             return out
         pending = self._take_pending()
         if self.is_first:
-            self.group.begin_step(query.shape[0])
+            self.group.begin_decode(query.shape[0])
             self.group.advance()
         out = self._step(query, *pending, self.group.before, self.group.lengths, scaling)
         if self.is_last:
-            self.group.end_step()
+            self.group.end_decode()
         return out
 
     def _say_unfitted(self) -> None:
