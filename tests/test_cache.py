@@ -136,6 +136,25 @@ def test_crop_takes_the_window_first_then_the_last_page(model, books, cut):
         cache.group.check_integrity()
 
 
+@pytest.mark.parametrize("columns", [0, 60])
+def test_crop_does_not_hide_an_interrupted_step(model, books, columns):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    cache, fresh = PagedPQCache(model, books, SMALL), PagedPQCache(model, books, SMALL)
+    if columns:
+        feed(model, cache, tokens(columns))
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, tokens(40))
+    hook.remove()
+    for change in (lambda: cache.crop(-5), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(RuntimeError, match=r"layer 1 stands at column .*interrupted.*cache\.reset\(\)"):
+            change()
+    cache.crop(-(columns + 40))
+    torch.testing.assert_close(feed(model, cache, tokens(50)), feed(model, fresh, tokens(50)))
+
+
 def test_crop_refuses_a_positive_number_with_the_right_call(model, books):
     cache = PagedPQCache(model, books, SMALL)
     feed(model, cache, tokens(50))

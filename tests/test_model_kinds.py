@@ -198,3 +198,53 @@ def test_a_step_interrupted_between_exact_layers_and_paged_ones_is_noticed():
     cache.reset()
     wanted = step(model, DynamicCache(config=model.config), text(40))
     assert (step(model, cache, text(40)) - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", BEHIND_EXACT)
+@pytest.mark.filterwarnings("default")
+def test_rows_are_selected_in_all_layers_or_in_none(kind):
+    model, make_cache = ready(kind, page_size=16, residual_length=16)
+    cache, singles = make_cache(), [make_cache() for _ in range(2)]
+    ids = text(60, rows=2)
+    step(model, cache, ids)
+    for row, single in enumerate(singles):
+        step(model, single, ids[row : row + 1])
+    with pytest.raises(IndexError):
+        cache.batch_select_indices(torch.tensor([0, 2]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([True, False, True, True]))
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
+    for seed in range(30):  # rows 1, 0, 1
+        new = text(1, seed, rows=2)
+        wanted = [step(model, single, new[row : row + 1]) for row, single in enumerate(singles)]
+        got = step(model, cache, new[[1, 0, 1]])
+        assert (got - torch.cat([wanted[row] for row in (1, 0, 1)])).abs().max() < 1e-4
+    cache.group.check_integrity()
+
+
+@pytest.mark.parametrize("kind", BEHIND_EXACT)
+@pytest.mark.filterwarnings("default")
+def test_a_crop_that_an_exact_layer_cannot_do_changes_nothing(kind):
+    model, make_cache = ready(kind, page_size=16, residual_length=16)
+    cache, plain = make_cache(), DynamicCache(config=model.config)
+    step(model, cache, text(60)), step(model, plain, text(60))
+    lengths = cache.lengths.clone()
+    with pytest.raises(RuntimeError, match=r"layer 0 \(.*\) cannot be cropped, and nothing was changed"):
+        cache.crop(-5)
+    cache.crop(0)
+    assert cache.get_seq_length() == 60 and torch.equal(cache.lengths, lengths)
+    assert (step(model, cache, text(1)) - step(model, plain, text(1))).abs().max() < 1e-4
+    cache.crop(-61)  # of everything is a reset
+    assert (step(model, cache, text(60)) - step(model, DynamicCache(config=model.config), text(60))).abs().max() < 1e-4
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_sliding_window_that_keeps_its_past_is_cropped_with_the_pages():
+    model, make_cache = ready("ministral", page_size=16, residual_length=16)
+    cache, plain = make_cache(), DynamicCache(config=model.config)
+    for past in (cache, plain):
+        past.activate_past_recording()
+        step(model, past, text(60))
+        past.crop(-25)
+    assert [layer.get_seq_length() for layer in cache.layers] == [35, 35]
+    assert (step(model, cache, text(9)) - step(model, plain, text(9))).abs().max() < 1e-4

@@ -21,7 +21,7 @@ from ..paging.layout import PoolLayout, read_pages
 from ..quantization import Codebooks
 from .exact_buffers import ExactBuffers
 from .layer import PagedPQLayer
-from .leading import LeadingLayers
+from .layer_states import LayerStates
 from .sequences import SequenceGroup, plain_state
 from .static import StaticGroup, StaticPagedPQLayer
 
@@ -106,7 +106,7 @@ class PagedPQCache(Cache):
         self._quantized = [layers[index] for index in quantized]
         self._quantized[0].is_first = self._quantized[-1].is_last = True
         # in static mode pages are taken once, by the first prompt
-        self._leading = LeadingLayers([] if static else layers[: quantized[0]])
+        self._leading = LayerStates([] if static else layers[: quantized[0]])
         self._num_leading = len(self._leading)
         if self._num_leading:
             self._quantized[0].leading = self._leading
@@ -225,40 +225,44 @@ class PagedPQCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` columns (transformers' sign: zero or negative).
 
-        They go from the exact window first, then from the last page. Tokens that were coded stay coded.
+        They go from the exact window first, then from the last page. Tokens that were coded stay coded. Removing all of
+        them is a `reset`.
+
+        Raises:
+            ValueError: a positive number.
+            UnsupportedModelError: static mode.
+            RuntimeError: an exact layer cannot give tokens back (a sliding window that is full, a linear attention), or
+                the last step was interrupted. Nothing was changed.
         """
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number, "
                 f"here crop({min(0, tokens_to_remove - self.get_seq_length())}) to keep {tokens_to_remove} tokens"
             )
-        if tokens_to_remove and self.group.num_rows:
-            self.group.crop(-tokens_to_remove)
-        for layer in self.layers:
-            if isinstance(layer, PagedPQLayer):
-                layer.columns, layer.pending = self.group.columns, None
-                if not layer.columns:
-                    layer.reset()
-            else:
-                layer.crop(tokens_to_remove)
+        if not self.group.num_rows:
+            return
+        if self.settings.mode == "static":
+            if tokens_to_remove:
+                self.group.crop(-tokens_to_remove)  # refuses
+            return
+        if -tokens_to_remove >= self.group.columns:
+            self.reset()
+            return
+        self._require_whole_steps()
+        self._crop_exact(tokens_to_remove)
+        self.group.crop(-tokens_to_remove)
+        for layer in self._quantized:
+            layer.columns, layer.pending = self.group.columns, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i continues what row beam_idx[i] has so far; pages are shared, only exact tokens are copied."""
         self._select(beam_idx)
-        for layer in self._exact:
-            layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(self.group.num_rows).repeat_interleave(repeats)
-        self._select(rows)
-        for layer in self._exact:
-            layer.batch_repeat_interleave(repeats)
+        self._select(torch.arange(self.group.num_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        rows = torch.arange(self.group.num_rows)[indices.to("cpu")]
-        self._select(rows)
-        for layer in self._exact:
-            layer.batch_select_indices(indices)
+        self._select(indices)
 
     @plain_state
     def __deepcopy__(self, memo: dict) -> PagedPQCache:
@@ -276,17 +280,52 @@ class PagedPQCache(Cache):
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    @property
-    def _exact(self):
-        return [layer for layer in self.layers if not isinstance(layer, PagedPQLayer)]
+    def _require_whole_steps(self) -> None:
+        """All layers have stored the same columns."""
+        columns = self.group.columns
+        for index, layer in enumerate(self.layers):
+            seen = layer.get_seq_length() if hasattr(layer, "get_seq_length") else columns
+            if seen != columns:
+                raise RuntimeError(
+                    f"layer {index} stands at column {seen} while the cache stands at {columns}: the last step was "
+                    "interrupted; call cache.reset() before going on"
+                )
+        self._leading.forget()  # what was only looked at since
+
+    def _crop_exact(self, tokens_to_remove: int) -> None:
+        """Crop transformers' own layers, all or none of them."""
+        before = LayerStates(self.layers)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PagedPQLayer) or not (tokens_to_remove or self.is_recording_past(index)):
+                continue
+            try:
+                if tokens_to_remove and not layer.is_croppable:
+                    raise RuntimeError("its state does not tell tokens apart")
+                before.keep(index)
+                layer.crop(tokens_to_remove)
+            except Exception as error:
+                before.put_back()
+                raise RuntimeError(
+                    f"layer {index} ({type(layer).__name__}) cannot be cropped, and nothing was changed: {error}"
+                ) from error
 
     def _select(self, rows: torch.Tensor) -> None:
-        order = rows.tolist()
-        if not self.group.num_rows or order == list(range(self.group.num_rows)):
+        """Row i of every layer becomes the old row rows[i]."""
+        count = self.group.num_rows
+        if not count:
             return
+        rows = torch.arange(count)[rows.to("cpu")]  # a wrong index raises here, where nothing is changed yet
+        order = rows.tolist()
+        if order == list(range(count)):
+            return
+        if self.settings.mode != "static":  # which refuses below
+            self._require_whole_steps()
         self.group.select(order)
-        for layer in self._quantized:
-            layer.select_rows(rows)
+        for layer in self.layers:
+            if isinstance(layer, PagedPQLayer):
+                layer.select_rows(rows)
+            else:
+                layer.reorder_cache(rows)  # linear layers have it, and no method for repeated or selected rows
 
     def _say_fallback(self, layer: PagedPQLayer, batch: int) -> None:
         self._warned = True

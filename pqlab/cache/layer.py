@@ -27,7 +27,7 @@ from ..paging.layout import read_pages
 from .exact_buffers import ExactBuffers
 from .gradients import no_gradients
 from .key_fit import KeyFit, fit_tokens
-from .leading import LeadingLayers
+from .layer_states import LayerStates
 from .sequences import SequenceGroup, StepPlan, plain_state
 from .side import Side
 
@@ -80,7 +80,7 @@ class PagedPQLayer(CacheLayerMixin):
         self.config = config
         self.exact_buffers = exact_buffers
         self.is_first = self.is_last = False  # of the quantized layers; set by the cache
-        self.leading: LeadingLayers | None = None  # given to the first of the quantized layers by the cache
+        self.leading: LayerStates | None = None  # given to the first of the quantized layers by the cache
         self.columns = 0
         self.pending: _Handover | None = None
         self.sink_k = self.sink_v = self.window_k = self.window_v = None

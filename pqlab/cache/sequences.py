@@ -291,8 +291,6 @@ class SequenceGroup:
             if codes < self.table.num_tokens(row):
                 self.table.truncate(row, codes)
         self.columns -= num_columns
-        if not self.columns:
-            self._drop_rows()  # whatever comes next may be another number of sequences
         self._after_surgery()
 
     @plain_state

@@ -1,7 +1,7 @@
-"""Exact layers in front of the first quantized one, as they were before a step.
+"""Exact layers as they were, to be put back where a change is refused midway.
 
-They store a step's tokens before the first quantized layer asks for the step's pages and looks at its mask. Where the
-step is refused, what they have stored is taken back, so that all layers stand where they stood.
+Those in front of the first quantized layer store a step's tokens before that layer asks for the step's pages and looks
+at its mask: where the step is refused, what they have stored is taken back, so that all layers stand where they stood.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 
-class LeadingLayers:
-    """Remembers each of these layers from the moment it is first asked for in a step until the step is planned.
+class LayerStates:
+    """Remembers layers, each from the moment that it is asked to.
 
     Layers of attention make new tensors at every step, so that remembering costs references. States of linear attention
     are written in place, and copied.
 
     Args:
-        layers: the model's layers 0 .. n - 1, none of them quantized.
+        layers: transformers' own layers; an index of one here is its position among them.
     """
 
     def __init__(self, layers: Sequence) -> None:
@@ -31,7 +31,7 @@ class LeadingLayers:
         return len(self.layers)
 
     def keep(self, index: int) -> None:
-        """Remember a layer as it is, unless that was done in this step already."""
+        """Remember a layer as it is, unless it is remembered already."""
         if index not in self._kept:
             layer = self.layers[index]
             self._kept[index] = _copied(vars(layer)) if hasattr(layer, "conv_states") else dict(vars(layer))
@@ -51,14 +51,14 @@ class LeadingLayers:
         self.keep(index)
 
     def put_back(self) -> None:
-        """The step was refused: the layers are what they were before it."""
+        """The change was refused: the layers are what they were before it."""
         for index, kept in self._kept.items():
             vars(self.layers[index]).clear()
             vars(self.layers[index]).update(kept)
         self.forget()
 
     def forget(self) -> None:
-        """The step was planned, or there will be none: there is nothing to take back."""
+        """The change is made, or there will be none: there is nothing to take back."""
         if self._kept:
             self._kept.clear()
             self._updated.clear()
