@@ -257,6 +257,60 @@ def test_the_fallback_says_that_it_happens_and_why(model, books):
     assert any(op == "attention" and "sdpa" in reason for op, _, reason in dispatch.runs())
 
 
+def test_the_fallback_asks_for_the_mask_of_a_single_padded_row_too(model):
+    mask = torch.ones(1, 100, dtype=torch.long)
+    mask[:, :60] = 0
+    model.set_attn_implementation("sdpa")
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    with pytest.warns(UserWarning, match=r"A prompt with pads also needs cache\.announce_mask\(attention_mask\)"):
+        model.generate(tokens(100), attention_mask=mask, **cache_argument(model, cache), max_new_tokens=2)
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    cache.announce_mask(mask)
+    with pytest.warns(UserWarning, match="reads the codes directly.$"):
+        model.generate(tokens(100), attention_mask=mask, **cache_argument(model, cache), max_new_tokens=2)
+    assert cache.lengths.sum() == 41
+
+
+@pytest.mark.filterwarnings("ignore:Falling back")
+def test_an_announced_mask_follows_the_rows(model):
+    """A prompt in two parts, rows selected in between, against each row alone."""
+    model.set_attn_implementation("sdpa")
+    ids = tokens(70, rows=3)
+    mask = torch.ones_like(ids)
+    mask[0, :40], mask[1, :60] = 0, 0
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    with pytest.raises(ValueError, match=r"takes the tokenizer's mask \[B, columns\], not one of shape \[3, 1, 70\]"):
+        cache.announce_mask(mask[:, None])
+    cache.announce_mask(mask)
+    with torch.inference_mode():
+        model(ids[:, :50], attention_mask=mask[:, :50], **cache_argument(model, cache))
+        cache.batch_select_indices(torch.tensor([2, 1]))
+        rest = {"attention_mask": mask[[2, 1]], "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[[2, 1], 50:]}
+        ours = model(ids[[2, 1], 50:], **rest, **cache_argument(model, cache)).logits[:, -1]
+    assert cache.lengths.sum(1).tolist() == [70, 10]
+    theirs = torch.cat(
+        [feed(model, DynamicCache(config=model.config), ids[r : r + 1, s:]) for r, s in ((2, 0), (1, 60))]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Falling back")
+def test_an_announced_mask_of_too_few_rows_is_refused_with_the_right_call(model):
+    ids, mask = tokens(70, rows=2), torch.ones(2, 70, dtype=torch.long)
+    mask[0, :40] = 0
+    model.set_attn_implementation("sdpa")
+    settings = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "num_beams": 3}
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    cache.announce_mask(mask)
+    with pytest.raises(ValueError, match=r"2 rows and the model brings 6.*mask\.repeat_interleave\(3, 0\)"):
+        model.generate(ids, **settings, **cache_argument(model, cache))
+    assert cache.group.num_rows == 0
+    cache.announce_mask(mask.repeat_interleave(3, 0))
+    ours = model.generate(ids, **settings, **cache_argument(model, cache))
+    theirs = model.generate(ids, **settings, **cache_argument(model, DynamicCache(config=model.config)))
+    assert torch.equal(ours, theirs) and sorted(cache.lengths.sum(1).tolist()) == [59, 59, 59, 99, 99, 99]
+
+
 def test_a_mask_that_hides_stored_tokens_is_refused(model, books):
     cache = PagedPQCache(model, books, SMALL)
     feed(model, cache, tokens(40))

@@ -176,7 +176,11 @@ class PagedPQCache(Cache):
         """Tell the cache which columns are tokens, [B, columns]; only needed when the attention is not "pqlab".
 
         The "pqlab" attention sees the mask by itself. Another attention does not pass it on, and pads would then be
-        kept as tokens (hidden by the mask, yet among the sinks and the codes).
+        kept as tokens (hidden by the mask, yet among the sinks and the codes). Call it before the prompt, with the rows
+        that the model will get (beams repeat them); rows selected later are selected here, too.
+
+        Raises:
+            ValueError: not [B, columns]. At the next step: B is not the model's number of rows.
         """
         self.group.announce_mask(attention_mask)
 
@@ -185,7 +189,7 @@ class PagedPQCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         layer = self.layers[layer_idx]
         if not self._warned and isinstance(layer, PagedPQLayer):
-            self._say_fallback(layer, key_states.shape[0])
+            self._say_fallback(layer)
         if layer_idx < self._num_leading:
             self._leading.keep_before_update(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -327,15 +331,15 @@ class PagedPQCache(Cache):
             else:
                 layer.reorder_cache(rows)  # linear layers have it, and no method for repeated or selected rows
 
-    def _say_fallback(self, layer: PagedPQLayer, batch: int) -> None:
+    def _say_fallback(self, layer: PagedPQLayer) -> None:
         self._warned = True
         implementation = layer.config._attn_implementation
         refused = self.settings.mode == "static" or EXACT in current_setting().forbidden
         if implementation == "pqlab" or refused:  # what is refused raises
             return
         pads = ""
-        if batch > 1 and self.group._announced is None:
-            pads = " Rows padded to one length also need cache.announce_mask(attention_mask) before generation."
+        if not self.group.has_announced_mask:
+            pads = " A prompt with pads also needs cache.announce_mask(attention_mask) before generation."
         warnings.warn(
             f'Falling back to standard implementation: the model\'s attention is "{implementation}", so every step '
             f'dequantizes the whole cache. model.set_attn_implementation("pqlab") reads the codes directly.{pads}',

@@ -117,6 +117,10 @@ class SequenceGroup:
     def has_pads(self) -> bool:
         return self._any_pad
 
+    @property
+    def has_announced_mask(self) -> bool:
+        return self._announced is not None
+
     def coded(self, row: int) -> int:
         """Tokens of a row that are codes in pages."""
         return self.table.num_tokens(row)
@@ -151,10 +155,16 @@ class SequenceGroup:
 
         Raises:
             RuntimeError: the step before was not run by all layers.
-            ValueError: another number of sequences.
+            ValueError: another number of sequences, or of rows in the announced mask.
             UnsupportedModelError: the mask hides stored tokens from the new ones.
         """
         self._require_next(start, batch)
+        if real is not None and self._announced is not None and len(real) != batch:
+            times = "" if batch % len(real) else f": mask.repeat_interleave({batch // len(real)}, 0) for beams"
+            raise ValueError(
+                f"the announced mask has {len(real)} rows and the model brings {batch}: announce one of {batch} rows "
+                f"with cache.announce_mask before generation{times}"
+            )
         if mask is not None and start:
             self._check_mask(start, real, mask)
         self.plan = None  # what may be left of a step that began at the same column
@@ -225,6 +235,10 @@ class SequenceGroup:
 
     def announce_mask(self, mask: torch.Tensor) -> None:
         """Say which columns are tokens, [B, columns so far or to come], for attentions that do not pass their mask."""
+        if mask.dim() != 2:
+            raise ValueError(
+                f"announce_mask takes the tokenizer's mask [B, columns], not one of shape {list(mask.shape)}"
+            )
         self._announced = mask.to("cpu").bool()
 
     def take_announced(self, start: int, num_columns: int) -> torch.Tensor | None:
@@ -299,6 +313,8 @@ class SequenceGroup:
         self.table.select(rows)
         self.tokens = [self.tokens[row] for row in rows]
         self._real = self._real[list(rows)]
+        if self._announced is not None:
+            self._announced = self._announced[list(rows)]
         self._after_surgery()
 
     @plain_state
