@@ -396,6 +396,48 @@ def test_generation_in_low_precision(make_model, books):
         assert out.shape[1] == 90 and cache.quantized_layers[0].window_k.dtype == dtype
 
 
+def test_a_model_cast_or_moved_since_is_named(make_model, books):
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(60))
+    model.half()
+    with pytest.raises(ValueError, match=r"brings torch.float16 on cpu, the cache holds torch.float32.*cache\.reset"):
+        feed(model, cache, tokens(1))
+    cache.reset()
+    assert feed(model, cache, tokens(60)).dtype == torch.float16
+    elsewhere = PagedPQCache(model.config, books, SMALL)
+    with pytest.raises(ValueError, match=r"keys on meta, the cache's pages are on cpu; .*PagedPQCache\(model"):
+        feed(make_model("llama").to("meta"), elsewhere, tokens(60).to("meta"))
+
+
+def test_a_paged_layer_says_that_it_is_not_offloaded(model, books):
+    cache = PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(60))
+    for move in (lambda: cache.offload(0), cache.quantized_layers[0].prefetch):
+        with pytest.raises(NotImplementedError, match="layer 0 is paged.*leave offloading off"):
+            move()
+
+
+def test_a_step_interrupted_before_its_attention_is_named(model, books, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    cache = PagedPQCache(model, books, SMALL)
+    feed(model, cache, tokens(60))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache.quantized_layers[1], "attend", stop)
+        feed(model, cache, tokens(1))
+    with pytest.raises(RuntimeError, match="interrupted.*cache.reset"):
+        feed(model, cache, tokens(1))
+    cache.reset()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache.quantized_layers[0], "attend", stop)
+        feed(model, cache, tokens(60))
+    with pytest.raises(RuntimeError, match=r"twice without an attention.*interrupted.*cache\.reset\(\).*sdpa"):
+        feed(model, cache, tokens(60))
+
+
 def left_exact(books: Codebooks, layer: int) -> Codebooks:
     """The same codebooks, but for a layer that stays as it is."""
     rest = {i: codecs for i, codecs in books.layers.items() if i != layer}

@@ -98,6 +98,12 @@ class PagedPQLayer(CacheLayerMixin):
                 f"layer {self.index} brings {heads} kv heads of size {head_dim} (K) and {value_states.shape[-1]} (V), "
                 f"its codebooks are for {wanted[0]} heads of size {wanted[1]} and {wanted[2]}; calibrate on this model"
             )
+        if key_states.device != self.k_pages.device:
+            raise ValueError(
+                f"layer {self.index} brings keys on {key_states.device}, the cache's pages are on "
+                f"{self.k_pages.device}; make the cache from the model where it runs, PagedPQCache(model, ...): one "
+                "made from model.config alone, or before model.to(...), does not follow it"
+            )
         self.dtype, self.device = key_states.dtype, key_states.device
         if self.exact_buffers is not None:
             made = self.exact_buffers.take(self.index, batch, self.dtype, self.device)
@@ -117,11 +123,18 @@ class PagedPQLayer(CacheLayerMixin):
         """
         if self.pending is not None:
             raise RuntimeError(
-                f"layer {self.index} got new tokens twice without an attention in between: the model does not pass its "
-                'keys through transformers\' attention interface; use model.set_attn_implementation("sdpa") instead'
+                f"layer {self.index} got new tokens twice without an attention in between. Either the last step was "
+                "interrupted there: call cache.reset() before going on. Or the model does not pass its keys through "
+                'transformers\' attention interface: use model.set_attn_implementation("sdpa") instead'
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self.is_first and (key_states.dtype != self.dtype or key_states.device != self.device):
+            raise ValueError(
+                f"layer {self.index} brings {key_states.dtype} on {key_states.device}, the cache holds {self.dtype} on "
+                f"{self.device}: the model was cast or moved since; call cache.reset() and begin again, and make a new "
+                "cache on another device"
+            )
         if self.config._attn_implementation == "pqlab":
             self.pending = _Handover(key_states, value_states)
             marked = key_states.view_as(key_states)
@@ -145,6 +158,14 @@ class PagedPQLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    def offload(self) -> None:
+        raise NotImplementedError(
+            f"layer {self.index} is paged: its codes lie in one pool with all layers', on {self.k_pages.device}, and "
+            "are not moved layer by layer; they are small, so leave offloading off"
+        )
+
+    prefetch = offload
 
     def reset(self) -> None:
         """Drop the exact buffers; the pages go back through `PagedPQCache.reset`."""
