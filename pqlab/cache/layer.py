@@ -286,7 +286,7 @@ class PagedPQLayer(CacheLayerMixin):
             return self.group.plan_step(self.columns, steps, batch, real)
         real = None if real is None else real.to("cpu")
         try:
-            self.group.begin_step(self.columns, batch, real, mask)
+            self.group.admit_step(self.columns, batch, real, mask)
             plan = self.group.plan_step(self.columns, steps, batch, real)
         except Exception:
             if not self.columns:

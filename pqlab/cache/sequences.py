@@ -145,7 +145,7 @@ class SequenceGroup:
         spare = window - self.config.residual_length
         return spare - (coded + spare) % self.config.page_size
 
-    def begin_step(self, start: int, batch: int, real: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    def admit_step(self, start: int, batch: int, real: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         """What the first layer of a step asks before it has the step planned: is it one that may follow? Changes
         nothing where it is refused.
 
@@ -273,7 +273,11 @@ class SequenceGroup:
                 f"a layer stands at column {start} while the cache stands at {self.columns}: the layers of the last "
                 "step were not all run (it raised midway, or layers were skipped); call cache.reset() before going on"
             )
-        if self.num_rows and batch != self.num_rows:
+        if self.num_rows:
+            self._require_batch(batch)
+
+    def _require_batch(self, batch: int) -> None:
+        if batch != self.num_rows:
             raise ValueError(
                 f"the cache holds {self.num_rows} sequences and was given {batch}; select rows with "
                 "cache.batch_select_indices / batch_repeat_interleave, or make a new cache"
