@@ -11,7 +11,7 @@ import torch
 from test_cache_matrix import inputs_for
 
 from pqlab import CacheConfig, PagedPQCache, PQConfig
-from pqlab.cache.static import advance
+from pqlab.cache.static_sequences import advance
 from pqlab.errors import ResidualOverflowError, UnsupportedModelError
 from pqlab.kernels import dispatch, use_backend
 from pqlab.kernels.backend import Backend, StepShape

@@ -23,7 +23,8 @@ from .exact_buffers import ExactBuffers
 from .layer import PagedPQLayer
 from .layer_states import LayerStates
 from .sequences import SequenceGroup, plain_state
-from .static import StaticGroup, StaticPagedPQLayer
+from .static import StaticPagedPQLayer
+from .static_sequences import StaticGroup
 
 log = logging.getLogger("pqlab")
 
