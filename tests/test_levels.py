@@ -134,9 +134,14 @@ def test_exact_attention_can_be_forbidden(model, books):
     model.set_attn_implementation("sdpa")
     with use_backend("-exact"), pytest.raises(KernelMissingError, match='PQC002.*forbidden.*"sdpa".*PQLAB_BACKEND'):
         generate(model, books)
-    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, books, CONFIG, context=200)
+    given = {**cache_argument(model, cache), "max_new_tokens": 5}
     with use_backend("-exact"):
-        generate(model, books)
+        with pytest.raises(KernelMissingError):
+            model.generate(torch.ones(3, 60, dtype=torch.long), **given)
+        model.set_attn_implementation("pqlab")
+        model.generate(torch.ones(1, 60, dtype=torch.long), **given)  # refused before the cache took three rows
+    assert cache.lengths.sum(1).tolist() == [64]
 
 
 def test_a_trace_says_what_ran_and_why(model, books, tiny_tokenizer, tmp_path):

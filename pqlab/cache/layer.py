@@ -127,6 +127,13 @@ class PagedPQLayer(CacheLayerMixin):
                 "interrupted there: call cache.reset() before going on. Or the model does not pass its keys through "
                 'transformers\' attention interface: use model.set_attn_implementation("sdpa") instead'
             )
+        attention = self.config._attn_implementation
+        if attention != "pqlab" and EXACT in current_setting().forbidden:
+            raise KernelMissingError(
+                "exact attention over the dequantized cache is forbidden, and the model's attention is "
+                f'"{attention}", not "pqlab".',
+                'Use model.set_attn_implementation("pqlab"), or set PQLAB_BACKEND=auto (pqlab.use_backend("auto")).',
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self.is_first and (key_states.dtype != self.dtype or key_states.device != self.device):
@@ -135,17 +142,12 @@ class PagedPQLayer(CacheLayerMixin):
                 f"{self.device}: the model was cast or moved since; call cache.reset() and begin again, and make a new "
                 "cache on another device"
             )
-        if self.config._attn_implementation == "pqlab":
+        if attention == "pqlab":
             self.pending = _Handover(key_states, value_states)
             marked = key_states.view_as(key_states)
             marked.pqlab_layer = self
             return marked, value_states
-        why = f'attention is "{self.config._attn_implementation}", not "pqlab"'
-        if EXACT in current_setting().forbidden:
-            raise KernelMissingError(
-                f"exact attention over the dequantized cache is forbidden, and the model's {why}.",
-                'Use model.set_attn_implementation("pqlab"), or set PQLAB_BACKEND=auto (pqlab.use_backend("auto")).',
-            )
+        why = f'attention is "{attention}", not "pqlab"'
         dispatch.record("attention", "dequantize", why)
         real = self.group.take_announced(self.columns, key_states.shape[2])
         return self._store_and_dequantize(key_states, value_states, real)
