@@ -14,6 +14,9 @@ units; the cosines and sines; and that a small product per page does not reach t
 what the decode operation does now remains. On a GPU one might hope to hide the product behind the look-ups; then the
 longer of the two times counts instead of the sum, and both are printed.
 
+Where keys are turned back to their page's first token (`pq-4-page-relative`), queries are turned and mapped instead,
+once a page: 2 · n / P · H_q · d² operations, and a query a page is written and read again.
+
 Where only the two numbers of a pair are coded together (`pq-4-before-rotary-pairs`) there is no product: the pair that
 a lookup gives, or the query's, is turned as it is met. That is 4 multiply-adds beside the 2 of a lookup at
 d_m = d/M = 2, and 8 beside 4 where a subspace has two pairs.
@@ -32,7 +35,7 @@ from .. import kernels
 from ..kernels import ops, use_backend
 from ..results.provenance import commit, device_name, today, versions
 from .cpu_bench import cpu_arguments, interleaved
-from .decode_bench import Case, Timer, decode_arguments
+from .decode_bench import PAGE, Case, Timer, decode_arguments
 
 CASES = tuple(
     Case(*heads, (n,), m=d // 2, head_dim=d)
@@ -64,9 +67,9 @@ def bench_rotary(
 
     Returns:
         case; microseconds, of the decode operation as it is; product_flops, of bringing all coded keys home;
-        product_microseconds at the rate; ratio, of both together to the
-        operation as it is; hidden_ratio, of the longer of both; pair_multiply_adds, of a lookup in pairs before the
-        rotary embedding, and lookup_multiply_adds, as it is now.
+        product_microseconds at the rate; ratio, of both together to the operation as it is; hidden_ratio, of the
+        longer of both; page_ratio, of the operation and the products of a query a page to the operation as it is;
+        pair_multiply_adds, of a lookup in pairs before the rotary embedding, and lookup_multiply_adds, as it is now.
     """
     device = torch.device(device)
     args = cpu_arguments(case) if device.type == "cpu" else decode_arguments(case, device=str(device))
@@ -74,8 +77,10 @@ def bench_rotary(
         ops.decode(*args)  # kernels are built for what they are asked
         kernels.wait()
         decode = _microseconds(lambda: ops.decode(*args), device, seconds)
-    flops = 2 * int(args[4][:, 1].sum()) * case.kv_heads * case.head_dim**2
+    coded = int(args[4][:, 1].sum())
+    flops = 2 * coded * case.kv_heads * case.head_dim**2
     product = flops / tflops / 1e6
+    by_page = product / PAGE * case.heads / case.kv_heads
     wide = case.head_dim // case.m
     return {
         "case": case.name,
@@ -84,6 +89,7 @@ def bench_rotary(
         "product_microseconds": product,
         "ratio": (decode + product) / decode,
         "hidden_ratio": max(decode, product) / decode,
+        "page_ratio": (decode + by_page) / decode,
         "lookup_multiply_adds": wide,
         "pair_multiply_adds": wide + _TURN * wide // 2,
     }
@@ -115,13 +121,16 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{device_name(device)}, {tflops:.3g} TFLOP/s in a large product; µs of decode as it is, µs at least to bring"
     )
-    print("keys home, times as long together and if one hides the other, multiply-adds of a lookup in pairs")
+    print("keys home; times as long together, if one hides the other, with a query a page; multiply-adds in pairs")
     records = []
     for case in (c for c in CASES if args.only in c.name):
         records.append(r := bench_rotary(case, tflops, device, seconds=args.seconds))
         adds = f"{r['pair_multiply_adds']} instead of {r['lookup_multiply_adds']}"
         times = f"{r['microseconds']:>10.1f}{r['product_microseconds']:>11.1f}"
-        print(f"  {r['case']:<42}{times}{r['ratio']:>8.2f}{r['hidden_ratio']:>8.2f}   {adds}", flush=True)
+        print(
+            f"  {r['case']:<42}{times}{r['ratio']:>8.2f}{r['hidden_ratio']:>8.2f}{r['page_ratio']:>8.2f}   {adds}",
+            flush=True,
+        )
     if args.json:
         about = {"benchmark": "rotary", "device": device_name(device), "date": today(), "commit": commit()}
         about |= {"versions": versions(), "threads": torch.get_num_threads(), "tflops": round(tflops, 4)}

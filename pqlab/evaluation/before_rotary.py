@@ -8,6 +8,9 @@ each of them at every decode step, after it was put together from its codes (`be
 `pq-4-before-rotary-pairs`  nothing is mixed but the two numbers of a rotary pair (i, i + d/2): a subspace is one pair
                             or, at 2 bits, two. A kernel could turn a query's pair instead of the key. Pairs are put in
                             order and scaled, which is folded into the centroids.
+`pq-4-page-relative`        with the map, and turned back not by a key's own position but by that of its page's first
+                            token: of what the rotary embedding does, only the 0 to P - 1 steps inside of a page remain.
+                            Queries, not keys, are then turned and mapped, once a page.
 
 Values are those of `pq-4` and `pq-2`, and what fits keys to a sequence (`cache.key_fit`) is the same; it could be
 folded into the centroids that a sequence is asked by.
@@ -84,7 +87,8 @@ def pairs_map(x: Tensor, metric: Tensor | None, num_subspaces: int) -> tuple[Ten
     return forward, backward
 
 
-def _make(setting: Setting, name: str, bits: int, pairs: bool) -> Method:
+def _make(setting: Setting, name: str, bits: int, pairs: bool = False, by_page: bool = False) -> Method:
+    run = setting.config.page_size if by_page else 1
     pq = default_pq(setting, bits)
     rotary = Rotary(setting.model)
     options = {"text": setting.calibration, "progress": setting.progress}
@@ -95,19 +99,25 @@ def _make(setting: Setting, name: str, bits: int, pairs: bool) -> Method:
     for i, keys in samples.keys.items():
         seen = samples.sensitivity.get(i)
         metric, weights = (seen.key_metric, seen.weights()) if seen else (None, None)
-        x = rotary.back(keys, samples.positions)
+        x = rotary.back(keys, samples.positions - samples.positions % run)
         codec = key_codec(x, metric, weights and weights[0], pq, pairs=pairs)
         layers[i] = LayerCodec(codec, values.layer(i).v)
-    return before_rotary(name, Codebooks(layers), setting, rotary, pairs=pairs)
+    return before_rotary(name, Codebooks(layers), setting, rotary, pairs=pairs, run=run)
 
 
-def before_rotary(name: str, codebooks: Codebooks, setting: Setting, rotary: Rotary, *, pairs: bool = False) -> Method:
-    """Product quantization with codebooks whose keys are not turned; simulated. Maps of `pairs` count two bytes a
-    dimension, an order and an exponent."""
+def before_rotary(
+    name: str, codebooks: Codebooks, setting: Setting, rotary: Rotary, *, pairs: bool = False, run: int = 1
+) -> Method:
+    """Product quantization with codebooks whose keys are not turned; simulated.
+
+    Args:
+        pairs: maps count two bytes a dimension, an order and an exponent.
+        run: coded tokens that are turned back together, to the position of the first one.
+    """
     method = from_codebooks(name, codebooks, setting, note="only simulated")
 
     def quantize(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        positions = setting.config.num_sinks + torch.arange(k.shape[1], device=k.device)
+        positions = setting.config.num_sinks + torch.arange(k.shape[1], device=k.device) // run * run
         back, v = method.quantize(layer, rotary.back(k, positions), v)
         return rotary.turn(back, positions).to(k.dtype), v
 
@@ -119,6 +129,10 @@ def before_rotary(name: str, codebooks: Codebooks, setting: Setting, rotary: Rot
 
 
 for _bits in (4, 2):
-    for _suffix in ("", "-pairs"):
-        _name = f"pq-{_bits}-before-rotary{_suffix}"
-        register(_name)(partial(_make, name=_name, bits=_bits, pairs=bool(_suffix)))
+    for _suffix, _how in (
+        ("before-rotary", {}),
+        ("before-rotary-pairs", {"pairs": True}),
+        ("page-relative", {"by_page": True}),
+    ):
+        _name = f"pq-{_bits}-{_suffix}"
+        register(_name)(partial(_make, name=_name, bits=_bits, **_how))
