@@ -60,6 +60,7 @@ def test_methods_are_counted_question_by_question():
     table = retrieval.beside_exact(pd.DataFrame(records, columns=retrieval.COLUMNS)).set_index("method")
     assert table.loc["same", ["asked", "exact", "found", "lost", "won", "p", "nats"]].tolist() == [8, 6, 6, 0, 0, 1, 0]
     assert table.loc["worse", ["found", "lost", "won"]].tolist() == [1, 6, 1]
+    assert table.loc["worse", ["worse", "better"]].tolist() == [6, 1], "a cell is a length and a depth"
     assert table.p["worse"] == pytest.approx(2 * (1 + 7) / 2**7)
     assert table.nats["worse"] == pytest.approx(-5 / 8)
 

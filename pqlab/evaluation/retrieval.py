@@ -143,17 +143,21 @@ def beside_exact(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         DataFrame: method; asked, questions; exact, found by the exact cache; found, by the method; lost, found by the
         exact cache alone; won, by the method alone; p, how often a method that is as good as exact would lose and win
-        so unevenly or more so (two-sided sign test; 1 when nothing tells them apart); nats, mean log-probability of the
-        answers less that under the exact cache.
+        so unevenly or more so (two-sided sign test; 1 when nothing tells them apart); worse, better, cells of length
+        and depth in which it finds fewer, more (the numbers of a cell lie in the same text, so they are hardly as many
+        trials); nats, mean log-probability of the answers less that under the exact cache.
     """
     keys = ["length", "depth", "trial", "key"]
-    found, told = (frame.pivot_table(index=keys, columns="method", values=v, sort=False) for v in ("found", "logp"))
+    found, told = (frame.pivot_table(v, keys, "method", sort=False).astype(float) for v in ("found", "logp"))
     rows = []
     for name in (name for name in found if name != "exact"):
         lost, won = int((found[name] < found["exact"]).sum()), int((found[name] > found["exact"]).sum())
+        cells = (found[name] - found["exact"]).groupby(["length", "depth"]).sum()
         sums = int(found["exact"].sum()), int(found[name].sum())
-        rows.append((name, len(found), *sums, lost, won, _sign_test(lost, won), (told[name] - told["exact"]).mean()))
-    return pd.DataFrame(rows, columns=["method", "asked", "exact", "found", "lost", "won", "p", "nats"])
+        apart = _sign_test(lost, won), int((cells < 0).sum()), int((cells > 0).sum())
+        rows.append((name, len(found), *sums, lost, won, *apart, (told[name] - told["exact"]).mean()))
+    columns = ["method", "asked", "exact", "found", "lost", "won", "p", "worse", "better", "nats"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _sign_test(lost: int, won: int) -> float:
