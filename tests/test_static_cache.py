@@ -333,6 +333,34 @@ def test_a_step_that_does_not_fit_changes_nothing(make_model):
     assert torch.equal(model.generate(ids, **cache_argument(model, cache), max_new_tokens=5, **settings), expected)
 
 
+def test_a_chunk_that_does_not_fit_behind_others_changes_nothing(make_model):
+    model = make_model("llama")
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    run(model, cache, torch.arange(60)[None])
+    with pytest.raises(ResidualOverflowError, match="PQC003.*holds 60 and cannot take 5 more.*context=65"):
+        run(model, cache, torch.arange(5)[None])
+    run(model, cache, torch.arange(4)[None])
+    assert cache.lengths.sum() == 64
+
+
+@pytest.mark.parametrize("first", [60, 64])
+def test_a_refused_step_that_exact_layers_in_front_have_stored_needs_a_reset(make_model, first):
+    """They write in place, so that they cannot be put back; the cache says so instead of going on."""
+    model = make_model("gemma3")
+    model.set_attn_implementation("pqlab")
+    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    assert cache.layer_kinds()[0].startswith("exact")
+    run(model, cache, torch.arange(first)[None])
+    with pytest.raises(ResidualOverflowError, match="PQC003"):
+        run(model, cache, torch.arange(65 - first)[None])
+    with pytest.raises(RuntimeError, match="call cache.reset"):
+        run(model, cache, torch.tensor([[1]]))
+    cache.reset()
+    run(model, cache, torch.arange(first)[None])
+    assert cache.lengths.sum() == first
+
+
 def test_a_compiled_step_that_does_not_fit(make_model):
     """It runs no Python: the assertion on the device is heard of, and plain steps know what compiled ones counted."""
     model = make_model("llama")

@@ -112,6 +112,7 @@ class PagedPQCache(Cache):
         if self._num_leading:
             self._quantized[0].leading = self._leading
         if static:
+            self._quantized[0].follows_exact = quantized[0] > 0
             self._allow_capture(getattr(model, "dtype", torch.float32), text.num_attention_heads)
         self._warned = False
         super().__init__(layers=layers)

@@ -293,12 +293,16 @@ class PagedPQLayer(CacheLayerMixin):
         except Exception:
             if not self.columns:
                 self.reset()
-            if self.leading is not None:
-                self.leading.put_back()
+            self._refused()
             raise
         if self.leading is not None:
             self.leading.forget()
         return plan
+
+    def _refused(self) -> None:
+        """Take back what exact layers before this one have stored of a step."""
+        if self.leading is not None:
+            self.leading.put_back()
 
     def _step(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, before: torch.Tensor, after: torch.Tensor,

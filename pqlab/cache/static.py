@@ -29,6 +29,7 @@ class StaticPagedPQLayer(PagedPQLayer):
     is_compileable = True  # unless `allow_capture` finds otherwise
     is_static = True
     is_warm = has_said = False
+    follows_exact = False  # exact layers are in front of this one, the first that is quantized; set by the cache
     group: StaticGroup
 
     def allow_capture(self, dtype: torch.dtype, query_heads: int) -> str | None:
@@ -84,7 +85,7 @@ class StaticPagedPQLayer(PagedPQLayer):
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         if query.shape[2] > 1 or not self.group.num_rows or self.group.plan is not None:
             keys, values = pending = self._take_pending()
-            self.columns = self.group.begin_chunk(self.is_first)
+            self.columns = self.group.begin_chunk(query.shape[2], self.is_first, self.follows_exact)
             self.pending = pending
             out = super().attend(query, mask, scaling)
             self._warm_up(query[:, :, -1:], keys[:, :, -1:], values[:, :, -1:], scaling)
@@ -94,12 +95,15 @@ class StaticPagedPQLayer(PagedPQLayer):
             return out
         pending = self._take_pending()
         if self.is_first:
-            self.group.begin_decode(query.shape[0])
+            self.group.begin_decode(query.shape[0], self.follows_exact)
             self.group.advance()
         out = self._step(query, *pending, self.group.before, self.group.lengths, scaling)
         if self.is_last:
             self.group.end_decode()
         return out
+
+    def _refused(self) -> None:
+        self.group.is_midway |= self.follows_exact
 
     def _say_unfitted(self) -> None:
         """Once a cache: that captured steps will be the first to code a sequence, and cannot fit its keys."""

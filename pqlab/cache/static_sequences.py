@@ -16,7 +16,7 @@ from ..config import CacheConfig
 from ..cost import max_pages_for
 from ..errors import ResidualOverflowError, UnsupportedModelError
 from ..paging import PagePool
-from .sequences import SequenceGroup, StepPlan, plain_state
+from .sequences import SequenceGroup, plain_state
 
 
 def advance(lengths: torch.Tensor, config: CacheConfig) -> torch.Tensor:
@@ -47,8 +47,12 @@ class StaticGroup(SequenceGroup):
 
     # a decode step, on the device
 
-    def begin_decode(self, batch: int) -> None:
+    def begin_decode(self, batch: int, follows_exact: bool = False) -> None:
         """Called by the first layer of a step, before anything is counted.
+
+        Args:
+            batch: sequences of the step.
+            follows_exact: layers in front have stored the step by now, in place: where it is refused, they stay ahead.
 
         A compiled or replayed step runs no Python: nothing stops it halfway here, and it is not counted on the host. On
         a CPU the device's count is read for that; on a GPU, which would have to be waited for, `columns` is then too
@@ -63,6 +67,7 @@ class StaticGroup(SequenceGroup):
             raise self._cut_short()
         if is_torchdynamo_compiling() or self._is_capturing():
             return
+        self.is_midway = follows_exact
         self._require_batch(batch)
         if self.device.type == "cpu":
             self.columns = int(self.position)
@@ -87,10 +92,15 @@ class StaticGroup(SequenceGroup):
     # chunks, on the host
 
     @plain_state
-    def begin_chunk(self, is_first: bool) -> int:
+    def begin_chunk(self, num_columns: int, is_first: bool, follows_exact: bool = False) -> int:
         """Columns before the chunk. The first layer reads the device's counts, the others follow its plan.
 
-        Raises RuntimeError where layers are missing: of this chunk, or of the step or chunk before it.
+        Args:
+            num_columns: of the chunk; follows_exact: as in `begin_decode`.
+
+        Raises:
+            RuntimeError: layers are missing: of this chunk, or of the step or chunk before it.
+            ResidualOverflowError: PQC003, the chunk does not fit; nothing was changed.
         """
         if self.is_midway or is_first == (self.plan is not None):
             raise self._cut_short()
@@ -100,15 +110,14 @@ class StaticGroup(SequenceGroup):
             self.tokens = self.lengths.sum(1).tolist()
             self._coded = self.lengths[:, 1].tolist()
             self.columns = int(self.position)
+        self.is_midway = follows_exact
+        self._require_room(self.columns, num_columns)
+        self.is_midway = False
         return self.columns
 
     def end_chunk(self) -> None:
         """The last layer of a chunk is done: counts may move on the device again."""
         self.plan = None
-
-    def plan_step(self, start: int, num_columns: int, batch: int, real: torch.Tensor | None) -> StepPlan:
-        self._require_room(start, num_columns)
-        return super().plan_step(start, num_columns, batch, real)
 
     def coded(self, row: int) -> int:
         return int(self._coded[row])
