@@ -184,7 +184,7 @@ def test_command(tiny, monkeypatch, tmp_path, capsys):
 
     model, tokenizer = tiny
     monkeypatch.setattr("pqlab.models.load_model", lambda name, device: (model, tokenizer))
-    monkeypatch.setattr("pqlab.models.fingerprint", lambda model: "tiny")
+    monkeypatch.setattr("pqlab.quantization.codebook.fingerprint", lambda model: "tiny")
     books = Codebooks.random(model, config=PQConfig(M=16, nbits=4))
     Codebooks(books.layers, Origin(fingerprint="tiny", num_layers=2)).save(tmp_path / "small.safetensors")
     common = ["--windows", "1", "--length", "120", "--page-size", "32", "--residual", "20", "--sinks", "3"]

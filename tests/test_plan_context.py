@@ -137,7 +137,7 @@ def test_the_fewest_bytes_that_keep_a_divergence(planner):
 
 
 def test_a_file_brings_its_sinks_and_window(tiny, tiny_tokenizer, planner, tmp_path, monkeypatch):
-    monkeypatch.setattr("pqlab.models.fingerprint", lambda model: planner.origin.fingerprint)
+    monkeypatch.setattr("pqlab.quantization.codebook.fingerprint", lambda model: planner.origin.fingerprint)
     made = planner.plan(mib=(planner.options.least_bytes() + 40_000) / MIB)
     made.save(tmp_path / "plan")
     back = Plan.load(tmp_path / "plan", tiny)
