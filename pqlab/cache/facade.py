@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 
 from ..config import CacheConfig
-from ..cost import fit_max_pages
 from ..errors import ConfigError, UnsupportedModelError
 from ..kernels.backend import EXACT, current_setting
 from ..paging import PagePool
-from ..paging.layout import PoolLayout, read_pages
+from ..paging.layout import read_pages
 from ..quantization import Codebooks
 from .exact_buffers import ExactBuffers
+from .exact_layers import crop_all, exact_layers, held_bytes
 from .layer import PagedPQLayer
 from .layer_states import LayerStates
+from .pools import config_of_pool, make_pool, require_layout
 from .sequences import SequenceGroup, plain_state
 from .static import StaticPagedPQLayer
 from .static_sequences import StaticGroup
@@ -75,7 +74,7 @@ class PagedPQCache(Cache):
         whole = getattr(model, "config", model)
         device = getattr(model, "device", torch.device("cpu"))
         text = whole.get_text_config(decoder=True)
-        layers = _exact_layers(whole, text)
+        layers = exact_layers(whole, text)
         quantized = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in codebooks.exact]
         if not quantized and not codebooks.exact:
             raise UnsupportedModelError(
@@ -84,13 +83,17 @@ class PagedPQCache(Cache):
             )
         codebooks.check_fits(model)
         self.codebooks = codebooks.to(device)
-        self.settings = _of_pool(pool, config if config is not None else CacheConfig())
+        config = config if config is not None else CacheConfig()
+        self.settings = config if pool is None else config_of_pool(pool, config)
         static = self.settings.mode == "static"
         if context is not None and context < 1:
             raise ConfigError(f"context = {context} is out of range (at least 1); None takes the model's own limit")
         limit = context or getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
-        self.pool = pool if pool is not None else self._make_pool(limit, device, max_batch, shrink=context is None)
-        self._check_pool()
+        if pool is None:
+            size = {"context": limit, "batch": max_batch, "device": device, "shrink": context is None}
+            pool = make_pool(self.codebooks, self.settings, **size)
+        require_layout(pool, self.codebooks, self.settings)
+        self.pool = pool
         if static:
             layers = StaticCache(config=whole, max_cache_len=limit).layers
             self.group = StaticGroup(self.pool, self.settings, device, limit)
@@ -169,7 +172,7 @@ class PagedPQCache(Cache):
             "pool": self.pool.layout.num_bytes,
             "exact_tokens": sum(layer.exact_nbytes for layer in self._quantized),
             "key_fits": sum(layer.fit.nbytes for layer in self._quantized if layer.fit is not None),
-            "exact_layers": sum(_held_bytes(vars(x)) for x in exact),
+            "exact_layers": sum(held_bytes(vars(x)) for x in exact),
             "page_table": self.group.page_table().nbytes,
             "model_constants": self.codebooks.nbytes,
         }
@@ -255,7 +258,9 @@ class PagedPQCache(Cache):
             self.reset()
             return
         self._require_whole_steps()
-        self._crop_exact(tokens_to_remove)
+        exact = (i for i, layer in enumerate(self.layers) if not isinstance(layer, PagedPQLayer))
+        chosen = [i for i in exact if tokens_to_remove or self.is_recording_past(i)]
+        crop_all(self.layers, chosen, tokens_to_remove)
         self.group.crop(-tokens_to_remove)
         for layer in self._quantized:
             layer.columns, layer.pending = self.group.columns, None
@@ -298,23 +303,6 @@ class PagedPQCache(Cache):
                 )
         self._leading.forget()  # what was only looked at since
 
-    def _crop_exact(self, tokens_to_remove: int) -> None:
-        """Crop transformers' own layers, all or none of them."""
-        before = LayerStates(self.layers)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, PagedPQLayer) or not (tokens_to_remove or self.is_recording_past(index)):
-                continue
-            try:
-                if tokens_to_remove and not layer.is_croppable:
-                    raise RuntimeError("its state does not tell tokens apart")
-                before.keep(index)
-                layer.crop(tokens_to_remove)
-            except Exception as error:
-                before.put_back()
-                raise RuntimeError(
-                    f"layer {index} ({type(layer).__name__}) cannot be cropped, and nothing was changed: {error}"
-                ) from error
-
     def _select(self, rows: torch.Tensor) -> None:
         """Row i of every layer becomes the old row rows[i]."""
         count = self.group.num_rows
@@ -353,59 +341,3 @@ class PagedPQCache(Cache):
         reasons = {why: index for index, why in reversed(found.items()) if why is not None}
         for why, index in reasons.items():
             log.warning("static mode: steps are neither compiled nor captured; layer %d: %s", index, why)
-
-    def _make_pool(self, context: int, device: torch.device, max_batch: int, *, shrink: bool) -> PagePool:
-        layouts = self.codebooks.layouts(self.settings.page_size)
-        pages = self.settings.max_pages
-        if pages is None:
-            pages = fit_max_pages(
-                layouts, self.settings, context=context, batch=max_batch, device=device, shrink=shrink
-            )
-        sparse = shrink or self.settings.max_pages is not None  # not made for just the tokens that will come
-        return PagePool(pages, PoolLayout(layouts, pages), device=device, policy=self.settings.policy, sparse=sparse)
-
-    def _check_pool(self) -> None:
-        layouts = self.codebooks.layouts(self.settings.page_size)
-        if self.pool.layout is None or self.pool.layout.layers != layouts:
-            raise ValueError(
-                "the given pool's pages are laid out for other codebooks or another page size; "
-                "share pools only among caches of one model, one set of codebooks and one page_size"
-            )
-
-
-def _of_pool(pool: PagePool | None, config: CacheConfig) -> CacheConfig:
-    """The config with what a given pool decides: its pages and their order."""
-    if pool is None:
-        return config
-    if config.max_pages not in (None, pool.max_pages):
-        raise ConfigError(
-            f"max_pages = {config.max_pages}, but the given pool has {pool.max_pages} pages; leave max_pages out"
-        )
-    return replace(config, max_pages=pool.max_pages, policy=pool.policy)
-
-
-def _held_bytes(held: object) -> int:
-    """Of the numbers in an exact layer: keys and values, or the states of a layer without attention."""
-    if isinstance(held, torch.Tensor):
-        return held.nbytes if held.is_floating_point() else 0
-    if isinstance(held, Mapping):
-        return sum(map(_held_bytes, held.values()))
-    return sum(map(_held_bytes, held)) if isinstance(held, (list, tuple)) else 0
-
-
-def _exact_layers(whole: PreTrainedConfig, text: PreTrainedConfig) -> list:
-    """transformers' own layers for this model, or an error that names what stands in the way."""
-    reasons = {
-        "is an encoder-decoder": getattr(whole, "is_encoder_decoder", False),
-        "compresses its KV into latents (MLA)": getattr(text, "kv_lora_rank", None),
-        "caps its attention scores (attn_logit_softcapping)": getattr(text, "attn_logit_softcapping", None),
-        "shares K and V among layers (num_kv_shared_layers)": getattr(text, "num_kv_shared_layers", None),
-        "adds learned attention sinks to the softmax": text.model_type in ("gpt_oss",),
-        "uses position biases in its attention (ALiBi)": getattr(text, "alibi", False),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise UnsupportedModelError(
-                f"{whole.model_type} {reason}, which PagedPQCache does not do; use DynamicCache"
-            )
-    return DynamicCache(config=whole).layers
