@@ -67,9 +67,9 @@ def test_a_plainly_causal_prompt_is_attended_without_its_mask(make_model, monkey
     """transformers gives a static cache a mask for every prompt; the fastest attentions take none."""
     from pqlab.cache import layer
 
-    model, masks, attend = make_model("llama"), [], layer._attend_chunk
+    model, masks, attend = make_model("llama"), [], layer.attend_exactly
     books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
-    monkeypatch.setattr(layer, "_attend_chunk", lambda *args: masks.append(args[3]) or attend(*args))
+    monkeypatch.setattr(layer, "attend_exactly", lambda *args: masks.append(args[3]) or attend(*args))
     model.set_attn_implementation("pqlab")
     with torch.no_grad():
         model(**inputs_for(way), **cache_argument(model, PagedPQCache(model, books, STATIC, context=200)))

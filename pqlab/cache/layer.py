@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..errors import KernelMissingError, UnsupportedModelError
 from ..kernels import dispatch, ops
 from ..kernels.backend import EXACT, current_setting
 from ..kernels.reference import attend_dense, merge
 from ..paging.layout import read_pages
+from .exact_attention import attend_exactly, chunk_mask
 from .exact_buffers import ExactBuffers
 from .gradients import no_gradients
 from .key_fit import KeyFit, fit_tokens
@@ -220,18 +220,18 @@ class PagedPQLayer(CacheLayerMixin):
             out = self._step(query, keys, values, plan.before, plan.after, scaling)
             self.columns = start + 1
         elif plan.starts_empty:
-            out = _attend_chunk(query, keys, values, self.group.first_chunk_mask(plan, mask), scaling)
+            out = attend_exactly(query, keys, values, self.group.first_chunk_mask(plan, mask), scaling)
             self._store(plan, keys, values)
         elif steps <= FEW_QUERIES:
             old = self._attend_stored(query, plan.before, scaling)
-            new = attend_dense(query, keys, values, _chunk_mask(mask, start, keys), scaling)
+            new = attend_dense(query, keys, values, chunk_mask(mask, start, keys), scaling)
             out, _ = merge(*old, *new)
             self._store(plan, keys, values)
         else:
             old_k, old_v, valid = self.stored(plan.before)
             seen = valid[:, None].expand(batch, steps, -1)
-            joint = torch.cat([seen, _chunk_mask(mask, start, keys)], -1)[:, None]
-            out = _attend_chunk(query, torch.cat([old_k, keys], 2), torch.cat([old_v, values], 2), joint, scaling)
+            joint = torch.cat([seen, chunk_mask(mask, start, keys)], -1)[:, None]
+            out = attend_exactly(query, torch.cat([old_k, keys], 2), torch.cat([old_v, values], 2), joint, scaling)
             self._store(plan, keys, values)
         if self.group.probe is not None:
             self.group.probe(self, plan, query, keys, values, out, scaling)
@@ -327,7 +327,7 @@ class PagedPQLayer(CacheLayerMixin):
         if mask is None:
             mask = torch.ones(steps, start + steps, dtype=torch.bool, device=keys.device).tril(start)[None, None]
         real = mask[:, 0, :, start : start + steps].diagonal(dim1=-2, dim2=-1).expand(keys.shape[0], -1)
-        out = _attend_chunk(query, *self._store_and_dequantize(keys, values, real), mask, scaling)
+        out = attend_exactly(query, *self._store_and_dequantize(keys, values, real), mask, scaling)
         if self.group.probe is not None:
             self.group.probe(self, self.group.plan, query, keys, values, out, scaling)
         return out
@@ -411,25 +411,3 @@ class PagedPQLayer(CacheLayerMixin):
         if steps == 1:
             return old_k, old_v
         return torch.cat([old_k, keys], 2), torch.cat([old_v, values], 2)
-
-
-def _chunk_mask(mask: torch.Tensor | None, start: int, keys: torch.Tensor) -> torch.Tensor:
-    """bool [B, S, S]: which tokens of the chunk (keys [B, H, S, d]) each of its tokens sees."""
-    batch, _, steps, _ = keys.shape
-    if mask is None:
-        return torch.ones(steps, steps, dtype=torch.bool, device=keys.device).tril().expand(batch, -1, -1)
-    return mask[:, 0, :, start:].expand(batch, -1, -1)
-
-
-def _attend_chunk(query, keys, values, mask, scaling) -> torch.Tensor:
-    """Exact attention [B, Hq, S, d], computed as transformers' sdpa path does: a first chunk is bit-equal to it."""
-    groups = query.shape[1] // keys.shape[1]
-    if mask is None and keys.shape[-1] == values.shape[-1] <= 256:  # then no attention needs heads to be copied
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, keys, values, scale=scaling, is_causal=True, enable_gqa=groups > 1
-        )
-    if mask is not None:  # a pad sees nothing: let it see everything instead of dividing by zero
-        mask = mask | ~mask.any(-1, keepdim=True)
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, repeat_kv(keys, groups), repeat_kv(values, groups), attn_mask=mask, scale=scaling, is_causal=mask is None
-    )
