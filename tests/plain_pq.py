@@ -3,13 +3,17 @@
 It is a transformers cache that works with any attention: `update` returns dequantized K and V for every column. It
 follows DESIGN's semantics (sinks, window, flush of whole pages, encode once) in the most literal way. Exact tokens lie
 behind the codec's map and are read through its inverse, which is that of rounded matrices. Keys are fitted to the first
-page that a row codes.
+page that a row codes, and turned back to anchors where the codec has them.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from pqlab.quantization import Anchors, Codebooks
 
 
 class PlainPQLayer(DynamicLayer):
@@ -58,7 +62,12 @@ class PlainPQLayer(DynamicLayer):
             chosen = body[self.coded[row] : end]
             for name, codec in self._sides():
                 x = self.raw[name][row][:, chosen]
-                getattr(self, name)[row][:, chosen] = self._decoded(row, codec, x).to(x.dtype)
+                if codec.anchors is None:
+                    seen = self._decoded(row, codec, x)
+                else:
+                    index = torch.arange(self.coded[row], end)
+                    seen = codec.anchors.forth(self._decoded(row, codec, codec.anchors.back(x, index)), index)
+                getattr(self, name)[row][:, chosen] = seen.to(x.dtype)
             self.coded[row] = end
 
     def _decoded(self, row: int, codec, x: torch.Tensor) -> torch.Tensor:
@@ -85,6 +94,14 @@ class PlainPQLayer(DynamicLayer):
         self.coded, self.fits = ([old[i] for i in beam_idx.tolist()] for old in (self.coded, self.fits))
         if self.mask is not None:
             self.mask = self.mask[beam_idx]
+
+
+def anchored(books: Codebooks, span: int = 64) -> Codebooks:
+    """The same codebooks, of keys with maps, for keys that are turned back to anchors."""
+    d = next(iter(books.layers.values())).k.head_dim
+    anchors = Anchors(span, 10000 ** -torch.linspace(0, 1, d // 2))
+    layers = {i: replace(layer, k=replace(layer.k, anchors=anchors)) for i, layer in books.layers.items()}
+    return replace(books, layers=layers)
 
 
 def plain_pq_cache(model, codebooks, config, attention_mask=None) -> DynamicCache:

@@ -15,9 +15,9 @@ from pqlab.evaluation import before_rotary, methods
 from pqlab.evaluation.before_rotary import key_codec, pairs_map
 from pqlab.evaluation.evaluate import evaluate
 from pqlab.evaluation.methods import Setting
-from pqlab.evaluation.rotary import Rotary
 from pqlab.kernels import dispatch
 from pqlab.quantization import LayerCodec, PQCodec, collect_kv, record_kv
+from pqlab.quantization.rotary import Rotary
 from pqlab.quantization.samples_file import load_samples, save_samples
 
 NAMES = [f"pq-{bits}-{how}" for bits in (4, 2) for how in ("before-rotary", "before-rotary-pairs", "page-relative")]

@@ -54,17 +54,20 @@ def checked(monkeypatch) -> list[str]:
 
 
 def decode_call(**options) -> list:
-    return list(decode_case(batch=1, coded=(50,), sinks=(4,), window=(9,), group=3, **options))
+    return [*decode_case(batch=1, coded=(50,), sinks=(4,), window=(9,), group=3, **options), 0, None]
 
 
-def step_call(maps="kv", dtype=torch.float32, fitted=False) -> list:
-    q, k_pages, v_pages, table, after, k_books, v_books, *exact, k_nbits, v_nbits, scale = decode_call(dtype=dtype)
+def step_call(maps="kv", dtype=torch.float32, fitted=False, anchored=False) -> list:
+    q, k_pages, v_pages, table, after, k_books, v_books, *exact, k_nbits, v_nbits, scale, _, _ = decode_call(
+        dtype=dtype
+    )
     g = torch.Generator().manual_seed(1)
     heads, d = k_books.shape[0], q.shape[-1]
     before = after - torch.tensor([[0, 0, 1]], dtype=torch.int32)
     k, v = (torch.randn(1, heads, 1, d, generator=g).to(dtype) for _ in "kv")
     given = [torch.randn(heads, d, d, generator=g) / d**0.5 if side in maps else None for side in "kkvv"]
     given += fit_of_keys(1, heads, d) if fitted else (None, None)
+    given += (torch.randn(3, 2, d // 2, generator=g), 64) if anchored else (None, 0)
     return [*exact, k_pages, v_pages, k, v, table, before, after, k_books, v_books, k_nbits, v_nbits, q, scale, *given]
 
 
@@ -77,6 +80,7 @@ CALLS = {
     "step_ with maps of the keys": (ops.step_, lambda: step_call("k")),
     "step_ without maps": (ops.step_, lambda: step_call("")),
     "step_ with fitted keys": (ops.step_, lambda: step_call(fitted=True)),
+    "step_ with anchored keys": (ops.step_, lambda: step_call(fitted=True, anchored=True)),
 }
 
 

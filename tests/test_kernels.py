@@ -438,7 +438,7 @@ def test_maps_of_a_step(library, dtype, head_dim, group, sides):
     def step(backend, kind: torch.dtype) -> list[torch.Tensor]:
         exact = [x.to(kind, copy=True) for x in (sink_k, sink_v, window_k, window_v)]
         out, lse = backend.step_(*exact, k_pages, v_pages, k.to(kind), v.to(kind), table, before, after, k_books,
-                                 v_books, 8, 8, q.to(kind), 0.2, *given)  # fmt: skip
+                                 v_books, 8, 8, q.to(kind), 0.2, *given, None, 0)  # fmt: skip
         return [out, lse, *exact]
 
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]

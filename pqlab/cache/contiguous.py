@@ -74,7 +74,8 @@ class ContiguousPQLayer(DynamicLayer):
     def _decoded(self, i: int) -> Tensor:
         side = self._sides[i]
         y = side.dequantize(self.codes[i])
-        return side.from_code_space(y if self.fit is None or i else self.fit.undo(y))
+        x = side.from_code_space(y if self.fit is None or i else self.fit.undo(y))
+        return side.anchors.forth(x, torch.arange(x.shape[2], device=x.device)) if side.anchors else x
 
     def get_seq_length(self) -> int:
         return sum(part[0].shape[2] for part in (self.sinks, self.codes, self.window)) if self.is_initialized else 0
@@ -95,7 +96,10 @@ class ContiguousPQLayer(DynamicLayer):
         size = self.config.page_size
         leaving = (coded + waiting - self.config.residual_length) // size * size - coded
         for i, side in enumerate(self._sides):
-            y = side.to_code_space(self.window[i][:, :, :leaving])
+            x = self.window[i][:, :, :leaving]
+            if side.anchors:
+                x = side.anchors.back(x, torch.arange(coded, coded + leaving, device=x.device))
+            y = side.to_code_space(x)
             if side.can_fit:
                 if not coded:
                     self.fit = KeyFit(side, len(y), y.device)

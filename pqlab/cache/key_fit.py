@@ -63,12 +63,12 @@ class KeyFit:
         """Queries for what is stored, and what the shift adds to their scores.
 
         Args:
-            query: [B, Hq, S, d] in code space (`map_query`).
+            query: [B, Hq, S, d] in code space (`map_query`), or with more dimensions in front.
 
         Returns:
-            [B, Hq, S, d] in query's dtype, and float32 [B, Hq, S].
+            query's shape in query's dtype, and float32 without the last dimension.
         """
-        groups = query.shape[1] // self.scale.shape[1]
+        groups = query.shape[-3] // self.scale.shape[1]
         scale, shift = (x.repeat_interleave(groups, 1)[:, :, None] for x in (self.scale, self.shift))
         asked = query / scale
         return asked.to(query.dtype), (asked.float() * shift).sum(-1)

@@ -7,7 +7,8 @@ map), so one kernel reads sinks, codes and window with one query::
     pages   [max_pages, H, T, M, 2 * nbits] uint8, K and V: views of the pool
     window  [B, H, W, d]           ring of the newest tokens, exact; the token with code index u lies in slot u % W
 
-Keys may be fitted to their sequence on the way there (`key_fit`).
+Keys may be turned back to anchors in front of that space (`quantization.anchors`; those in the window, too, each by its
+own code index), and fitted to their sequence behind it (`key_fit`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import KernelMissingError, UnsupportedModelError
 from ..kernels import dispatch, ops
 from ..kernels.backend import EXACT, current_setting
-from ..kernels.reference import attend_dense, merge
+from ..kernels.reference import attend_dense, merge, turn_back
 from ..paging.layout import read_pages
 from .exact_attention import attend_exactly, chunk_mask
 from .exact_buffers import ExactBuffers
@@ -85,6 +86,7 @@ class PagedPQLayer(CacheLayerMixin):
         self.pending: _Handover | None = None
         self.sink_k = self.sink_v = self.window_k = self.window_v = None
         self.fit: KeyFit | None = None  # where the codec can
+        self.turns: torch.Tensor | None = None  # of the anchors of all spans so far, where the codec has anchors
 
     # -- transformers' side -------------------------------------------------------------------------------------
 
@@ -217,13 +219,14 @@ class PagedPQLayer(CacheLayerMixin):
         plan = self._plan(steps, batch, real, mask)
         if steps == 1:
             self._fit_first(plan)
+            self._reach(plan)
             out = self._step(query, keys, values, plan.before, plan.after, scaling)
             self.columns = start + 1
         elif plan.starts_empty:
             out = attend_exactly(query, keys, values, self.group.first_chunk_mask(plan, mask), scaling)
             self._store(plan, keys, values)
         elif steps <= FEW_QUERIES:
-            old = self._attend_stored(query, plan.before, scaling)
+            old = self._attend_stored(query, plan, scaling)
             new = attend_dense(query, keys, values, chunk_mask(mask, start, keys), scaling)
             out, _ = merge(*old, *new)
             self._store(plan, keys, values)
@@ -253,7 +256,11 @@ class PagedPQLayer(CacheLayerMixin):
         k, v = (side.read(rows, n, *where) for side in self.sides)
         if self.fit is not None:
             k = self.fit.undo(k)
-        return self.codec.k.from_code_space(k), self.codec.v.from_code_space(v), valid
+        k = self.codec.k.from_code_space(k)
+        if self.codec.k.anchors is not None:
+            num_sinks = self.group.config.num_sinks
+            k = self.codec.k.anchors.forth(k, torch.arange(n, device=self.device) - num_sinks, n)
+        return k, self.codec.v.from_code_space(v), valid
 
     def codes(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [H, coded, M] of a row's pages, K and V, in token order."""
@@ -314,7 +321,8 @@ class PagedPQLayer(CacheLayerMixin):
             self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages,
             keys, values, self.group.page_table(), before, after, k.centroids, v.centroids, k.nbits, v.nbits,
             query, scaling, k.forward, k.backward, v.forward, v.backward,
-            *(() if fit is None else (fit.scale, fit.shift)),
+            *((None, None) if fit is None else (fit.scale, fit.shift)),
+            self.turns, 0 if self.turns is None else k.anchors.span,
         )  # fmt: skip
         return out
 
@@ -332,20 +340,37 @@ class PagedPQLayer(CacheLayerMixin):
             self.group.probe(self, self.group.plan, query, keys, values, out, scaling)
         return out
 
-    def _attend_stored(self, query: torch.Tensor, lengths: torch.Tensor, scaling: float):
-        """(out [B, Hq, S, d], lse [B, Hq, S]) over everything stored."""
+    def _attend_stored(self, query: torch.Tensor, plan: StepPlan, scaling: float):
+        """(out [B, Hq, S, d], lse [B, Hq, S]) over everything stored before a step."""
+        anchors, spans = self.codec.k.anchors, 0
+        if anchors is not None:  # a query for every span
+            spans = self._spans(max(plan.tokens))
+            query = turn_back(query, anchors.turns(spans)[:spans, None, None, None])
         asked = self.codec.k.map_query(query)
-        shifted = None
+        offsets = None
         if self.fit is not None:
             asked, shifted = self.fit.ask(asked)
+            offsets = -scaling * shifted
         out, lse = ops.decode(
-            asked, self.k_pages, self.v_pages, self.group.page_table(), lengths,
+            asked, self.k_pages, self.v_pages, self.group.page_table(), plan.before,
             self.codec.k.centroids, self.codec.v.centroids, self.sink_k, self.sink_v, self.window_k, self.window_v,
             self.codec.k.nbits, self.codec.v.nbits, scaling,
+            *((anchors.span, offsets) if spans else ()),
         )  # fmt: skip
-        if shifted is not None:  # new tokens, which lse is compared with, are not stored yet
-            lse = lse - scaling * shifted
+        if offsets is not None and not spans:  # new tokens, which lse is compared with, are not stored yet
+            lse = lse + offsets
         return self.codec.v.from_code_space(out), lse
+
+    def _reach(self, plan: StepPlan) -> None:
+        """Have turns of all spans that the tokens of a step lie in."""
+        if self.codec.k.anchors is not None:
+            spans = self._spans(max(n + c for n, c in zip(plan.tokens, plan.counts, strict=True)))
+            if self.turns is None or len(self.turns) < spans:
+                self.turns = self.codec.k.anchors.turns(spans)
+
+    def _spans(self, tokens: int) -> int:
+        """Spans that a row of so many tokens lies in, one at least."""
+        return max(0, tokens - self.group.config.num_sinks - 1) // self.codec.k.anchors.span + 1
 
     def _fit_first(self, plan: StepPlan, keys: torch.Tensor | None = None) -> None:
         """Fit the rows whose first tokens are coded in this step, and bring what they have stored to that.
@@ -371,6 +396,9 @@ class PagedPQLayer(CacheLayerMixin):
 
     def _store(self, plan: StepPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the new tokens of a step, flushing what the plan says. Nothing is encoded twice."""
+        if self.codec.k.anchors is not None:
+            index, most = self.group.code_indexes(plan)
+            keys = self.codec.k.anchors.back(keys, index, most)
         keys, values = self.codec.k.to_code_space(keys), self.codec.v.to_code_space(values)
         self._fit_first(plan, keys)
         if self.fit is not None:

@@ -74,6 +74,7 @@ class StepPlan:
     after: torch.Tensor
     flushes: tuple[Flush, ...]
     is_causal: bool | None = None  # of a first chunk's mask, once it was looked at
+    code_indexes: torch.Tensor | None = None  # of the new tokens, once a layer has asked
 
     @property
     def starts_empty(self) -> bool:
@@ -266,6 +267,20 @@ class SequenceGroup:
             causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
             object.__setattr__(plan, "is_causal", bool((mask == causal).all()))
         return None if plan.is_causal else mask
+
+    def code_indexes(self, plan: StepPlan) -> tuple[torch.Tensor, int]:
+        """Code indexes of a step's new tokens, int64 [B, 1, S], below 0 for sinks, and a bound for them.
+
+        Pads have that of the token before them.
+        """
+        first = torch.tensor(plan.tokens) - self.config.num_sinks  # [B]
+        if plan.code_indexes is None:  # once a step, not once a layer
+            if plan.real is None:
+                index = first[:, None] + torch.arange(plan.num_columns)
+            else:
+                index = first[:, None] + plan.real.long().cumsum(1) - 1
+            object.__setattr__(plan, "code_indexes", index[:, None].to(self.device))
+        return plan.code_indexes, int(first.max()) + plan.num_columns
 
     def _require_next(self, start: int, batch: int) -> None:
         if start != self.columns:

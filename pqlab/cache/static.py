@@ -41,7 +41,8 @@ class StaticPagedPQLayer(PagedPQLayer):
         """
         k, v = self.codec.k, self.codec.v
         group = query_heads // k.num_heads
-        step = StepShape(k.head_dim, k.num_subspaces, k.nbits, v.num_subspaces, v.nbits, group, dtype)
+        shape = (k.head_dim, k.num_subspaces, k.nbits, v.num_subspaces, v.nbits, group, dtype)
+        step = StepShape(*shape, anchored=k.anchors is not None)
         why = dispatch.uncapturable(self.group.device, step)
         self.is_compileable = why is None
         return why
@@ -49,11 +50,14 @@ class StaticPagedPQLayer(PagedPQLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.batch_size = key_states.shape[0]
+        if anchors := self.codec.k.anchors:  # of all spans that fit, since a captured step cannot ask for more
+            self.turns = anchors.turns(-(-self.group.capacity // anchors.span))
         if not is_torchdynamo_compiling():
             sides = [(side.centroids, side.forward, side.backward) for side in (self.codec.k, self.codec.v)]
             buffers = (self.sink_k, self.sink_v, self.window_k, self.window_v, self.k_pages, self.v_pages)
             fit = () if self.fit is None else (self.fit.scale, self.fit.shift)
-            for tensor in (*buffers, *fit, *(t for side in sides for t in side if t is not None)):
+            turns = () if self.turns is None else (self.turns,)
+            for tensor in (*buffers, *fit, *turns, *(t for side in sides for t in side if t is not None)):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

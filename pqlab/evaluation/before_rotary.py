@@ -30,8 +30,8 @@ from ..models import calibration_text
 from ..quantization import Codebooks, LayerCodec, PQCodec, collect_kv, default_codebooks, product_kmeans
 from ..quantization.codec import to_float
 from ..quantization.maps import balanced_map, balanced_order, compact_map
+from ..quantization.rotary import Rotary
 from .methods import Method, Setting, default_pq, from_codebooks, register
-from .rotary import Rotary
 
 _LEAST_EXPONENT = -14  # of a power of two that float16 holds with its inverse
 

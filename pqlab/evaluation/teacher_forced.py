@@ -101,12 +101,17 @@ def from_codebooks(codebooks: Codebooks, page_size: int = CacheConfig().page_siz
 
 def through_codes(codec: Codec, x: torch.Tensor, page_size: int) -> torch.Tensor:
     """The vectors of one side, [H, n, d] behind the sinks, as they come back from a sequence's pages."""
-    if not codec.can_fit:
-        return codec.decode(codec.encode(x)).to(x.dtype)
-    y = codec.to_code_space(x)
-    fit = KeyFit(codec, 1, x.device)
-    fit.take(0, y[:, : fit_tokens(page_size)])
-    return codec.from_code_space(fit.undo(codec.dequantize(codec.quantize(fit.apply(y, 0))), 0)).to(x.dtype)
+    dtype, index = x.dtype, torch.arange(x.shape[1], device=x.device)
+    if codec.anchors:
+        x = codec.anchors.back(x, index)
+    if codec.can_fit:
+        y = codec.to_code_space(x)
+        fit = KeyFit(codec, 1, x.device)
+        fit.take(0, y[:, : fit_tokens(page_size)])
+        x = codec.from_code_space(fit.undo(codec.dequantize(codec.quantize(fit.apply(y, 0))), 0))
+    else:
+        x = codec.decode(codec.encode(x))
+    return (codec.anchors.forth(x, index) if codec.anchors else x).to(dtype)
 
 
 def attend_decoded(

@@ -54,6 +54,7 @@ class StepShape(NamedTuple):
     v_nbits: int
     group: int
     dtype: torch.dtype
+    anchored: bool = False
 
 
 class Backend:
@@ -115,21 +116,31 @@ class Backend:
 
     def step_(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Both operations of a step, one after the other, with the maps in plain torch around them."""
-        step, home = in_code_space(args)
-        self.append_(*append_part(step))
-        out, lse = self.decode(*decode_part(step))
+        append, decode, home = in_code_space(args)
+        self.append_(*append)
+        out, lse = self.decode(*decode)
         return (out if home is None else reference.apply_map(out, home)), lse
 
 
-def in_code_space(step: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
-    """The arguments of `step_` with k, v and q mapped and without maps and fit, and the map of the output, if any."""
-    args, (k_forward, k_backward, v_forward, v_backward, k_scale, k_shift) = list(step[:17]), step[17:]
+def in_code_space(step: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], Tensor | None]:
+    """The arguments of `append_` and of `decode` that make the step of these arguments, with k, v and q turned and
+    mapped; and the map of the output, if any."""
+    args, (k_forward, k_backward, v_forward, v_backward, k_scale, k_shift, turns, span) = list(step[:17]), step[17:]
+    if span:
+        index = (args[9].sum(1) - args[0].shape[2]).clamp_min(0)  # code index of the new token
+        number = (index // span).clamp_max(turns.shape[0] - 1)
+        args[6] = reference.turn_back(args[6], turns[number][:, None, None])
+        args[15] = reference.turn_back(args[15], turns[:, None, None, None])
     if k_forward is not None:
         args[6] = reference.apply_map(args[6], k_forward, k_scale, k_shift)
         args[15] = reference.apply_map(args[15], k_backward.mT, None if k_scale is None else 1 / k_scale)
+    offsets = None
+    if span and k_shift is not None:
+        offsets = -args[16] * reference.times_heads(args[15], k_shift)
     if v_forward is not None:
         args[7] = reference.apply_map(args[7], v_forward)
-    return tuple(args), v_backward
+    step = (*args, *(None,) * 7, span)
+    return append_part(step), (*decode_part(step)[:-1], offsets), v_backward
 
 
 def append_part(step: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -142,7 +153,7 @@ def decode_part(step: tuple[Any, ...]) -> tuple[Any, ...]:
     (sink_k, sink_v, window_k, window_v, k_pages, v_pages, _, _, page_table, _, after, k_books, v_books,
      k_nbits, v_nbits, q, scale) = step[:17]  # fmt: skip
     return (q, k_pages, v_pages, page_table, after, k_books, v_books, sink_k, sink_v, window_k, window_v,
-            k_nbits, v_nbits, scale)  # fmt: skip
+            k_nbits, v_nbits, scale, step[24], None)  # fmt: skip
 
 
 def version(x: Tensor) -> int:

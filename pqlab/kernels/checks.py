@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..paging.layout import TILE
 from .backend import append_part, decode_part
+from .reference import MIN_SPAN
 
 BOOK_DTYPES = (torch.float32, torch.float16)
 """Of centroids and maps; what is computed with them is float32 either way."""
@@ -21,9 +22,20 @@ BOOK_DTYPES = (torch.float32, torch.float16)
 def decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
     k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
-    k_nbits: int, v_nbits: int, scale: float,
+    k_nbits: int, v_nbits: int, scale: float, span: int, offsets: Tensor | None,
 ) -> None:  # fmt: skip
     """Raises ValueError for what `ops.decode` cannot take."""
+    if span:
+        _check_span("decode", span)
+        if q.dim() != 5 or not len(q):
+            _fail("decode", f"with a span q must be [R, B, Hq, S, d], got {[*q.shape]}")
+        if offsets is not None and not (
+            offsets.dtype == torch.float32 and offsets.shape == q.shape[:-1] and offsets.is_contiguous()
+        ):
+            _fail("decode", f"offsets must be float32 {[*q.shape[:-1]]}, dense, got {offsets.dtype} {[*offsets.shape]}")
+        q = q[0]
+    elif offsets is not None:
+        _fail("decode", "offsets are of spans: give one, or no offsets")
     batch, query_heads, _, head_dim = _dims(q, 4)
     max_pages, heads, tiles, _, _ = _dims(k_pages, 5)
     exact, dtype = (batch, heads, head_dim), q.dtype
@@ -105,7 +117,7 @@ def append(
 def step(*args: Any) -> None:
     """Raises ValueError for what `ops.step_` cannot take; args are all of its arguments."""
     append(*append_part(args))
-    decode(*decode_part(args))
+    decode(*decode_part(args)[:-2], 0, None)
     batch, heads, _, head_dim = args[2].shape
     for side, forward, backward in (("k", *args[17:19]), ("v", *args[19:21])):
         if forward is None and backward is None:
@@ -119,7 +131,18 @@ def step(*args: Any) -> None:
         if forward.dtype not in (*BOOK_DTYPES, torch.int8) or backward.dtype not in BOOK_DTYPES:
             got = f"{forward.dtype} and {backward.dtype}"
             _fail("step_", f"maps must be float32 or float16 (or forward int8), {side}_forward and _backward are {got}")
-    k_scale, k_shift = args[21:]
+    turns, span = args[23:]
+    if span or turns is not None:
+        _check_span("step_", span)
+        if args[17] is None:
+            _fail("step_", "turns are of keys in front of their map: give k_forward and k_backward, too")
+        want = f"float32 [R, 2, {head_dim // 2}] on {args[6].device}, dense"
+        if turns is None:
+            _fail("step_", f"span = {span} needs turns, {want}")
+        fits = turns.dtype == torch.float32 and turns.dim() == 3 and turns.shape[1:] == (2, head_dim // 2)
+        if not (fits and len(turns) and turns.device == args[6].device and turns.is_contiguous()):
+            _fail("step_", f"turns must be {want}, got {turns.dtype} {[*turns.shape]} on {turns.device}")
+    k_scale, k_shift = args[21:23]
     if k_scale is None and k_shift is None:
         return
     if k_scale is None or k_shift is None:
@@ -132,6 +155,11 @@ def step(*args: Any) -> None:
             want = f"float32 [{batch}, {heads}, {head_dim}] on {args[6].device}, dense"
             got = f"{x.dtype} {[*x.shape]} on {x.device} with strides {[*x.stride()]}"
             _fail("step_", f"{name} must be {want}, got {got}")
+
+
+def _check_span(op: str, span: int) -> None:
+    if span < MIN_SPAN or span & (span - 1):
+        _fail(op, f"span must be a power of two, at least {MIN_SPAN}, got {span}")
 
 
 def _dims(x: Tensor, count: int) -> tuple[int, ...]:

@@ -33,11 +33,11 @@ SOURCES = Path(__file__).parent / "csrc" / "cpu"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _STEP_AT = tuple(range(0, 64, 8))  # `caller.ADDRESSES` are the first fields of struct pq_decode_args, in their order
 _DECODE_AT = (*_STEP_AT[:5], -1, -1, -1)
-_DECODE_HELD = struct.Struct("=16Q16q")  # the second part of struct pq_decode_args of csrc/cpu/api.h, after `CALL`
+_DECODE_HELD = struct.Struct("=18Q18q")  # the second part of struct pq_decode_args of csrc/cpu/api.h, after `CALL`
 _ENCODE_ARGS = struct.Struct("=4Q11q")  # struct pq_encode_args
 _FLUSH = 4  # pq_result: stored, and some row flushes now
 _VECTORS = (torch.float32, torch.bfloat16, torch.float16)
-_NO_MAPS = (None,) * 6
+_NO_MAPS = (None,) * 7  # and neither fit nor turns
 _APPEND_ARGS = struct.Struct("=8Q5q")  # struct pq_append_args
 _PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append_": (6, 13)}
 """Where the arguments of an operation hold its vectors, and where its (one or two) nbits begin."""
@@ -119,11 +119,12 @@ class CpuBackend(Backend):
     def decode(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
         k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
-        k_nbits: int, v_nbits: int, scale: float,
+        k_nbits: int, v_nbits: int, scale: float, span: int = 0, offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         held = self._hold(
-            (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v, *_NO_MAPS), k_nbits, v_nbits
-        )
+            (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v, *_NO_MAPS, offsets), k_nbits,
+            v_nbits, span, len(q) if span else 0,
+        )  # fmt: skip
         out, lse, code = self._attend(held, scale, (_plain(q),), (_plain(page_table), _plain(lengths)))
         if code:
             _fail("decode", code, f"lengths {lengths.tolist()}, {page_table.shape[1]} pages a row of {len(k_pages)}")
@@ -132,12 +133,14 @@ class CpuBackend(Backend):
     def step_(
         self, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor, k_pages: Tensor, v_pages: Tensor,
         k: Tensor, v: Tensor, page_table: Tensor, before: Tensor, after: Tensor, k_books: Tensor, v_books: Tensor,
-        k_nbits: int, v_nbits: int, q: Tensor, scale: float, *maps: Tensor | None,
+        k_nbits: int, v_nbits: int, q: Tensor, scale: float, *maps_and_span: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One call, maps included; two where a row flushes, with the encoding between them."""
+        *maps, span = maps_and_span
         held = self._hold(
-            (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v, *maps), k_nbits, v_nbits
-        )
+            (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v, *maps, None), k_nbits, v_nbits,
+            span, len(maps[-1]) if span else 0,
+        )  # fmt: skip
         if not held.in_place:
             _in_place("step_", sink_k=sink_k, sink_v=sink_v, window_k=window_k, window_v=window_v)
         q, tables = _plain(q), (_plain(page_table), _plain(after))
@@ -167,11 +170,12 @@ class CpuBackend(Backend):
             tables: page table and lengths; for a step also the lengths before.
         """
         q, page_table = vectors[0], tables[0]
-        shape = q.shape[:3]
+        shape = q.shape[-4:-1]
         like = self._like_lse.get(shape)
         if like is None:
             like = self._like_lse[shape] = torch.empty(shape)
-        out, lse = torch.empty_like(q), torch.empty_like(like)  # the same call twice is the quickest
+        one = q if q.dim() == 4 else q[0]  # of the spans' queries
+        out, lse = torch.empty_like(one), torch.empty_like(like)  # the same call twice is the quickest
         new = (*[x.data_ptr() for x in vectors[1:]], *[x.data_ptr() for x in tables[2:]]) or (0, 0, 0)
         call = CALL.pack(
             q.data_ptr(), page_table.data_ptr(), tables[1].data_ptr(), out.data_ptr(), lse.data_ptr(), *new,
@@ -179,26 +183,26 @@ class CpuBackend(Backend):
         )  # fmt: skip
         return out, lse, self._library.pq_decode(call + held.packed)
 
-    def _hold(self, tensors: tuple[Tensor | None, ...], k_nbits: int, v_nbits: int) -> Held:
+    def _hold(self, tensors: tuple[Tensor | None, ...], k_nbits: int, v_nbits: int, span: int, num_spans: int) -> Held:
         """What decode takes of the tensors that stay from call to call, noted at the first one.
 
-        The last six are maps, and the keys' scale and shift. Between two calls a model streams all of its weights, and
-        then every question to a tensor costs a microsecond.
+        The last eight are maps, the keys' scale and shift, turns and offsets. Between two calls a model streams all of
+        its weights, and then every question to a tensor costs a microsecond.
         """
-        key = (k_nbits, v_nbits, *map(id, tensors))
+        key = (k_nbits, v_nbits, span, num_spans, *map(id, tensors))
         held = self._held.get(key)
         addresses = tuple(t.data_ptr() for t in tensors if t is not None)
         versions = version(tensors[2]), version(tensors[3])
         if held is not None and held.addresses == addresses and held.versions == versions:
             return held
-        k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _, *maps, _, _ = tensors
+        k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _, *maps, _, _, _, _ = tensors
         _, heads, tiles, k_m, _ = k_pages.shape
         images = self._prepared(k_books, k_nbits, False), self._prepared(v_books, v_nbits, True)
         plain = [None if t is None else _plain(t) for t in tensors]
         packed = _DECODE_HELD.pack(
             *[0 if t is None else t.data_ptr() for t in (*plain, *images)], heads, k_books.shape[1] * k_books.shape[3],
             tiles, len(k_pages), k_m, k_nbits, v_pages.shape[3], v_nbits, sink_k.shape[2], window_k.shape[2],
-            *[0 if t is None else _DTYPES[t.dtype] for t in (k_books, v_books, *maps)],
+            span, num_spans, *[0 if t is None else _DTYPES[t.dtype] for t in (k_books, v_books, *maps)],
         )  # fmt: skip
         in_place = all(x is y for x, y in zip(plain[4:8], tensors[4:8], strict=True))
         held = Held(packed, addresses, versions, (*plain, *images), in_place)
@@ -216,20 +220,23 @@ class CpuBackend(Backend):
     def again(self, op: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         if op == "decode":
             q, page_table, nbits, scale, at = args[0], args[3], args[11:13], args[13], _DECODE_AT
-            new_shape, tensors = None, (*args[1:3], *args[5:11], *_NO_MAPS)
+            new_shape, tensors, span, num_spans = None, (*args[1:3], *args[5:11], *_NO_MAPS, None), args[14], 0
+            if span:  # a query for every span: chunks of a few tokens, which are seldom
+                return None
         elif op == "step_":
             q, page_table, nbits, scale, at = args[15], args[8], args[13:15], args[16], _STEP_AT
-            new_shape, tensors = args[6].shape, (*args[4:6], *args[11:13], *args[:4], *args[17:])
+            new_shape, tensors = args[6].shape, (*args[4:6], *args[11:13], *args[:4], *args[17:24], None)
+            span, num_spans = args[24], len(args[23]) if args[24] else 0
         else:
             return None
-        held = self._held.get((*nbits, *map(id, tensors)))
+        held = self._held.get((*nbits, span, num_spans, *map(id, tensors)))
         if held is None:
             return None
         kernel, dtype_code = self._library.pq_decode, _DTYPES[q.dtype]
         call = CALL.pack(*(0,) * 8, *q.shape[:3], page_table.shape[1], dtype_code, scale)
         launch = Launch(ctypes.cast(kernel, ctypes.c_void_p).value, call + held.packed, at)
         compiled = self.caller.repeat(held, held.versions, op, args, (launch,))
-        return compiled or repeat(held, kernel, op, q, new_shape, dtype_code)
+        return compiled or repeat(held, kernel, op, q, new_shape, dtype_code, span)
 
     def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:
         """The books as the kernel reads them, made once for a tensor; empty when it reads them as they are."""

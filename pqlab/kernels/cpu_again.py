@@ -27,14 +27,20 @@ _seen: tuple[Any, ...] = (0,)  # rows, page table and lengths that were looked a
 
 
 def repeat(
-    held: Held, kernel: Callable[[bytes], int], op: str, q: Tensor, new_shape: torch.Size | None, dtype_code: int
+    held: Held,
+    kernel: Callable[[bytes], int],
+    op: str,
+    q: Tensor,
+    new_shape: torch.Size | None,
+    dtype_code: int,
+    span: int,
 ) -> Callable[..., tuple[Tensor, Tensor] | None]:
     """`op` ("decode" or "step_") of that operation's arguments; it returns None where they are not like those that
     `held` and the rest are of, or the kernel wants more to be done.
 
     Args:
         held: of the tensors that stay from step to step.
-        q: of the call that is to be repeated; new_shape: of its k and v.
+        q, span: of the call that is to be repeated; new_shape: of its k and v.
     """
     shape, dtype, batch = q.shape, q.dtype, q.shape[0]
     rows, like_lse, address = shape[:3], torch.empty(shape[:3]), _address
@@ -63,17 +69,20 @@ def repeat(
 
         def decode(
             q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
-            k_nbits, v_nbits, scale,
+            k_nbits, v_nbits, scale, span, offsets,
         ):  # fmt: skip
             tensors = (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v)
-            return run((q,), (page_table, lengths), tensors, scale)
+            return None if span else run((q,), (page_table, lengths), tensors, scale)
 
         return decode
 
     def step_(
         sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
-        k_nbits, v_nbits, q, scale, *maps,
+        k_nbits, v_nbits, q, scale, *maps_and_span,
     ):  # fmt: skip
+        *maps, now_span = maps_and_span
+        if now_span != span:
+            return None
         tensors = (k_pages, v_pages, k_books, v_books, sink_k, sink_v, window_k, window_v)
         return run((q, k, v), (page_table, after, before), tensors + tuple(filter(_given, maps)), scale)
 

@@ -7,6 +7,9 @@ Symbols: B sequences, Hq query heads, H kv heads (H divides Hq), S queries a hea
 C = 2**nbits centroids, dm = d / M, W slots of the window. A row's tokens lie in this order::
 
     [0, sinks) exact | [sinks, sinks + coded) codes in pages | [sinks + coded, sinks + coded + window) exact ring
+
+Behind the sinks tokens have code indexes, from 0 on. Keys may be anchored (`quantization.anchors`): those with code
+indexes [r * span, (r + 1) * span) are then turned back by one position, and have a query of their own, number r.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ __all__ = ["OPS", "append_", "decode", "encode", "encode_pages_", "step_"]
 
 OPS = ("decode", "encode", "encode_pages_", "append_", "step_")
 
-_STEP_ARGS = 23  # of step_, maps and fit included
+_DECODE_ARGS, _STEP_ARGS = 16, 25
 
 _is_traced = torch.compiler.is_dynamo_compiling
 """Else an ordinary tensor needs nothing of torch's dispatcher, which takes 15 us for a dozen tensors."""
@@ -44,6 +47,8 @@ def decode(
     k_nbits: int,
     v_nbits: int,
     scale: float,
+    span: int = 0,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new queries over everything a paged PQ cache holds, read from the codes.
 
@@ -60,6 +65,11 @@ def decode(
         window_k, window_v: [B, H, W, d] in q's dtype, a ring: the token with code index u lies in slot u % W.
         k_nbits, v_nbits: 1 to 8, or 32 for the identity codec (books are not read).
         scale: factor of the scores, usually d ** -0.5.
+        span: code indexes that share an anchor, a power of two, at least `MIN_SPAN`; 0 without anchors. With them q is
+            [R, B, Hq, S, d]: the token with code index u is asked by q[u // span], sinks by q[0]. R * span reaches
+            every row's last token.
+        offsets: float32 [R, B, Hq, S], dense, only with a span: added to the scores, behind the factor, of the tokens
+            that q[r] asks.
 
     Returns:
         out [B, Hq, S, d] in q's dtype and lse float32 [B, Hq, S], the natural logarithm of the sum of the
@@ -70,7 +80,7 @@ def decode(
     """
     args = (
         q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
-        k_nbits, v_nbits, scale,
+        k_nbits, v_nbits, scale, span, offsets,
     )  # fmt: skip
     if type(q) is not Tensor or _is_traced():
         return torch.ops.pqlab.decode.default(*args)
@@ -160,6 +170,8 @@ def step_(
     v_backward: Tensor | None = None,
     k_scale: Tensor | None = None,
     k_shift: Tensor | None = None,
+    turns: Tensor | None = None,
+    span: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """One layer of a decode step: `append_`, then `decode` with the lengths `after`.
 
@@ -171,11 +183,17 @@ def step_(
     k_shift[b, h] and asks (q @ k_backward[h]^T) / k_scale[b, h]. The shift adds the same number to all scores of a
     query: its lse grows by that, out stays.
 
+    Anchored keys are turned back in front of their map, k and q by the same angles: row b stores k turned by turns[r],
+    r being its code index // span (a sink as it is), and its queries are asked turned by every turns[r] in turn. What
+    the shift adds is then another number for every span, and is taken from the scores again.
+
     Args:
         k_forward, v_forward: [H, d, d], float16, float32 or int8 in units of 1/127; None is no map.
         k_backward, v_backward: float16 or float32 [H, d, d], the inverses; of a side both or neither.
         k_scale, k_shift: float32 [B, H, d], dense, no scale 0; both or neither, and only with a map of the keys. They
             are read anew at every call: a caller changes them where they lie.
+        turns: float32 [R, 2, d/2], dense: cosines and sines of the anchors' angles (`reference.turn_back`), turns[0] of
+            none; with a map of the keys and a span, that of `decode`, only.
 
     Returns:
         out [B, Hq, S, d] and lse [B, Hq, S] of `decode`.
@@ -185,7 +203,7 @@ def step_(
     """
     args = (
         sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
-        k_nbits, v_nbits, q, scale, k_forward, k_backward, v_forward, v_backward, k_scale, k_shift,
+        k_nbits, v_nbits, q, scale, k_forward, k_backward, v_forward, v_backward, k_scale, k_shift, turns, span,
     )  # fmt: skip
     if type(q) is not Tensor or _is_traced():
         return torch.ops.pqlab.step_.default(*args)
@@ -199,7 +217,7 @@ _library = torch.library.Library("pqlab", "DEF")  # must live as long as the pro
 _library.define(
     "decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, Tensor k_books, "
     "Tensor v_books, Tensor sink_k, Tensor sink_v, Tensor window_k, Tensor window_v, int k_nbits, int v_nbits, "
-    "float scale) -> (Tensor out, Tensor lse)"
+    "float scale, int span=0, Tensor? offsets=None) -> (Tensor out, Tensor lse)"
 )
 _library.define("encode(Tensor x, Tensor books) -> Tensor")
 _library.define(
@@ -215,11 +233,22 @@ _library.define(
     "Tensor(f!) v_pages, Tensor k, Tensor v, Tensor page_table, Tensor before, Tensor after, Tensor k_books, "
     "Tensor v_books, int k_nbits, int v_nbits, Tensor q, float scale, Tensor? k_forward=None, "
     "Tensor? k_backward=None, Tensor? v_forward=None, Tensor? v_backward=None, Tensor? k_scale=None, "
-    "Tensor? k_shift=None) -> (Tensor out, Tensor lse)"
+    "Tensor? k_shift=None, Tensor? turns=None, int span=0) -> (Tensor out, Tensor lse)"
 )
 
 
+# The dispatcher leaves out what is the default.
+def _whole_decode(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*args, *(0, None)[len(args) - _DECODE_ARGS :]) if len(args) < _DECODE_ARGS else args
+
+
+def _whole_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    missing = _STEP_ARGS - len(args)
+    return (*args, *(None,) * (missing - 1), 0) if missing else args
+
+
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
+    args = _whole_decode(args)
     checks.decode(*args)
     return run("decode", args[0].device.type, args)
 
@@ -240,7 +269,7 @@ def _append(*args: Any) -> None:
 
 
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
-    args = (*args, *(None,) * (_STEP_ARGS - len(args)))  # the dispatcher leaves out what is the default
+    args = _whole_step(args)
     checks.step(*args)
     return run("step_", args[6].device.type, args)
 
@@ -255,13 +284,13 @@ _library.impl("step_", _step, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("pqlab::decode", lib=_library)
 def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    checks.decode(*args)
+    checks.decode(*_whole_decode(args))
     return _decode_results(args[0])
 
 
 def _decode_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    shape, lse_dtype = q.shape[-4:], torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(shape), q.new_empty(shape[:3], dtype=lse_dtype)
 
 
 @torch.library.register_fake("pqlab::encode", lib=_library)
@@ -282,5 +311,5 @@ def _append_fake(*args: Any) -> None:
 
 @torch.library.register_fake("pqlab::step_", lib=_library)
 def _step_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    checks.step(*args, *(None,) * (_STEP_ARGS - len(args)))
+    checks.step(*_whole_step(args))
     return _decode_results(args[15])

@@ -20,6 +20,9 @@ IDENTITY_NBITS = 32
 _CHUNK_BYTES = 64 << 20  # of the largest temporary
 _MANY = 256  # vectors a head
 
+MIN_SPAN = 64
+"""The fewest code indexes that may share an anchor: kernels take a query for each of them."""
+
 
 def decode(
     q: Tensor,
@@ -36,19 +39,34 @@ def decode(
     k_nbits: int,
     v_nbits: int,
     scale: float,
+    span: int = 0,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over sinks, coded tokens and window; see `kernels.ops.decode`. Codes are dequantized first."""
+    asked = q if span else q[None]
+    more = asked.new_zeros(asked.shape[:-1], dtype=torch.float32) if offsets is None else offsets
+    q = asked[0]
     batch, _, _, head_dim = q.shape
     page_size = k_pages.shape[2] * TILE
     sinks, coded, window = lengths.long().unbind(1)  # each [B]
     offset = torch.arange(sink_k.shape[2], device=q.device)
     out, lse = attend_dense(q, sink_k, sink_v, offset < sinks[:, None], scale, keep_precision=True)
+    lse = lse + more[0]  # all scores of a query are moved alike
 
     slots = window_k.shape[2]
     if slots:
         age = (torch.arange(slots, device=q.device) - coded[:, None]) % slots  # 0 is the oldest window token
-        part = attend_dense(q, window_k, window_v, age < window[:, None], scale, keep_precision=True)
-        out, lse = merge(out, lse, *part)
+        valid = age < window[:, None]
+        for j in range(slots // span + 2 if span else 1):  # spans that a window may reach into
+            if span:
+                number = coded // span + j
+                place = number.clamp_max(len(asked) - 1), torch.arange(batch, device=q.device)
+                queries, moved = asked[place], more[place]
+                of_span = valid & ((coded[:, None] + age) // span == number[:, None])
+            else:
+                queries, moved, of_span = q, more[0], valid
+            found, its_lse = attend_dense(queries, window_k, window_v, of_span, scale, keep_precision=True)
+            out, lse = merge(out, lse, found, its_lse + moved)
 
     num_pages = page_table.shape[1]
     if q.device.type == "cpu" and batch:  # reading the lengths costs nothing here, on a GPU it would stop the stream
@@ -56,13 +74,19 @@ def decode(
     heads = k_pages.shape[1]
     page_floats = batch * heads * page_size * head_dim
     step = max(1, _CHUNK_BYTES // (4 * max(1, page_floats)))
+    step = min(step, max(1, span // page_size)) if span else step  # pages of one span, or a page of several
     for first in range(0, num_pages, step):
         ids = page_table[:, first : min(first + step, num_pages)].clamp_min(0)
         k = dequantize(read_pages(k_pages, ids, k_nbits), k_books)
         v = dequantize(read_pages(v_pages, ids, v_nbits), v_books)
         token = first * page_size + torch.arange(k.shape[2], device=q.device)
-        part = attend_dense(q, k, v, token < coded[:, None], scale, keep_precision=True)
-        out, lse = merge(out, lse, *part)
+        for begin in range(0, k.shape[2], span or k.shape[2]):
+            part = slice(begin, begin + span if span else None)
+            number = min(int(first * page_size + begin) // span, len(asked) - 1) if span else 0
+            valid = token[part] < coded[:, None]
+            of_part = k[:, :, part], v[:, :, part], valid
+            found, its_lse = attend_dense(asked[number], *of_part, scale, keep_precision=True)
+            out, lse = merge(out, lse, found, its_lse + more[number])
     return out.to(q.dtype), lse
 
 
@@ -133,6 +157,18 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out.to(out_a.dtype), total.log() + top
 
 
+def turn_back(x: Tensor, turns: Tensor) -> Tensor:
+    """Vectors turned back by angles as a rotary embedding turns them, its pairs being (i, i + d/2); in x's dtype.
+
+    Args:
+        x: [..., d]; turns: float32 [..., 2, d/2], cosines and sines, whose leading dimensions are broadcast to x's.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    low, high = x.to(dtype).chunk(2, -1)
+    cos, sin = turns.unbind(-2)
+    return torch.cat((low * cos + high * sin, high * cos - low * sin), -1).to(x.dtype)
+
+
 def apply_map(x: Tensor, matrix: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """x [..., g*H, n, d] times matrix [H, d, d], in x's dtype; the g query heads of a group follow each other.
 
@@ -150,6 +186,13 @@ def apply_map(x: Tensor, matrix: Tensor, scale: Tensor | None = None, shift: Ten
         y = y.unflatten(-3, (heads, -1)) * scale[..., None, None, :]  # [..., H, g, n, d]
         y = (y if shift is None else y + shift[..., None, None, :]).flatten(-4, -3)
     return y.to(x.dtype)
+
+
+def times_heads(x: Tensor, vectors: Tensor) -> Tensor:
+    """float32 [..., g*H, n]: products of x [..., g*H, n, d] with the vector of each kv head, [..., H, d]."""
+    heads = vectors.shape[-2]
+    by_head = x.float().unflatten(-3, (heads, -1)) * vectors[..., None, None, :]
+    return by_head.sum(-1).flatten(-3, -2)
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:

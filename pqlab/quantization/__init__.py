@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .calibrate import calibrate, origin_of, train
+from .anchors import SPAN, Anchors
+from .calibrate import anchors_of, calibrate, origin_of, train
 from .codebook import Codebooks, LayerCodec, Origin
 from .codebook_file import CodebookError
 from .codec import Codec, IdentityCodec, PQCodec
@@ -13,6 +14,8 @@ from .merged import merged_head_dim, train_merged
 from .samples import Samples, collect_kv, record_kv
 
 __all__ = [
+    "SPAN",
+    "Anchors",
     "CodebookError",
     "Codebooks",
     "Codec",
@@ -22,6 +25,7 @@ __all__ = [
     "PQCodec",
     "PQSpec",
     "Samples",
+    "anchors_of",
     "attention_geometry",
     "calibrate",
     "collect_kv",

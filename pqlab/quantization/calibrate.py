@@ -22,11 +22,13 @@ from ..errors import ConfigError
 from ..models import fingerprint
 from ..models.texts import BETWEEN
 from ..paging.layout import SIDES
+from .anchors import Anchors, check_span
 from .codebook import Codebooks, LayerCodec, Origin
 from .codec import PQCodec, to_float, to_half
 from .geometry import PQSpec, attention_geometry, num_layers, setting
 from .kmeans import ITERATIONS, product_kmeans
 from .maps import alike, balanced_map, compact_map
+from .rotary import Rotary
 from .samples import NUM_SINKS, NUM_TOKENS, Samples, collect_kv, window_for
 from .sensitivity import value_metrics
 
@@ -62,6 +64,7 @@ def calibrate(
     maps: bool = True,
     weighted: bool = True,
     scope: str = "head",
+    span: int = 0,
     iterations: int = ITERATIONS,
     seed: int = 0,
     text_name: str = "",
@@ -79,18 +82,24 @@ def calibrate(
             weighted by queries; a model whose attention shows none is calibrated without, which is logged.
         scope: what shares a codebook, one of `SCOPES`: "head" (every kv head has its own), "layer" (the kv heads of a
             layer share one) or "model" (one for K and one for V of all layers). Maps are per head either way.
+        span: tokens whose keys are turned back to one anchor (`anchors.SPAN` is a good number); 0 leaves keys as the
+            model makes them.
         iterations: of k-means.
         text_name: for people; it is kept in `Codebooks.origin` with the text's hash.
         progress: True draws bars, False is silent, a function is called with (stage, done, total).
 
     Raises:
         ValueError: the text gives no sample, or the model's keys and values are not finite.
-        ConfigError: M does not divide the head size.
+        ConfigError: M does not divide the head size; or the span is none, or goes without maps or with a model whose
+            rotary embedding cannot be undone.
         UnsupportedModelError: the model has nothing to quantize.
     """
     for i, (_, head_dim) in attention_geometry(model).items():
         for pq in setting(config, i):
             pq.num_subspaces(head_dim)  # raises before the long work
+    anchors = anchors_of(model, span)
+    if anchors and not maps:
+        raise ConfigError(f"span = {span} goes with maps only; leave maps on, or span at 0")
     with _reporting(progress) as report:
         samples = collect_kv(
             model,
@@ -108,6 +117,7 @@ def calibrate(
             maps=maps,
             weighted=weighted,
             scope=scope,
+            anchors=anchors,
             iterations=iterations,
             seed=seed,
             report=report,
@@ -119,10 +129,22 @@ def calibrate(
         maps=maps,
         weighted=weighted and bool(samples.sensitivity),
         scope=scope,
+        span=span,
         iterations=iterations,
         seed=seed,
     )
     return Codebooks(layers, origin)
+
+
+def anchors_of(model: PreTrainedModel, span: int) -> Anchors | None:
+    """What keys of a model are turned back to, span by span; None for a span of 0.
+
+    Raises `ConfigError` for a span that is none, and where the model's rotary embedding cannot be undone (`Rotary`).
+    """
+    if not span:
+        return None
+    check_span(span)
+    return Anchors(span, Rotary(model).frequencies)
 
 
 def origin_of(model: PreTrainedModel, text: str | Sequence[str], samples: Samples, text_name: str = "") -> Origin:
@@ -152,6 +174,7 @@ def train(
     maps: bool = True,
     weighted: bool = True,
     scope: str = "head",
+    anchors: Anchors | None = None,
     iterations: int = ITERATIONS,
     seed: int = 0,
     report: Report | None = None,
@@ -161,6 +184,7 @@ def train(
     Args:
         value_metrics: [H, d, d] by layer index, `sensitivity.value_metrics(model)`; a missing one is the identity.
         maps, weighted, scope: see `calibrate`.
+        anchors: what keys are turned back to, of `anchors_of`.
     """
     if scope not in SCOPES:
         raise ConfigError(f"scope = {scope!r} is not one of {', '.join(SCOPES)}")
@@ -185,6 +209,9 @@ def train(
     report(STAGES[1], 1, 1)
 
     parts = {"k": samples.keys, "v": samples.values}
+    if anchors:
+        index = samples.code_indexes()
+        parts["k"] = {i: anchors.back(x, index.to(x.device)) for i, x in samples.keys.items()}
     device = next(iter(samples.keys.values())).device
     sharers = {
         key: _sharers([parts[side][i].shape[0] for i, side in members], scope) for key, members in batches.items()
@@ -206,7 +233,7 @@ def train(
                 else:
                     forward, backward = alike(x, forward, backward, m)
                 directions.append((forward, backward))
-                moments.append(_moments(x @ to_float(forward)) if side == "k" else {})
+                moments.append({**_moments(x @ to_float(forward)), "anchors": anchors} if side == "k" else {})
             both = seen.weights() if weighted and seen else None
             weights.append(torch.ones_like(x[..., 0]) if both is None else both[SIDES.index(side)].to(device))
         sides = [parts[side][i] for i, side in members]

@@ -1,7 +1,7 @@
 """Codebooks of a whole model: a codec per (layer, side), where they come from, and the file they live in.
 
 The file is one safetensors file. Its metadata holds a JSON text under "pqlab" (`Codebooks.header`); its tensors are
-named `layers.<layer>.<k|v>.<centroids|forward|backward|mean|spread>`.
+named `layers.<layer>.<k|v>.<centroids|forward|backward|mean|spread|frequencies>`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from ..config import PQConfig
 from ..models import fingerprint
 from ..paging.layout import SIDES, PageLayout
+from .anchors import Anchors
 from .codebook_file import CodebookError, read, write
 from .codec import Codec, IdentityCodec, PQCodec
 from .geometry import Geometry, PQSpec, attention_geometry, describe, num_layers, setting
@@ -60,6 +61,7 @@ class Origin:
     weighted: bool = False
     scope: str = "head"
     iterations: int = 0
+    span: int = 0  # tokens whose keys share an anchor; 0: without anchors
     seed: int = 0
     pqlab_version: str = ""
 
@@ -170,7 +172,21 @@ class Codebooks:
         return replace(self, layers=layers)
 
     def to(self, device: torch.device | str) -> Codebooks:
-        return Codebooks({i: layer.to(device) for i, layer in self.layers.items()}, self.origin, self.exact)
+        layers = {i: layer.to(device) for i, layer in self.layers.items()}
+        anchors = {id(layer.k.anchors): layer.k.anchors for layer in self.layers.values() if layer.k.anchors}
+        moved = {key: one.to(device) for key, one in anchors.items()}  # one table of turns for all layers again
+        layers = {
+            i: replace(layer, k=replace(layer.k, anchors=moved[id(self.layers[i].k.anchors)]))
+            if layer.k.anchors
+            else layer
+            for i, layer in layers.items()
+        }
+        return Codebooks(layers, self.origin, self.exact)
+
+    @property
+    def span(self) -> int:
+        """Tokens whose keys share an anchor, 0 without anchors; the same in all layers."""
+        return next((layer.k.anchors.span for layer in self.layers.values() if layer.k.anchors), 0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every stored tensor by its name in the file."""
@@ -204,7 +220,10 @@ class Codebooks:
         layers = []
         for i, layer in self.layers.items():
             heads, d = layer.geometry
-            sides = {s: {"M": c.num_subspaces, "nbits": c.nbits} for s, c in (("k", layer.k), ("v", layer.v))}
+            sides = {
+                s: {"M": c.num_subspaces, "nbits": c.nbits, **({"span": c.anchors.span} if c.anchors else {})}
+                for s, c in zip(SIDES, (layer.k, layer.v), strict=True)
+            }
             layers.append({"layer": i, "heads": heads, "head_dim": d, **sides})
         exact = [{"layer": i, "heads": heads, "head_dim": d} for i, (heads, d) in self.exact.items()]
         return {"origin": asdict(self.origin), "layers": layers, **({"exact": exact} if exact else {})}
@@ -234,7 +253,8 @@ class Codebooks:
         name = Path(path).name
         header, tensors = read(path)
         try:
-            layers = {entry["layer"]: _layer(entry, tensors) for entry in header["layers"]}
+            made: dict[tuple[int, int], Anchors] = {}
+            layers = {entry["layer"]: _layer(entry, tensors, made) for entry in header["layers"]}
             exact = {entry["layer"]: (entry["heads"], entry["head_dim"]) for entry in header.get("exact", ())}
             books = cls(layers, Origin(**header["origin"]), exact)
         except (KeyError, TypeError, ValueError) as error:
@@ -287,7 +307,8 @@ class Codebooks:
 def _parts(codec: Codec) -> dict[str, torch.Tensor]:
     if not isinstance(codec, PQCodec):
         return {}
-    return {name: tensor for name in _PARTS if (tensor := getattr(codec, name)) is not None}
+    parts = {name: tensor for name in _PARTS if (tensor := getattr(codec, name)) is not None}
+    return parts | ({"frequencies": codec.anchors.frequencies} if codec.anchors else {})
 
 
 def _stored_bytes(tensor: torch.Tensor) -> int:
@@ -296,12 +317,22 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
     return prod(sizes) * tensor.element_size()
 
 
-def _layer(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> LayerCodec:
-    """One layer of a file; its tensors have to be what its header entry says."""
+def _layer(
+    entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], made: dict[tuple[int, int], Anchors]
+) -> LayerCodec:
+    """One layer of a file; its tensors have to be what its header entry says.
+
+    Args:
+        made: anchors of earlier layers: those of one table of frequencies are one object, which knows its turns.
+    """
     pair = []
     for side in SIDES:
         prefix = f"layers.{entry['layer']}.{side}."
-        codec = PQCodec(**{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if (frequencies := parts.pop("frequencies", None)) is not None:
+            span = entry[side]["span"]
+            parts["anchors"] = made.setdefault((span, frequencies.data_ptr()), Anchors(span, frequencies))
+        codec = PQCodec(**parts)
         have = (codec.num_heads, codec.head_dim, codec.num_subspaces, codec.nbits)
         said = (entry["heads"], entry["head_dim"], entry[side]["M"], entry[side]["nbits"])
         if have != said:

@@ -9,6 +9,9 @@ Attention never has to leave code space: q . x = (q @ backward^T) . y for keys, 
 sum_t p_t x_t = (sum_t p_t y_t) @ backward. So a cache keeps its exact tokens in code space too (`to_code_space`), asks
 with `map_query(q)` and brings the output home with `from_code_space`. Without a map all three return their argument.
 
+Keys may be turned back to anchors in front of all that (`anchors`); a codec knows by which, and a cache, which knows
+where a token stands, turns them. To a codec "head space" is then what it is given: keys that are turned back.
+
 Keys of a text that the calibration never saw spread wider than what the centroids were made for. `PQCodec.fit` says,
 from the first tokens of a sequence, how much a cache has to narrow them, dimension by dimension.
 """
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from ..kernels import ops, reference
 from ..paging.layout import PageLayout
+from .anchors import Anchors
 
 DTYPES = (torch.float16, torch.float32)
 """Of centroids and maps."""
@@ -95,6 +99,11 @@ class Codec(Protocol):
         """Whether keys can be fitted to a sequence; see `PQCodec.fit`."""
         ...
 
+    @property
+    def anchors(self) -> Anchors | None:
+        """What keys are turned back to before they come here; None: they come as the model made them."""
+        ...
+
     def page_layout(self, page_size: int) -> PageLayout: ...
     def to(self, device: torch.device | str) -> Codec: ...
 
@@ -108,6 +117,7 @@ class _Spaces:
     forward: Tensor | None = None
     backward: Tensor | None = None
     can_fit = False
+    anchors: Anchors | None = None
 
     def to_code_space(self, x: Tensor) -> Tensor:
         return x
@@ -138,6 +148,7 @@ class PQCodec(_Spaces):
         forward, backward: [H, d, d] with d = M * dm and backward[h] the inverse of forward[h]; both or neither.
         mean, spread: [H, d], mean and standard deviation of the calibration's vectors in code space, for `fit`; both or
             neither, and only with a map.
+        anchors: what keys were turned back to, only with a map.
     """
 
     centroids: Tensor
@@ -145,6 +156,7 @@ class PQCodec(_Spaces):
     backward: Tensor | None = None
     mean: Tensor | None = None
     spread: Tensor | None = None
+    anchors: Anchors | None = None
 
     def __post_init__(self) -> None:
         if self.centroids.dim() != 4 or self.centroids.dtype not in DTYPES:
@@ -166,6 +178,9 @@ class PQCodec(_Spaces):
         for name, moment in (("mean", self.mean), ("spread", self.spread)):
             if moment is not None and (tuple(moment.shape) != want[:2] or moment.dtype not in DTYPES):
                 raise ValueError(f"{name} must be {list(want[:2])} of float, got {moment.dtype} {list(moment.shape)}")
+        if self.anchors is not None and (self.forward is None or 2 * len(self.anchors.frequencies) != self.head_dim):
+            pairs = len(self.anchors.frequencies)
+            raise ValueError(f"anchors of {pairs} pairs need a map, and {2 * pairs} dimensions; got {self.head_dim}")
 
     @property
     def num_heads(self) -> int:
@@ -233,6 +248,8 @@ class PQCodec(_Spaces):
     def to(self, device: torch.device | str) -> PQCodec:
         """The codec on a device. On CUDA its centroids are float32: the kernels there read them so."""
         moved = self._each(lambda tensor: tensor.to(device).contiguous())
+        if self.anchors is not None:
+            moved = replace(moved, anchors=self.anchors.to(device))
         return moved._each(to_float, maps=False) if torch.device(device).type == "cuda" else moved
 
     def half(self) -> PQCodec:

@@ -31,6 +31,7 @@ def default_codebooks(
     *,
     text: str = CALIBRATION_TEXT,
     scope: str = "head",
+    span: int = 0,
     progress: bool = True,
 ) -> Codebooks:
     """Codebooks of `model` at the setting `pq`, calibrated once and kept in the cache directory.
@@ -40,12 +41,12 @@ def default_codebooks(
 
     Args:
         text: what to calibrate on: the name of a shipped text or mix, or the path of a text file.
-        scope: what shares a codebook; see `calibrate`.
+        scope, span: what shares a codebook, and how many tokens share an anchor; see `calibrate`.
     """
-    path = default_codebooks_path(model, pq, text=text, scope=scope)
+    path = default_codebooks_path(model, pq, text=text, scope=scope, span=span)
 
     def build(target: Path) -> None:
-        settings = {"scope": scope, "text_name": Path(text).name, "progress": progress}
+        settings = {"scope": scope, "span": span, "text_name": Path(text).name, "progress": progress}
         calibrate(model, tokenizer, calibration_text(text), pq, **settings).save(target)
 
     what = f"the codebooks {path.name}"
@@ -58,12 +59,18 @@ def default_codebooks(
 
 
 def default_codebooks_path(
-    model: PreTrainedModel, pq: PQConfig = PQConfig(), *, text: str = CALIBRATION_TEXT, scope: str = "head"
+    model: PreTrainedModel,
+    pq: PQConfig = PQConfig(),
+    *,
+    text: str = CALIBRATION_TEXT,
+    scope: str = "head",
+    span: int = 0,
 ) -> Path:
     """The file that `default_codebooks` keeps; it need not exist yet."""
     subspaces = sorted({pq.num_subspaces(head_dim) for _, head_dim in attention_geometry(model).values()})
     key = hashlib.sha256(_quantizer_version().encode() + load_text(text).encode()).hexdigest()[:8]
     size = f"M{'-'.join(map(str, subspaces))}-{pq.nbits}bit" + ("" if scope == "head" else f"-per-{scope}")
+    size += f"-span{span}" if span else ""
     return cache_dir() / "codebooks" / f"{fingerprint(model)}-{size}-{Path(text).stem}-{key}.safetensors"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..transformers_api import cache_argument
 from .geometry import attention_geometry, describe, text_config
 from .kmeans import Progress
@@ -46,6 +46,14 @@ class Samples:
         """Those of some layers."""
         parts = ({i: part[i] for i in layers if i in part} for part in (self.keys, self.values, self.sensitivity))
         return Samples(*parts, self.positions)
+
+    def code_indexes(self, num_sinks: int = NUM_SINKS) -> Tensor:
+        """int64 [n]: where each sample would lie among the codes of one long text, as `anchors` counts."""
+        if self.positions is None:
+            raise ConfigError(
+                "nobody wrote down the positions of these samples, which anchors need; collect them again"
+            )
+        return self.positions - num_sinks
 
     @property
     def num_samples(self) -> int:

@@ -56,13 +56,13 @@ static_assert(sizeof(at::TensorBase) == sizeof(void*), "a tensor is a pointer to
 
 // Where the arguments of an operation of kernels/ops.py stand.
 struct Places {
-    Py_ssize_t count, q, page_table, lengths, scale;
+    Py_ssize_t count, q, page_table, lengths, scale, span;
     Py_ssize_t k, v, before;       // of a step; else negative
     std::vector<Py_ssize_t> held;  // tensors that stay from call to call, the codebooks first
 };
 
-const Places DECODE{14, 0, 3, 4, 13, -1, -1, -1, {5, 6, 1, 2, 7, 8, 9, 10}};
-const Places STEP{23, 15, 8, 10, 16, 6, 7, 9, {11, 12, 0, 1, 2, 3, 4, 5, 17, 18, 19, 20, 21, 22}};
+const Places DECODE{16, 0, 3, 4, 13, 14, -1, -1, -1, {5, 6, 1, 2, 7, 8, 9, 10}};
+const Places STEP{25, 15, 8, 10, 16, 24, 6, 7, 9, {11, 12, 0, 1, 2, 3, 4, 5, 17, 18, 19, 20, 21, 22, 23}};
 
 // What differs from call to call, in the order of `caller.ADDRESSES`.
 enum Address { Q, PAGE_TABLE, LENGTHS, OUT, LSE, K, V, BEFORE, ADDRESSES };
@@ -108,6 +108,7 @@ struct Known {
     Shape q_shape, new_shape;
     std::array<int64_t, 2> table_shape;
     double scale;
+    long span;
     bool on_stream = false;
     void* stream = nullptr;
     int (*is_capturing)(void* stream) = nullptr;
@@ -185,7 +186,8 @@ PyObject* repeated(const Known& known, PyObject* const* args, Py_ssize_t count) 
         if (!given[K] || !given[V] || !given[BEFORE]) return nullptr;
     }
     const double scale = PyFloat_AsDouble(args[at.scale]);
-    if (PyErr_Occurred() || scale != known.scale) return nullptr;
+    const long span = PyLong_AsLong(args[at.span]);
+    if (PyErr_Occurred() || scale != known.scale || span != known.span) return nullptr;
     std::optional<c10::DeviceGuard> guard;
     if (known.on_stream) {
         guard.emplace(known.device);
@@ -283,6 +285,7 @@ PyObject* repeat(PyObject*, PyObject* given) try {
         (at.k >= 0 && !shape_of(PyTuple_GET_ITEM(args, at.k), known->new_shape)))
         return PyErr_Format(PyExc_ValueError, "tensors of %s have other dimensions", op);
     known->scale = PyFloat_AsDouble(PyTuple_GET_ITEM(args, at.scale));
+    known->span = PyLong_AsLong(PyTuple_GET_ITEM(args, at.span));
     if (PyErr_Occurred()) return nullptr;
     for (const Py_ssize_t place : at.held) {
         PyObject* object = PyTuple_GET_ITEM(args, place);

@@ -14,7 +14,7 @@ enum pq_result : int {
 };
 
 struct pq_decode_args {
-    const void* q;              // [B, Hq, S, d]
+    const void* q;              // [B, Hq, S, d], or [num_spans, B, Hq, S, d]: with a span and no turns
     const int32_t* page_table;  // [B, table_width]
     const int32_t* lengths;     // [B, 3]: sinks, coded, window
     void* out;                  // [B, Hq, S, d]
@@ -39,10 +39,14 @@ struct pq_decode_args {
     const void *k_forward, *k_backward, *v_forward, *v_backward;
     // [B, H, d], null without: (k @ k_forward) * k_scale + k_shift is stored, (q @ k_backward^T) / k_scale asks.
     const float *k_scale, *k_shift;
+    // [num_spans, 2, d / 2], cosines and sines, null without: k and q are turned back by them in front of the maps.
+    const float* turns;
+    const float* offsets;  // [num_spans, B, Hq, S], null without: added to the scores; with turns and k_shift made here
     const void* k_prepared;  // the books by `pq_prepare_book`; null where `pq_book_bytes` is 0
     const void* v_prepared;
     int64_t heads, head_dim, tiles, max_pages;
     int64_t k_m, k_nbits, v_m, v_nbits, num_sinks, window_slots;
+    int64_t span, num_spans;  // code indexes that share a query; 0: all do
     int64_t k_book_dtype, v_book_dtype;  // float32 or float16
     int64_t k_forward_dtype, k_backward_dtype, v_forward_dtype, v_backward_dtype;  // the same, or int8 / 127
 };

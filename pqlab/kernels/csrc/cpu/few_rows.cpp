@@ -1,8 +1,6 @@
-// Codes for 1 to 4 query rows: tables are looked up, a block of tokens at a time (lookup.h).
+// Codes for 1 to 4 query rows: entries are looked up, a block of tokens at a time (lookup.h).
 #include "lookup.h"
 #include "segment.h"
-
-#ifndef PQ_PERMUTE
 
 namespace pq {
 namespace {
@@ -53,13 +51,13 @@ void attend_codes(const Decode& job, const Segment& segment, const Book& k, cons
     s.weights.resize(size_t(ROWS * BLOCK_TOKENS * repeats));
     s.sums.assign(size_t(ROWS * v.entries() * WIDTH), 0.f);
     s.codes.resize(size_t(std::max(a.k_m, a.v_m) * CODE_STRIDE));
-    Buffer<float>& q = s.k;  // [ROWS][entries][width], zero where the book is padded
-    q.assign(size_t(ROWS * k.entries() * k.width), 0.f);
-    for (int64_t e = 0; e < k.entries(); e++)
-        for (int64_t i = 0; i < k.width; i++)
-            if (k.dim(e, i) >= 0)
-                for (int r = 0; r < ROWS; r++)
-                    q[size_t((r * k.entries() + e) * k.width + i)] = s.q[size_t(r * d + k.dim(e, i))];
+    const int64_t first_span = job.span_of_tile(segment.first_tile);
+    const int64_t spans = job.span_of_tile(segment.last_tile - 1) + 1 - first_span, q_floats = k.entries() * k.width;
+    s.by_entry.assign(size_t(spans * ROWS * q_floats), 0.f);  // [spans][ROWS][entries][width], zero in a book's padding
+    for (int64_t r = 0; r < spans * ROWS; r++)
+        for (int64_t e = 0; e < k.entries(); e++)
+            for (int64_t i = 0; i < k.width; i++)
+                if (k.dim(e, i) >= 0) s.by_entry[size_t(r * q_floats + e * k.width + i)] = s.q[size_t(r * d + k.dim(e, i))];
 
     float m[ROWS], l[ROWS];
     for (int r = 0; r < ROWS; r++) m[r] = -INFINITY, l[r] = 0.f;
@@ -71,7 +69,17 @@ void attend_codes(const Decode& job, const Segment& segment, const Book& k, cons
         job.find_v(segment.pair, tile, n, s.v_tiles);
         unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
         const Ahead values{s.v_tiles.data(), n, a.v_m * 2 * a.v_nbits};
-        score<ROWS>(s.codes.data(), n, k, q.data(), s.scores.data(), values);
+        for (int64_t at = 0, part; at < n; at += part) {  // tiles of one span
+            part = std::min(n, job.span_end(tile + at) - tile) - at;
+            const float* q = s.by_entry.data() + (job.span_of_tile(tile + at) - first_span) * ROWS * q_floats;
+            score<ROWS>(s.codes.data() + at * TILE, part, k, q, s.scores.data() + at * TILE, at ? Ahead{} : values);
+            if (!job.moves()) continue;
+            for (int r = 0; r < ROWS; r++) {
+                const float moved = s.offsets[size_t((job.span_of_tile(tile + at) - first_span) * ROWS + r)];
+                float* p = s.scores.data() + r * BLOCK_TOKENS + at * TILE;
+                for (int64_t t = 0; t < part * TILE; t++) p[t] += moved;
+            }
+        }
         for (int r = 0; r < ROWS; r++) {
             float* p = s.scores.data() + r * BLOCK_TOKENS;
             for (int64_t t = tokens; t < n * TILE; t++) p[t] = -INFINITY;
@@ -101,7 +109,7 @@ void attend_codes(const Decode& job, const Segment& segment, const Book& k, cons
 
 }  // namespace
 
-void Decode::run_lookup(const Segment& segment, const Segment*, Scratch& s, const Rows& rows) const {
+void Decode::run_entries(const Segment& segment, Scratch& s, const Rows& rows) const {
     const Book k = k_book(segment.pair, s);
     const Book v = v_book(segment.pair, s);
     switch (rows.count) {
@@ -113,4 +121,3 @@ void Decode::run_lookup(const Segment& segment, const Segment*, Scratch& s, cons
 }
 
 }  // namespace pq
-#endif

@@ -143,7 +143,7 @@ void attend(const Decode& job, const Segment& segment, const Coming& coming, con
 
 }  // namespace
 
-void Decode::run_lookup(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const {
+void Decode::run_planes(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const {
     for (int64_t r = 0; r < rows.count; r += LOOKUP_ROWS) {
         const int64_t n = std::min(LOOKUP_ROWS, rows.count - r);
         const Coming coming(*this, segment, r + n == rows.count ? next : nullptr, s.coming);

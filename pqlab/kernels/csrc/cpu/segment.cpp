@@ -41,6 +41,16 @@ void dequantize_values(const Book& book, const uint8_t* codes, int64_t n, float*
     }
 }
 
+// x [d] turned back by the angles of turn: cosines [d / 2], sines [d / 2] of the pairs (i, i + d / 2).
+void turn_back(float* x, const float* turn, int64_t d) {
+    const int64_t half = d / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float low = x[i], high = x[i + half], cos = turn[i], sin = turn[half + i];
+        x[i] = low * cos + high * sin;
+        x[i + half] = high * cos - low * sin;
+    }
+}
+
 }  // namespace
 
 // Codes for many query rows: a block is dequantized once, then it is a small matrix product (dense.h).
@@ -52,8 +62,9 @@ void Decode::run_dense(const Segment& segment, Scratch& s, const Rows& rows) con
     s.v.assign(size_t(BLOCK * width), 0.f);
     s.codes.resize(size_t(std::max(a.k_m, a.v_m) * CODE_STRIDE));
     constexpr int64_t TILES = BLOCK / TILE;
-    for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += TILES) {
-        const int64_t n = std::min(TILES, segment.last_tile - tile);
+    const int64_t first_span = span_of_tile(segment.first_tile);
+    for (int64_t tile = segment.first_tile, n; tile < segment.last_tile; tile += n) {
+        n = std::min({TILES, segment.last_tile - tile, span_end(tile) - tile});
         find_k(segment.pair, tile, n, s.k_tiles);
         find_v(segment.pair, tile, n, s.v_tiles);
         unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
@@ -66,24 +77,30 @@ void Decode::run_dense(const Segment& segment, Scratch& s, const Rows& rows) con
         find_v(segment.pair, tile + n, coming, s.v_tiles);
         Ahead{s.k_tiles.data(), coming, a.k_m * 2 * a.k_nbits}.fetch(INT64_MAX);
         Ahead{s.v_tiles.data(), coming, a.v_m * 2 * a.v_nbits}.fetch(INT64_MAX);
-        attend_block(s.q.data(), rows, Block{int(tokens), s.kt.data(), nullptr, s.v.data(), 0, width});
+        const Block block{int(tokens), s.kt.data(), nullptr, s.v.data(), 0, width};
+        attend(span_of_tile(tile) - first_span, block, s, rows);
     }
 }
 
 void Decode::run_exact(int64_t pair, Scratch& s, const Rows& rows) const {
     const int64_t d = a.head_dim;
     const int32_t* length = a.lengths + pair / a.heads * 3;
-    const auto range = [&](const void* k, const void* v, int64_t slots, int64_t begin, int64_t end) {
+    const auto range = [&](const void* k, const void* v, int64_t slots, int64_t begin, int64_t end, int64_t span) {
         for (int64_t first = begin; first < end; first += BLOCK) {
             const int n = int(std::min<int64_t>(BLOCK, end - first));
-            attend_block(s.q.data(), rows, exact_block(k, v, (pair * slots + first) * d, n, s));
+            attend(span, exact_block(k, v, (pair * slots + first) * d, n, s), s, rows);
         }
     };
-    range(a.sink_k, a.sink_v, a.num_sinks, 0, length[0]);
-    if (length[2]) {  // the ring: one or two runs of slots
-        const int64_t begin = length[1] % a.window_slots, end = begin + length[2];
-        range(a.window_k, a.window_v, a.window_slots, begin, std::min(end, a.window_slots));
-        if (end > a.window_slots) range(a.window_k, a.window_v, a.window_slots, 0, end - a.window_slots);
+    if (a.span) ask(pair, 0, 0, s);
+    range(a.sink_k, a.sink_v, a.num_sinks, 0, length[0], 0);
+    if (!length[2]) return;
+    const int64_t first = length[1], end = first + length[2], first_span = span_of(first);
+    if (a.span) ask(pair, first_span, span_of(end - 1), s);
+    for (int64_t u = first, n; u < end; u += n) {  // runs of slots of one span: the ring is one or two of them
+        const int64_t slot = u % a.window_slots;
+        n = std::min(end - u, a.window_slots - slot);
+        if (a.span) n = std::min(n, a.span - u % a.span);
+        range(a.window_k, a.window_v, a.window_slots, slot, slot + n, span_of(u) - first_span);
     }
 }
 
@@ -131,35 +148,67 @@ void Decode::store_token(int64_t pair, Scratch& s) const {
     const bool sink = token < a.num_sinks;
     const int64_t slots = sink ? a.num_sinks : a.window_slots;
     const int64_t place = sink ? token : (token - a.num_sinks) % a.window_slots;
-    const auto put = [&](const void* from, const void* to, const Map& map, const float* scale, const float* shift) {
+    const auto put = [&](const void* from, const void* to, const Map& map, const float* scale, const float* shift,
+                         const float* turn) {
         s.mapped.resize(size_t(2 * d));
         float *x = s.mapped.data(), *y = x + d;
         to_float(x, from, pair * d, d, a.dtype);
+        if (turn) turn_back(x, turn, d);
         if (map) multiply(x, 1, map, d, false, y);
         if (scale)
             for (int64_t i = 0; i < d; i++) y[i] = y[i] * scale[i] + shift[i];
         from_float(const_cast<void*>(to), (pair * slots + place) * d, map ? y : x, d, a.dtype);
     };
-    put(a.k, sink ? a.sink_k : a.window_k, k_forward(pair), of_pair(a.k_scale, pair), of_pair(a.k_shift, pair));
-    put(a.v, sink ? a.sink_v : a.window_v, v_forward(pair), nullptr, nullptr);
+    const float* turn = a.turns && !sink ? a.turns + span_of(token - a.num_sinks) * d : nullptr;
+    put(a.k, sink ? a.sink_k : a.window_k, k_forward(pair), of_pair(a.k_scale, pair), of_pair(a.k_shift, pair), turn);
+    put(a.v, sink ? a.sink_v : a.window_v, v_forward(pair), nullptr, nullptr, nullptr);
+}
+
+void Decode::ask(int64_t pair, int64_t first, int64_t last, Scratch& s) const {
+    const int64_t d = a.head_dim, floats = group_rows * d, all = (last + 1 - first) * floats;
+    s.q.resize(size_t(all));
+    for (int64_t r = first; r <= last; r++) {
+        const int64_t given = a.turns ? pair : r * a.batch * a.heads + pair;
+        float* q = s.q.data() + (r - first) * floats;
+        to_float(q, a.q, given * floats, floats, a.dtype, float(a.scale));
+        if (a.turns && r)
+            for (int64_t at = 0; at < floats; at += d) turn_back(q + at, a.turns + r * d, d);
+    }
+    if (a.offsets) {
+        s.offsets.resize(size_t(all / d));
+        for (int64_t r = first; r <= last; r++)
+            std::copy_n(a.offsets + (r * a.batch * a.heads + pair) * group_rows, group_rows,
+                        s.offsets.data() + (r - first) * group_rows);
+    }
+    const Map map = k_backward(pair);
+    if (!map) return;
+    s.mapped.resize(size_t(all));
+    multiply(s.q.data(), all / d, map, d, true, s.mapped.data());
+    s.q.swap(s.mapped);
+    if (const float* scale = of_pair(a.k_scale, pair))
+        for (int64_t at = 0; at < all; at += d)
+            for (int64_t i = 0; i < d; i++) s.q[size_t(at + i)] /= scale[i];
+    if (!a.turns || !a.k_shift) return;
+    s.offsets.resize(size_t(all / d));
+    const float* shift = of_pair(a.k_shift, pair);
+    for (int64_t at = 0; at < all; at += d) {
+        float sum = 0.f;
+        for (int64_t i = 0; i < d; i++) sum += s.q[size_t(at + i)] * shift[i];
+        s.offsets[size_t(at / d)] = -sum;
+    }
 }
 
 void Decode::run(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const {
-    const int64_t d = a.head_dim;
     rows.clear();
-    s.q.resize(size_t(group_rows * d));
-    to_float(s.q.data(), a.q, segment.pair * group_rows * d, group_rows * d, a.dtype, float(a.scale));
-    if (const Map map = k_backward(segment.pair)) {
-        s.mapped.resize(size_t(group_rows * d));
-        multiply(s.q.data(), group_rows, map, d, true, s.mapped.data());
-        s.q.swap(s.mapped);
-        if (const float* scale = of_pair(a.k_scale, segment.pair))
-            for (int64_t at = 0; at < group_rows * d; at += d)
-                for (int64_t i = 0; i < d; i++) s.q[size_t(at + i)] /= scale[i];
-    }
-    if (segment.first_tile < segment.last_tile) {
-        if (few_rows()) run_lookup(segment, next, s, rows);
-        else run_dense(segment, s, rows);
+    const bool codes = segment.first_tile < segment.last_tile;
+    if (codes) ask(segment.pair, span_of_tile(segment.first_tile), span_of_tile(segment.last_tile - 1), s);
+    else if (!a.span) ask(segment.pair, 0, 0, s);
+    if (codes && planes()) {
+        if constexpr (PLANE_ROWS > 0) run_planes(segment, next, s, rows);
+    } else if (codes && entries()) {
+        run_entries(segment, s, rows);
+    } else if (codes) {
+        run_dense(segment, s, rows);
     }
     if (!segment.exact) return;
     if (a.k) store_token(segment.pair, s);

@@ -16,9 +16,9 @@ namespace pq {
 
 constexpr int64_t LOOKUP_ROWS = 4;  // that share a look-up
 #ifdef PQ_PERMUTE
-constexpr int64_t FEW_ROWS = 12;  // more query rows than this: dequantize blocks instead
+constexpr int64_t PLANE_ROWS = 12;  // more query rows than this: dequantize blocks instead
 #else
-constexpr int64_t FEW_ROWS = LOOKUP_ROWS;
+constexpr int64_t PLANE_ROWS = 0;
 #endif
 
 struct Segment {
@@ -28,7 +28,7 @@ struct Segment {
 
 // Memory of one thread; grows, is kept for the next call.
 struct Scratch {
-    Buffer<float> q, mapped, scores, weights, sums, k, kt, v, k_wide, v_wide;
+    Buffer<float> q, offsets, mapped, by_entry, scores, weights, sums, k, kt, v, k_wide, v_wide;
     BookMemory k_book, v_book;
     Buffer<uint8_t> codes;
     std::vector<const uint8_t*> k_tiles, v_tiles;
@@ -58,6 +58,25 @@ struct Decode {
     Map k_backward(int64_t pair) const { return Map{a.k_backward, a.k_backward_dtype}.of(pair % a.heads, a.head_dim); }
     Map v_forward(int64_t pair) const { return Map{a.v_forward, a.v_forward_dtype}.of(pair % a.heads, a.head_dim); }
     Map v_backward(int64_t pair) const { return Map{a.v_backward, a.v_backward_dtype}.of(pair % a.heads, a.head_dim); }
+
+    // Spans: code index u is asked by the queries of span u / span, sinks by those of span 0.
+    int64_t span_of(int64_t index) const { return a.span ? std::min(index / a.span, a.num_spans - 1) : 0; }
+    int64_t span_tiles() const { return a.span ? a.span / TILE : INT64_MAX; }
+    // One past the last tile of the span of a tile.
+    int64_t span_end(int64_t tile) const { return a.span ? (tile / span_tiles() + 1) * span_tiles() : INT64_MAX; }
+    int64_t span_of_tile(int64_t tile) const { return span_of(tile * TILE); }
+
+    bool moves() const { return a.offsets || (a.turns && a.k_shift); }
+    // Attention of span number `span` of those in s.q. Scores that are all moved by as much are scores beside a maximum
+    // that is moved back.
+    void attend(int64_t span, const Block& block, Scratch& s, const Rows& rows) const {
+        const float* moved = s.offsets.data() + span * group_rows;
+        if (moves())
+            for (int64_t r = 0; r < group_rows; r++) rows.m[r] -= moved[r];
+        attend_block(s.q.data() + span * group_rows * a.head_dim, rows, block);
+        if (moves())
+            for (int64_t r = 0; r < group_rows; r++) rows.m[r] += moved[r];
+    }
 
     // What the keys of a pair are fitted by, [d], or null.
     const float* of_pair(const float* fit, int64_t pair) const { return fit ? fit + pair * a.head_dim : nullptr; }
@@ -97,6 +116,9 @@ struct Decode {
         find(a.v_pages, a.v_m * 2 * a.v_nbits, pair, first, n, out);
     }
 
+    // s.q becomes the queries [last + 1 - first][group_rows][d] of spans [first, last], as they ask: turned, mapped, scaled;
+    // s.offsets what is added to their scores, [last + 1 - first][group_rows].
+    void ask(int64_t pair, int64_t first, int64_t last, Scratch& s) const;
     // The new token of a pair, mapped, to its sink or to its slot of the ring.
     void store_token(int64_t pair, Scratch& s) const;
     // `next`: what the same thread does after this, or null. The segment with the exact tokens stores the new one.
@@ -104,8 +126,11 @@ struct Decode {
     void run_exact(int64_t pair, Scratch& s, const Rows& rows) const;
     Block exact_block(const void* k, const void* v, int64_t at, int n, Scratch& s) const;
     // The codes of a segment.
-    bool few_rows() const { return group_rows <= FEW_ROWS && a.k_m <= MAX_SUBSPACES; }
-    void run_lookup(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const;  // few rows
+    // Planes begin with tables of the query, which cost as much as 640 tokens: with spans they do not pay.
+    bool planes() const { return PLANE_ROWS && !a.span && group_rows <= PLANE_ROWS && a.k_m <= MAX_SUBSPACES; }
+    bool entries() const { return group_rows <= LOOKUP_ROWS && a.k_m <= MAX_SUBSPACES; }
+    void run_planes(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const;  // few rows
+    void run_entries(const Segment& segment, Scratch& s, const Rows& rows) const;                      // few rows
     void run_dense(const Segment& segment, Scratch& s, const Rows& rows) const;
 
     Book k_book(int64_t pair, Scratch& s) const {

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..quantization import attention_geometry, record_kv
-from ..quantization.geometry import text_config
-from ..quantization.samples import MAX_POSITION
+from .geometry import attention_geometry, text_config
+from .samples import MAX_POSITION, record_kv
 
 _PROBED = 8  # tokens
 _ALIKE = 0.1  # of a layer's keys: rounding of 16 bits gives far less, another rotary embedding far more
-_CHOOSE = "choose a method that stores keys as the cache sees them, such as pq-4"
+_CHOOSE = "leave its keys as the cache sees them: no span, or a method such as pq-4"
 
 
 class Rotary:
@@ -45,6 +44,7 @@ class Rotary:
         if kind in ("dynamic", "longrope"):
             raise ConfigError(f"the rotary embedding of {config.model_type} ({kind}) depends on the length; {_CHOOSE}")
         sizes = {head_dim for _, head_dim in attention_geometry(model).values()}
+        self._device = model.device
         width = self._cos_sin(torch.zeros(1, dtype=torch.int64, device=model.device))[0].shape[-1]
         if sizes != {width}:
             heads = " or ".join(map(str, sorted(sizes)))
@@ -53,6 +53,13 @@ class Rotary:
                 f"whole heads; {_CHOOSE}"
             )
         self._check(model, config)
+
+    @property
+    def frequencies(self) -> Tensor:
+        """float32 [d/2]: radians a position by which each pair is turned."""
+        cos, sin = self._cos_sin(torch.ones(1, dtype=torch.int64, device=self._device))
+        half = cos.shape[-1] // 2
+        return torch.atan2(sin[0, :half].double(), cos[0, :half].double()).float()
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [..., n, d] as they are at positions [n], in float32."""
