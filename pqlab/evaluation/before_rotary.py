@@ -8,9 +8,8 @@ each of them at every decode step, after it was put together from its codes (`be
 `pq-4-before-rotary-pairs`  nothing is mixed but the two numbers of a rotary pair (i, i + d/2): a subspace is one pair
                             or, at 2 bits, two. A kernel could turn a query's pair instead of the key. Pairs are put in
                             order and scaled, which is folded into the centroids.
-`pq-4-page-relative`        with the map, and turned back not by a key's own position but by that of its page's first
-                            token: of what the rotary embedding does, only the 0 to P - 1 steps inside of a page remain.
-                            Queries, not keys, are then turned and mapped, once a page.
+Between these and keys as the model makes them lie anchored ones (`quantization.anchors`, `pq-4-anchored`), for which
+there is a cache: queries, not keys, are turned and mapped there, once a span of tokens.
 
 Values are those of `pq-4` and `pq-2`, and what fits keys to a sequence (`cache.key_fit`) is the same; it could be
 folded into the centroids that a sequence is asked by.
@@ -87,8 +86,7 @@ def pairs_map(x: Tensor, metric: Tensor | None, num_subspaces: int) -> tuple[Ten
     return forward, backward
 
 
-def _make(setting: Setting, name: str, bits: int, pairs: bool = False, by_page: bool = False) -> Method:
-    run = setting.config.page_size if by_page else 1
+def _make(setting: Setting, name: str, bits: int, pairs: bool = False) -> Method:
     pq = default_pq(setting, bits)
     rotary = Rotary(setting.model)
     options = {"text": setting.calibration, "progress": setting.progress}
@@ -99,25 +97,22 @@ def _make(setting: Setting, name: str, bits: int, pairs: bool = False, by_page: 
     for i, keys in samples.keys.items():
         seen = samples.sensitivity.get(i)
         metric, weights = (seen.key_metric, seen.weights()) if seen else (None, None)
-        x = rotary.back(keys, samples.positions - samples.positions % run)
+        x = rotary.back(keys, samples.positions)
         codec = key_codec(x, metric, weights and weights[0], pq, pairs=pairs)
         layers[i] = LayerCodec(codec, values.layer(i).v)
-    return before_rotary(name, Codebooks(layers), setting, rotary, pairs=pairs, run=run)
+    return before_rotary(name, Codebooks(layers), setting, rotary, pairs=pairs)
 
 
-def before_rotary(
-    name: str, codebooks: Codebooks, setting: Setting, rotary: Rotary, *, pairs: bool = False, run: int = 1
-) -> Method:
+def before_rotary(name: str, codebooks: Codebooks, setting: Setting, rotary: Rotary, *, pairs: bool = False) -> Method:
     """Product quantization with codebooks whose keys are not turned; simulated.
 
     Args:
         pairs: maps count two bytes a dimension, an order and an exponent.
-        run: coded tokens that are turned back together, to the position of the first one.
     """
     method = from_codebooks(name, codebooks, setting, note="only simulated")
 
     def quantize(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        positions = setting.config.num_sinks + torch.arange(k.shape[1], device=k.device) // run * run
+        positions = setting.config.num_sinks + torch.arange(k.shape[1], device=k.device)
         back, v = method.quantize(layer, rotary.back(k, positions), v)
         return rotary.turn(back, positions).to(k.dtype), v
 
@@ -129,10 +124,6 @@ def before_rotary(
 
 
 for _bits in (4, 2):
-    for _suffix, _how in (
-        ("before-rotary", {}),
-        ("before-rotary-pairs", {"pairs": True}),
-        ("page-relative", {"by_page": True}),
-    ):
+    for _suffix, _how in (("before-rotary", {}), ("before-rotary-pairs", {"pairs": True})):
         _name = f"pq-{_bits}-{_suffix}"
         register(_name)(partial(_make, name=_name, bits=_bits, **_how))

@@ -18,7 +18,7 @@ from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..cost import EXACT_BYTES, FLOAT32, INT32, coded_tokens
 from ..errors import ConfigError
-from ..quantization import Codebooks, attention_geometry, default_codebooks
+from ..quantization import SPAN, Codebooks, attention_geometry, default_codebooks
 from ..quantization.defaults import CALIBRATION_TEXT
 from ..quantization.geometry import Geometry
 from . import teacher_forced
@@ -209,12 +209,15 @@ def default_pq(setting: Setting, bits: int) -> PQConfig:
     return {4: PQConfig(), 3: PQConfig(nbits=6), 2: PQConfig(M=max(1, sizes[0] // 4))}[bits]
 
 
-def _default_codebooks(setting: Setting, bits: int, scope: str = "head", *, fit: bool = True) -> Method:
+def _default_codebooks(setting: Setting, bits: int, scope: str = "head", *, fit: bool = True, span: int = 0) -> Method:
     """The codebooks of `pqlab.default_codebooks`: M = d/2 with 8 or 6 bits a code, M = d/4 with 8 bits a code."""
-    options = {"text": setting.calibration, "scope": scope, "progress": setting.progress}
+    options = {"text": setting.calibration, "scope": scope, "span": span, "progress": setting.progress}
     books = default_codebooks(setting.model, setting.tokenizer, default_pq(setting, bits), **options)
     if not fit:
         return from_codebooks(f"pq-{bits}-unfitted", books.unfitted(), setting, note="keys are not fitted to the text")
+    if span:
+        note = f"keys turned back to the anchors of {span} tokens each"
+        return from_codebooks(f"pq-{bits}-anchored", books, setting, note=note)
     if scope == "head":
         return from_codebooks(f"pq-{bits}", books, setting)
     return from_codebooks(f"pq-{bits}-per-{scope}", books, setting, note=f"the kv heads of a {scope} share a codebook")
@@ -223,5 +226,6 @@ def _default_codebooks(setting: Setting, bits: int, scope: str = "head", *, fit:
 for _bits in (4, 3, 2):
     register(f"pq-{_bits}")(partial(_default_codebooks, bits=_bits))
 for _bits in (4, 2):
+    register(f"pq-{_bits}-anchored")(partial(_default_codebooks, bits=_bits, span=SPAN))
     register(f"pq-{_bits}-unfitted")(partial(_default_codebooks, bits=_bits, fit=False))
     register(f"pq-{_bits}-per-layer")(partial(_default_codebooks, bits=_bits, scope="layer"))
