@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+from plain_pq import anchored
 
 from pqlab import CacheConfig, DecodeTrace, PagedPQCache, PQConfig, trace_decode
 from pqlab.quantization import Codebooks
@@ -15,12 +16,13 @@ PROMPT = "It is a truth universally acknowledged, that a single man in possessio
 STEPS = 40
 
 
-@pytest.fixture(scope="module")
-def setting(tiny_tokenizer):
+@pytest.fixture(scope="module", params=["as they are", "anchored"])
+def setting(request, tiny_tokenizer):
     from conftest import make_tiny_model
 
     model = make_tiny_model("llama")
-    return model, tiny_tokenizer, Codebooks.random(model, config=PQConfig(M=8, nbits=5), maps=True)
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=5), maps=True)
+    return model, tiny_tokenizer, anchored(books) if request.param == "anchored" else books
 
 
 @pytest.fixture(scope="module")

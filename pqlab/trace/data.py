@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..kernels.reference import dequantize
+from ..quantization import Anchors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +47,8 @@ class DecodeTrace:
         tensors: per-layer data (empty without capture): "query", "exact_query" [steps, L, Hq, d]; "output",
             "isolated_output", "exact_output" [steps, L, Hq, d]; "k", "v" [L, H, n, d] exact; "exact_k_tail" [L, H,
             n - prompt, d] of the exact run (its prompt part equals k); "codes_k.i", "codes_v.i" [H, coded, M] and
-            "books_k.i", "books_v.i" [H, M, C, dm] of layer layers[i], in head space.
+            "books_k.i", "books_v.i" [H, M, C, dm] of layer layers[i], where there is a map with "map_k.i", "map_v.i"
+            [H, d, d] to head space; "frequencies" [d/2] of anchored keys.
     """
 
     meta: dict
@@ -177,7 +179,10 @@ class DecodeTrace:
         codes = self.tensors[f"codes_{side}.{i}"][kv_head : kv_head + 1, :coded]
         books = self.tensors[f"books_{side}.{i}"][kv_head : kv_head + 1]
         if coded:
-            stored[sinks : sinks + coded] = self._unmap(dequantize(codes, books), side, i, kv_head)[0]
+            x = self._unmap(dequantize(codes, books), side, i, kv_head)[0]
+            if side == "k" and "frequencies" in self.tensors:
+                x = Anchors(self.meta["span"], self.tensors["frequencies"]).forth(x, torch.arange(coded))
+            stored[sinks : sinks + coded] = x
         return stored, ["sink"] * sinks + ["code"] * coded + ["window"] * (n - sinks - coded)
 
     def _unmap(self, y: torch.Tensor, side: str, i: int, kv_head: int) -> torch.Tensor:

@@ -235,6 +235,8 @@ def _tensors(
         "v": torch.stack([paged.v[i][0] for i in kept]),
         "exact_k_tail": torch.stack([exact.layers[i].keys[0, :, prompt_tokens:].float().cpu() for i in kept]),
     }
+    if anchors := layers[kept[0]].codec.k.anchors if kept else None:
+        tensors["frequencies"] = anchors.frequencies.cpu()
     for position, i in enumerate(kept):
         codec, fit = layers[i].codec, layers[i].fit
         for side, codes, codec_of_side in zip("kv", layers[i].codes(0), (codec.k, codec.v), strict=True):
@@ -295,6 +297,7 @@ def _meta(model, cache: PagedPQCache, prompt_tokens: int, follow: str, scaling: 
         "page_bytes": cache.pool.layout.page_bytes,
         "M": cache.quantized_layers[0].codec.k.num_subspaces,
         "nbits": cache.quantized_layers[0].codec.k.nbits,
+        "span": cache.codebooks.span,
         "pqlab": versions().get("pqlab", ""),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
