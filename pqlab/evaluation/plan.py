@@ -14,6 +14,7 @@ What a choice costs is predicted, not tried: `predicted_kl` by layer and side, `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
 from ..memory import MIB
-from ..quantization import Codebooks, LayerCodec, attention_geometry, collect_kv, origin_of, train
+from ..quantization import Codebooks, LayerCodec, anchors_of, attention_geometry, collect_kv, origin_of, train
 from ..quantization.samples import NUM_TOKENS
 from ..quantization.sensitivity import value_metrics
 from ..results.provenance import device_name
@@ -88,6 +89,7 @@ class Planner:
             shorter than the context can tell up to a quarter of their length.
         choices: bits per element that a side can get, of `BITS`; 8 only in the quarter of the layers that lose most by
             the next smaller choice.
+        span: tokens whose keys are turned back to one anchor (`quantization.anchors`), 0 for none.
         num_tokens: to calibrate on.
         windows, length: of every text, in tokens, for `costs`, and as many again for certificates. A length of None is
             `LENGTH`. For a context it is the context, `CONTEXT_LENGTH` at most, and costs take the first `LENGTH`
@@ -99,8 +101,8 @@ class Planner:
         options: what sinks and window do to these costs, and what fits a budget.
 
     Raises:
-        ConfigError: unknown choices, or sinks and residuals that cannot be chosen from. ValueError: the text is too
-            short.
+        ConfigError: unknown choices, sinks and residuals that cannot be chosen from, or a span that the model cannot
+            have. ValueError: the text is too short.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Planner:
         sinks: Sequence[int] | None = None,
         residuals: Sequence[int] | None = None,
         choices: Sequence[int] = DEFAULT_BITS,
+        span: int = 0,
         num_tokens: int = NUM_TOKENS,
         windows: int = 2,
         length: int | None = None,
@@ -139,10 +142,11 @@ class Planner:
         where = "the end of" if len(every) == 1 else f"the end of each of the {len(every)} texts of"
         self._measured_on = f"{windows} x {length} tokens of {where} {text_name or 'the text'}"
         self._windows = [ids for of_one in held_out for ids in of_one[windows:]]
+        anchors = anchors_of(model, span)
         samples = collect_kv(model, tokenizer, text, num_tokens=num_tokens)
         metrics = value_metrics(model)
         self._geometry = attention_geometry(model)
-        self.origin = origin_of(model, text, samples, text_name)
+        self.origin = replace(origin_of(model, text, samples, text_name), span=span)
         self.candidates: dict[int, dict[int, LayerCodec]] = {}
         narrow = [choice for choice in choices if choice != _WIDE]
         costs = []
@@ -153,7 +157,7 @@ class Planner:
             made = {}
             for choice in tqdm(group, desc="train codebooks", unit="choice", disable=not progress):
                 settings = {i: (PQConfig(M=d * choice // 8, nbits=8),) * 2 for i, (_, d) in self._geometry.items()}
-                made[choice] = train(samples, settings, value_metrics=metrics)
+                made[choice] = train(samples, settings, value_metrics=metrics, anchors=anchors)
             self.candidates |= made
             costs.append(predict_kl(model, shorter, made, config))
         self.costs = pd.concat(costs, ignore_index=True)

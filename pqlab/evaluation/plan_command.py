@@ -11,6 +11,7 @@ from ..config import CacheConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..memory import MIB
 from ..models import calibration_text, load_model
+from ..quantization import SPAN
 from ..quantization.defaults import CALIBRATION_TEXT
 from .exact_tokens import RESIDUALS, SINKS
 from .options import check_budget, check_room
@@ -31,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--context the fewest bytes, sinks and residual chosen, too")  # fmt: skip
     add("--context", type=int, help="tokens of a sequence whose bytes count")
     add("--choices", nargs="+", type=int, default=list(DEFAULT_BITS), help=f"of {BITS}")
+    add("--span", type=int, default=0, help=f"tokens whose keys are turned back to one anchor, e.g. {SPAN} (0: none)")
     add("--residual", nargs="+", type=int, help=f"exact newest tokens (default {default.residual_length}); with "
         f"--context those to choose from (default {' '.join(map(str, RESIDUALS))})")  # fmt: skip
     add("--sinks", nargs="+", type=int, help=f"exact first tokens (default {default.num_sinks}); with --context "
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What `Planner` is given."""
     given = {"sinks": args.sinks, "residuals": args.residual}
-    settings = {"choices": args.choices, "length": args.length, "windows": args.windows}
+    settings = {"choices": args.choices, "length": args.length, "windows": args.windows, "span": args.span}
     settings |= {"text_name": Path(args.text).name}
     if args.context is not None:
         return {**settings, "context": args.context, **given}
