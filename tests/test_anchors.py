@@ -16,6 +16,7 @@ from pqlab.cache.contiguous import contiguous_cache
 from pqlab.errors import ConfigError
 from pqlab.evaluation.teacher_forced import TeacherForcedCache, from_codebooks
 from pqlab.kernels import use_backend
+from pqlab.panels import key_anchors
 from pqlab.quantization import (
     Anchors,
     Codebooks,
@@ -24,9 +25,11 @@ from pqlab.quantization import (
     calibrate,
     collect_kv,
     default_codebooks_path,
+    record_kv,
     train,
 )
 from pqlab.quantization.rotary import Rotary
+from pqlab.quantization.turned_keys import spread_by_span, turned
 from pqlab.transformers_api import cache_argument
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=200)
@@ -221,3 +224,55 @@ def test_a_compiled_step_is_the_plain_one(make_model):
     compiled, stepped = (PagedPQCache(model, books, STATIC, context=200) for _ in range(2))
     torch._dynamo.reset()
     assert_compiled_is_stepped(model, torch.compile(model.forward, fullgraph=True), compiled, stepped)
+
+
+# -- the panel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(make_model):
+    """Keys of two texts, at the first positions and at late ones."""
+    model = make_model("llama", max_position_embeddings=4096)
+    parts = [record_kv(model, ids(1, 200), first_position=first) for first in (0, 3000)]
+    keys = {i: torch.cat([part.keys[i] for part in parts], 1) for i in parts[0].keys}
+    return model, Samples(keys, keys, positions=torch.cat([part.positions for part in parts]))
+
+
+def test_spread_shrinks_with_the_span(seen):
+    model, samples = seen
+    table = spread_by_span(samples.keys[0][1], samples.positions, Rotary(model).frequencies, (1, 64, 256)).set_index(
+        "span"
+    )
+    assert table.share[0] == 1 and table.slow[1] == 8 and table.slow[0] == 0
+    before = Rotary(model).back(samples.keys[0][1], samples.positions)
+    assert table.spread[1] == pytest.approx(float(before.var(0).sum()), rel=1e-3)
+    anchored_keys = anchors_for(model).back(samples.keys[0][1], samples.positions)
+    assert table.spread[64] == pytest.approx(float(anchored_keys.var(0).sum()), rel=1e-3)
+
+
+def test_the_panel_follows_its_sliders(seen):
+    model, samples = seen
+    panel = key_anchors(model, samples, head=1)
+    views = [trace.name for trace in panel.figure.data]
+    assert views == ["as the model makes them", "turned back to anchors", "before the rotary embedding", "spread"]
+    keys, frequencies = samples.keys[0][1], Rotary(model).frequencies
+    as_is, back = (turned(keys, samples.positions, frequencies, span).var(0).view(2, 8).sum(0) for span in (0, 256))
+    assert panel.pair == int((as_is - back).argmax()), "it begins with the pair that gains most"
+    before = panel.figure.data[1].x
+    panel.state = {"span": 64}
+    assert (panel.figure.data[1].x != before).any() and "Within 64 tokens" in panel.text()
+    assert panel.figure.data[3].text[2] == "chosen"
+    for bad, message in (
+        ({"head": 3}, "outside \\[0, 3\\)"),
+        ({"pair": 8}, "outside \\[0, 8\\)"),
+        ({"layer": 9}, "no samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            key_anchors(model, samples, **bad).draw()
+    panel.close()
+
+
+def test_the_panel_needs_positions(seen):
+    model, samples = seen
+    with pytest.raises(ConfigError, match="collect them again"):
+        key_anchors(model, Samples(samples.keys, samples.values))

@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no map, no weights": {"maps": False, "weighted": False},
     "per layer": {"scope": "layer"},
     "one for all": {"scope": "model"},
+    **{f"anchors every {span}": {"span": span} for span in (64, 256, 1024)},
+    "anchors every 256, per layer": {"span": 256, "scope": "layer"},
     "one for all, no map, no weights": {"scope": "model", "maps": False, "weighted": False},
 }
 """Arguments of `calibrate` by what they are called in the table; the first is what the others are compared with."""

@@ -57,6 +57,7 @@ def transfer(
     pq: PQConfig = PQConfig(),
     *,
     num_tokens: int = NUM_TOKENS,
+    span: int = 0,
     windows: int = 2,
     length: int = 2048,
     config: CacheConfig | None = None,
@@ -69,6 +70,7 @@ def transfer(
     Args:
         calibration: name -> a text, or several (see `collect_kv`), of which `num_tokens` are read.
         measured: name -> a text, whose first windows are measured.
+        span: of `calibrate`: tokens whose keys share an anchor, 0 for none.
         codebooks: more columns of codebooks that are there already (such as plans), by name.
         own_configs: name -> config of those that are not measured under `config`.
 
@@ -80,7 +82,7 @@ def transfer(
     ids = {name: fidelity.text_windows(tokenizer, text, length, windows) for name, text in measured.items()}
     books = {}
     for name, text in calibration.items():
-        options = {"num_tokens": num_tokens, "text_name": name, "progress": progress}
+        options = {"num_tokens": num_tokens, "span": span, "text_name": name, "progress": progress}
         books[name] = calibrate(model, tokenizer, text, pq, **options)
     books |= codebooks or {}
     methods = {name: from_codebooks(book.to(model.device)) for name, book in books.items()}
@@ -100,6 +102,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="files, each one more row")
     parser.add_argument("--windows", type=int, default=2, help="windows of every text")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--span", type=int, default=0, help="tokens whose keys are turned back to one anchor (0: none)")
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="tokens to calibrate on")
     parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
 
@@ -108,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate on every text, measure on every text, print the table (and JSON); the exit status."""
     from pathlib import Path
 
-    options = {"num_tokens": args.tokens, "windows": args.windows, "length": args.length}
+    options = {"num_tokens": args.tokens, "span": args.span, "windows": args.windows, "length": args.length}
     try:
         model, tokenizer = load_model(args.model, device=args.device)
         options["codebooks"] = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
@@ -126,6 +129,6 @@ def run(args: argparse.Namespace) -> int:
         about |= {
             "texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH, SAMPLED, CALIBRATION_TEXT)]
         }
-        about |= {"windows": args.windows, "length": args.length, "tokens": args.tokens}
+        about |= {"windows": args.windows, "length": args.length, "tokens": args.tokens, "span": args.span}
         print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))
     return 0

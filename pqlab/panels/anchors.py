@@ -1,0 +1,114 @@
+"""The anchors panel: what it does to keys that they are turned back to the position of their span's first token."""
+
+from __future__ import annotations
+
+from math import pi
+from typing import TYPE_CHECKING, Any
+
+import traitlets
+
+from ..figures.anchors import anchors_figure
+from ..quantization.rotary import Rotary
+from ..quantization.turned_keys import SPANS, VIEWS, pair_that_gains_most, spread_by_span, turned_pair
+from . import controls
+from .base import Panel
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    from ipywidgets import Widget
+
+    from ..quantization import Samples
+
+_CHOICES = tuple(span for span in SPANS if span > 1)
+
+
+class KeyAnchors(Panel):
+    """One rotary pair of one head; see `key_anchors`."""
+
+    title = "Keys and where they stand"
+    sweep = "span"
+
+    layer = traitlets.Int(0).tag(state=True)
+    head = traitlets.Int(0).tag(state=True)
+    pair = traitlets.Int(0).tag(state=True)
+    span = traitlets.Int(256).tag(state=True)
+
+    def __init__(self, samples: Samples, frequencies: Any, **state: Any) -> None:
+        self._samples, self._frequencies = samples, frequencies
+        self._spreads: dict[tuple[int, int], pd.DataFrame] = {}
+        state.setdefault("layer", next(iter(samples.keys)))
+        super().__init__(**state)
+        if "pair" not in state:
+            self.pair = pair_that_gains_most(self._keys(), samples.positions, frequencies, self.span)
+
+    def controls(self) -> list[Widget]:
+        heads, _, d = next(iter(self._samples.keys.values())).shape
+        return [
+            controls.number(self, "span", "tokens a span", values=_CHOICES),
+            controls.number(self, "pair", "rotary pair", low=0, high=d // 2 - 1, tooltip="pair 0 turns fastest"),
+            controls.number(self, "layer", "layer", values=list(self._samples.keys)),
+            controls.number(self, "head", "kv head", low=0, high=heads - 1),
+        ]
+
+    def sweep_values(self, name: str) -> list[Any]:
+        return list(_CHOICES) if name == "span" else super().sweep_values(name)
+
+    @property
+    def spreads(self) -> pd.DataFrame:
+        """`quantization.turned_keys.spread_by_span` of the head that is shown."""
+        shown = self.layer, self.head
+        if shown not in self._spreads:
+            keys, positions = self._keys(), self._samples.positions
+            self._spreads[shown] = spread_by_span(keys, positions, self._frequencies)
+        return self._spreads[shown]
+
+    def draw(self) -> go.Figure:
+        pairs = turned_pair(self._keys(), self._samples.positions, self._frequencies, self._pair(), self.span)
+        return anchors_figure(pairs, self._samples.positions.numpy(), self.spreads, self.span, None)
+
+    def frame(self) -> pd.DataFrame:
+        """`spreads`."""
+        return self.spreads
+
+    def text(self) -> str:
+        pair, d = self._pair(), self._keys().shape[-1]
+        turns = float(self._frequencies[pair]) * (self.span - 1) / (2 * pi)
+        share = self.spreads.set_index("span").share
+        left = (
+            f", and the whole head spreads {share[self.span]:.0%} as far as it does now" if self.span in share else ""
+        )
+        return (
+            f"Dimensions {pair} and {pair + d // 2}. Within {self.span} tokens this pair turns {turns:.2g} times "
+            f"around{left}. {VIEWS[2].capitalize()} it would be {share[1]:.0%}."
+        )
+
+    def _keys(self) -> Any:
+        if self.layer not in self._samples.keys:
+            layers = ", ".join(map(str, self._samples.keys))
+            raise ValueError(f"layer = {self.layer} has no samples; there are some of {layers}")
+        every = self._samples.keys[self.layer]
+        if not 0 <= self.head < len(every):
+            raise ValueError(f"head = {self.head} is outside [0, {len(every)}); set it to at most {len(every) - 1}")
+        return every[self.head]
+
+    def _pair(self) -> int:
+        pairs = self._keys().shape[-1] // 2
+        if not 0 <= self.pair < pairs:
+            raise ValueError(f"pair = {self.pair} is outside [0, {pairs}); set it to at most {pairs - 1}")
+        return self.pair
+
+
+def key_anchors(model: Any, samples: Samples, **state: Any) -> KeyAnchors:
+    """Keys of a text among their anchors (`quantization.anchors`), with sliders for span, rotary pair, layer and head.
+
+    Args:
+        model: whose rotary embedding turned the keys.
+        samples: keys of a text with their positions, of `record_kv` or `collect_kv`.
+        state: starting values of the panel's state: layer, head, pair (by default that which gains most), span.
+
+    Raises:
+        ConfigError: the model's rotary embedding cannot be undone (`quantization.rotary`).
+    """
+    samples.code_indexes()  # says so where positions are missing
+    return KeyAnchors(samples.to("cpu"), Rotary(model).frequencies.cpu(), **state)
