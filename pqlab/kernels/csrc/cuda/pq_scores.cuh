@@ -83,8 +83,8 @@ struct Scores {
   // Takes query vectors: word(g, i) is dimensions 2i and 2i + 1 of vector g.
   template <typename F>
   __device__ __forceinline__ void ask(F&& word) {
-    uint32_t col = at.col, quad = at.quad;
-    if constexpr (Cfg::ANCHORED) keep(col), keep(quad);  // or places of all words would be registers of the loop
+    int col = at.col, quad = at.quad;
+    if constexpr (Cfg::ANCHORED) asm volatile("" : "+r"(col), "+r"(quad));  // or all places would be in registers
 #pragma unroll
     for (int t = 0; t < products; ++t) {
       const int g = kSparse ? t * together + col % together : 0;
