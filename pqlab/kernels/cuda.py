@@ -116,9 +116,7 @@ class CudaBackend(Backend):
         query_heads, steps, head_dim = q.shape[-3:]  # for every span, or before that
         vectors, anchored = vectors_per_block(query_heads // k_pages.shape[1], steps), args[14] > 0
         k_m, v_m = k_pages.shape[3], v_pages.shape[3]
-        return self.kernel(
-            DecodeConfig(head_dim, k_m, k_nbits, v_m, v_nbits, q.dtype, vectors, arch, memory, anchored)
-        )
+        return self.kernel(DecodeConfig(head_dim, k_m, k_nbits, v_m, v_nbits, q.dtype, vectors, arch, memory, anchored))
 
     def _encode_kernel(self, x: Tensor, m: int, nbits: int) -> _Kernel:
         return self.kernel(EncodeConfig(x.shape[-1] // m, nbits, x.dtype, self._device(x)[0]))

@@ -1,5 +1,5 @@
-// The queries that a step asks of anchored keys: turned back by the anchor of every span, and mapped. No torch, sm_80 and
-// newer.
+// The queries that a step asks of anchored keys: turned back by the anchor of every span, and mapped. No torch, sm_80
+// and newer.
 //
 // A context of 32 thousand tokens has some hundred spans, so this is a product of matrices for each kv head, and the
 // tensor cores' work: fp16 in, which is what scores are made of, too, and fp32 sums. A block takes 64 vectors, those of
@@ -24,7 +24,7 @@ inline int asked_blocks(const AppendParams& p) {
   return (p.spans * p.B * p.G * p.S + kAskedVectors - 1) / kAskedVectors * p.H * asked_slices(p.D);
 }
 
-// A query vector of a kv head: those of the first span, then those of the next; of a span those of a row, then the next.
+// A query vector of a kv head: those of the first span, then those of the next; of a span row by row.
 struct Asked {
   int span, b, vector;  // of G * S
   __device__ __forceinline__ Asked(const AppendParams& p, int n) {

@@ -7,8 +7,8 @@
 
 namespace pqlab {
 
-// The query vectors of a row, dealt to the lanes of a key warp: asked for early, needed late. Those of anchored keys are
-// read when a warp comes to their span.
+// The query vectors of a row, dealt to the lanes of a key warp: asked for early, needed late. Those of anchored keys
+// are read when a warp comes to their span.
 template <typename Cfg>
 struct Query {
   static constexpr int words = Cfg::HG * Cfg::DP / 2, N = words / 32;

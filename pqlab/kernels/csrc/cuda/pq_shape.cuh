@@ -48,8 +48,8 @@ struct Side {
 };
 
 // T: element type of queries and exact tokens. HG: query vectors a block works for. NW: warps; the first half looks up
-// keys, the second half values. SLOTS: chunks of codes that are on their way to a warp. ANCHORED: keys are turned back by
-// the anchor of their span of tokens, so there are query vectors for every span.
+// keys, the second half values. SLOTS: chunks of codes that are on their way to a warp. ANCHORED: keys are turned back
+// by the anchor of their span of tokens, so there are query vectors for every span.
 template <typename T_, int D_, int KM, int KBITS, int VM, int VBITS, int HG_, int NW_, int SLOTS_, bool ANCHORED_>
 struct DecodeConfig {
   using T = T_;
@@ -152,8 +152,8 @@ struct Begin {
 };
 
 // What a block does of a row: the chunks with which it begins, then those `step` further on, below `end`; exact tokens
-// [e0, e1). `blocks` blocks share the row, from block `block0` on. Of anchored keys a block has all chunks from the first
-// to `end`, and cuts them into a part for each pair of its warps: chunks side by side mostly have the same query vectors.
+// [e0, e1). `blocks` blocks share the row, from block `block0` on. Of anchored keys a block has all chunks from the
+// first to `end`, a part for each pair of its warps: chunks side by side mostly have the same query vectors.
 struct Share {
   Begin begin;
   int step, end, e0, e1, block0, blocks;
