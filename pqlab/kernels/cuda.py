@@ -169,25 +169,26 @@ class CudaBackend(Backend):
         """Append sets decode's tickets to zero: in a graph that saves a kernel a layer."""
         maps, fit, anchors = args[17:21], args[21:23], args[23:]
         if any(x is not None and x.dtype == torch.float32 for x in maps):  # kept so only where float16 overflows
-            step, home = in_code_space(args)
-            self.append_(*append_part(step))
-            out, lse = self.decode(*decode_part(step))
+            append, decode, home = in_code_space(args)
+            self.append_(*append)
+            out, lse = self.decode(*decode)
             return (out if home is None else reference.apply_map(out, home)), lse
         k_forward, k_backward, v_forward, v_backward = (None if x is None else x.contiguous() for x in maps)
         call, q = decode_part(args), args[15]
-        held = self._hold_step(call, k_backward, v_backward, anchors[0])
-        todo = Maps(k_forward, v_forward, k_backward, _dense_rows(q), held.mapped_q, *fit, *anchors)
+        held = self._hold_step(call, k_backward, v_backward, fit[1], anchors[0])
+        todo = Maps(k_forward, v_forward, k_backward, _dense_rows(q), held.mapped_q, *fit, *anchors, held.offsets)
         self.append_(*append_part(args), tickets=held.tickets, maps=todo)
         return self.decode(*call, held=held)
 
     def decode(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
         k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
-        k_nbits: int, v_nbits: int, scale: float, span: int = 0, held: Held | None = None,
+        k_nbits: int, v_nbits: int, scale: float, span: int = 0, offsets: Tensor | None = None,
+        held: Held | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`held`: what the call needs beside its arguments, if the caller has it."""
         args = (q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
-                k_nbits, v_nbits, scale, span)  # fmt: skip
+                k_nbits, v_nbits, scale, span, offsets)  # fmt: skip
         library = self._decode_kernel(args).library
         stream = torch.cuda.current_stream(q.device).cuda_stream
         held = held or self._hold(args, len(q) if span else 1)
@@ -264,8 +265,8 @@ class CudaBackend(Backend):
         launches = []
         if stores:
             k_forward, k_backward, v_forward, v_backward = maps
-            held = self._hold_step(call, k_backward, v_backward, anchors[0])
-            todo = Maps(k_forward, v_forward, k_backward, q, held.mapped_q, *fit, *anchors)
+            held = self._hold_step(call, k_backward, v_backward, fit[1], anchors[0])
+            todo = Maps(k_forward, v_forward, k_backward, q, held.mapped_q, *fit, *anchors, held.offsets)
             packed = append_params(append_part(args), held.tickets, todo)
             for ((m, nbits), params), at in zip(packed, APPEND_AT, strict=False):  # one launch or two
                 launches.append(Launch(_address(self._encode_kernel(q, m, nbits).library.pqlab_append), params, at))
@@ -278,12 +279,15 @@ class CudaBackend(Backend):
         return self._caller.repeat(Alive(lasting, held), versions, op, args, tuple(launches), stream)
 
     def _hold_step(
-        self, call: tuple[Any, ...], k_backward: Tensor | None, v_backward: Tensor | None, turns: Tensor | None
-    ) -> Held:
+        self, call: tuple[Any, ...], k_backward: Tensor | None, v_backward: Tensor | None, k_shift: Tensor | None,
+        turns: Tensor | None,
+    ) -> Held:  # fmt: skip
         """`_hold` of the decode that follows an append."""
         spans = 1 if turns is None else len(turns)
         held = self._hold(call, spans, zero_tickets=False, maps=True)._replace(home=v_backward)
-        return held if k_backward is not None else held._replace(mapped_q=0)
+        if k_backward is None:
+            held = held._replace(mapped_q=0)
+        return held if turns is not None and k_shift is not None else held._replace(offsets=0)
 
     def _hold(self, args: tuple[Any, ...], spans: int, zero_tickets: bool = True, maps: bool = False) -> Held:
         """What a call of decode needs beside its arguments; `spans`: for which there are queries."""
@@ -298,10 +302,15 @@ class CudaBackend(Backend):
         floats = heads * blocks * (splits + batch) * library.part_floats
         each = q.numel() * q.element_size() if maps else 0  # of queries for a span and of results in code space
         count = batch * heads * blocks * library.tickets
-        partial, tickets = self._workspaces.of(q, floats + (spans + 1) * each // 4, count, stream, zero_tickets)
-        after = partial.data_ptr() + 4 * floats
-        room = (after, after + spans * each) if maps else (0, 0)
-        return Held(books, partial, tickets, splits, *room, spans=spans)
+        vectors = spans * batch * query_heads * steps if maps else 0
+        room = floats + (spans + 1) * each // 4 + vectors
+        partial, tickets = self._workspaces.of(q, room, count, stream, zero_tickets)
+        held = Held(books, partial, tickets, splits, spans=spans)
+        if not maps:
+            return held
+        asked = partial.data_ptr() + 4 * floats
+        unmapped = asked + spans * each
+        return held._replace(mapped_q=asked, unmapped=unmapped, offsets=unmapped + each)
 
 
 def _address(function: Any) -> int:

@@ -13,6 +13,7 @@ constexpr int kAppendWarps = 4, kAppendRounds = 2, kAppendBlocksAnSm = 5;
 template <int DM, int C>
 constexpr int kAppendSmem =
     kAppendWarps * C * (DM + 1) * 4 > kMapSmem ? kAppendWarps * C * (DM + 1) * 4 : kMapSmem;
+static_assert(kAskedSmem <= kMapSmem, "room for both");
 static_assert(kMapThreads == kAppendWarps * 32 && kAskedThreads == kMapThreads, "the same blocks");
 
 // Where a row's new token goes; read first and asked for later, so that what is between does not wait for the lengths.

@@ -1,8 +1,6 @@
 // Launchers of pq_encode and pq_append for one configuration, given by macros (pqlab/kernels/cuda.py sets them):
 //   PQ_DM dimensions a subspace | PQ_NBITS bits a code (8 or 4) | PQ_T element type of the vectors
 // Every function returns null, or a message that stays valid for the life of the process.
-#include <algorithm>
-
 #include "pq_append.cuh"
 #include "pq_find.cuh"
 #include "pq_launch.cuh"
@@ -74,12 +72,10 @@ PQ_API const char* pqlab_append(const pqlab::AppendParams* params, void* stream)
   const int chunks = (p.side[0].map ? tokens : 0) + (p.side[1].map ? tokens : 0);
   p.query_blocks = p.maps && p.q_map ? queries * p.H * (p.D / pqlab::kTransposedSlice) : 0;
   p.span_inverse = 1.f / (p.B * p.G * p.S);
-  int smem = pqlab::kAppendSmem<PQ_DM, kCentroids>;
   if (p.maps && p.turns) {
     if (!p.q_map || p.D > pqlab::kAskedMost) return "keys with anchors have a map, and heads up to 128";
     if (static_cast<int64_t>(p.spans) * p.B * p.G * p.S >= 1 << 21) return "too many queries for one launch";
     p.query_blocks = pqlab::asked_blocks(p);
-    smem = std::max(smem, pqlab::asked_smem(p.D));
   }
   p.map_blocks = p.query_blocks + (p.maps ? chunks * p.H * (p.D / pqlab::kMapSlice) : 0);
   p.shares = ceil_div(p.M, pqlab::kAppendWarps * pqlab::kAppendRounds);
@@ -89,6 +85,7 @@ PQ_API const char* pqlab_append(const pqlab::AppendParams* params, void* stream)
   const dim3 grid(p.map_blocks + p.sides * p.B * p.H * p.shares);
   if (grid.x >= 1u << 21) return "too many rows for one launch";  // of pqlab::divide
   const auto kernel = pqlab::pq_append_kernel<PQ_T, PQ_DM, PQ_NBITS, kFew>;
+  constexpr int smem = pqlab::kAppendSmem<PQ_DM, kCentroids>;
   if (const char* m = pqlab::allow_smem(kernel, smem)) return m;
   return pqlab::launch(kernel, grid, pqlab::kAppendWarps * 32, smem, stream, p);
 }

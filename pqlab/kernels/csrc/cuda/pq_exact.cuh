@@ -15,6 +15,7 @@ struct ExactTokens {
   int coded;          // code index of that token
   int next, end;      // token to be read next
   Raw<T> k[AT_ONCE][U] = {}, v[AT_ONCE][U] = {}, q[HG][U] = {};  // or the compiler keeps those of the row before
+  float more[HG] = {};  // of anchored keys: what is added to the scores of a query
 
   // Asks for the first of them.
   __device__ __forceinline__ ExactTokens(const DecodeParams& p, const Place<Cfg>& at, const Row& row, int b, int e0,
@@ -38,7 +39,10 @@ struct ExactTokens {
   __device__ __forceinline__ void read_query(const DecodeParams& p, const Place<Cfg>& at, int b) {
     const int span = Cfg::ANCHORED ? span_of(p, next) : 0;
 #pragma unroll
-    for (int g = 0; g < HG; ++g) read(at, at.query(p, b, g, span), q[g]);
+    for (int g = 0; g < HG; ++g) {
+      read(at, at.query(p, b, g, span), q[g]);
+      if constexpr (Cfg::ANCHORED) more[g] = at.offset(p, b, g, span);
+    }
   }
 
   __device__ __forceinline__ void read(const Place<Cfg>& at, const T* from, Raw<T> (&x)[U]) const {
@@ -108,6 +112,7 @@ struct ExactTokens {
           for (int w = 0; w < U; ++w) s[j] += qf[w].x * kf[j][w].x + qf[w].y * kf[j][w].y;
 #pragma unroll
           for (int o = 16; o; o >>= 1) s[j] += __shfl_xor_sync(~0u, s[j], o);
+          if constexpr (Cfg::ANCHORED) s[j] += more[g];
           s[j] = now + NP * j < upto ? s[j] * p.scale_log2 : -INFINITY;
           best = fmaxf(best, s[j]);
         }

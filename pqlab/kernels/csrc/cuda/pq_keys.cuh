@@ -104,10 +104,12 @@ __device__ __forceinline__ void key_warp(const DecodeParams& p, const Place<Cfg>
 #pragma unroll 1
     for (int chunk = stream.first; chunk < last;) {
       const int index = chunk * kChunk, border = (((index >> p.span_shift) + 1) << p.span_shift) / kChunk;
+      const int span = p.span_of(index);
       scores.ask([&](int g, int i) {
-        const auto* const from = at.query(p, b, g, p.span_of(index)) + 2 * i;
+        const auto* const from = at.query(p, b, g, span) + 2 * i;
         return Cfg::D == Cfg::DP || 2 * i < Cfg::D ? to_half2(load_raw(from)) : 0u;
       });
+      scores.move([&](int g) { return at.offset(p, b, g, span); });
       mbarrier_wait(at.key_books, 0);
 #pragma unroll 1
       for (const int end = min(border, last); chunk < end; ++chunk) take(chunk - stream.first);

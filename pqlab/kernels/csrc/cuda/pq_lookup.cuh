@@ -124,6 +124,11 @@ struct Place {
            static_cast<int64_t>(h * p.G + head) * p.q_stride[1] + (v - head * p.S) * p.q_stride[2] +
            (Cfg::ANCHORED ? span * p.span_stride : 0);
   }
+  // What is added to its scores in a span of anchored keys.
+  __device__ __forceinline__ float offset(const DecodeParams& p, int row, int g, int span) const {
+    if (p.offsets == nullptr || first_vector + g >= vectors) return 0.f;
+    return p.offsets[(static_cast<int64_t>(span * p.B + row) * p.H + h) * vectors + first_vector + g] * p.offset_unit;
+  }
 };
 
 // Whose turn it is among the two buffers of scores.

@@ -62,6 +62,7 @@ struct Scores {
   uint32_t couple;  // the first of the two vectors that the lane will hold; HG: none
   uint32_t place;   // where its scores go, less those of the tile
   uint32_t halves;  // of two lookups of an entry: in even groups the first is by the first code, in odd ones it is not
+  float more[2] = {};  // of anchored keys: what is added to the scores of the lane's vectors
 
   // buffer: where the codebook lies, in 64 KiB (pairs of blocks only).
   __device__ __forceinline__ explicit Scores(const Place<Cfg>& at_, uint32_t buffer = 0) : at(at_) {
@@ -105,6 +106,18 @@ struct Scores {
     ask([&](int g, int i) { return words[g * stride + i]; });
   }
 
+  // Adds offset(g) to the scores of vector g from here on.
+  template <typename F>
+  __device__ __forceinline__ void move(F&& offset) {
+    const int first = kSparse ? couple : 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) more[i] = first + i < HG ? offset(first + i) : 0.f;
+  }
+  __device__ __forceinline__ float moved(float x) const { return Cfg::ANCHORED ? x + more[0] : x; }
+  __device__ __forceinline__ float2 moved(float2 x) const {
+    return Cfg::ANCHORED ? make_float2(x.x + more[0], x.y + more[1]) : x;
+  }
+
   // `codes` of two tokens (2 col, 2 col + 1 of the tile), in the order of the lookups -> `to` [tokens][HS]: rows col are
   // the even tokens, rows 8 + col the odd ones. `wait`: until there is room. `add`: to what is there.
   template <int NY, typename WAIT, typename ADD = std::false_type>
@@ -142,12 +155,13 @@ struct Scores {
     wait();
     to += place;
     if constexpr (!kSparse) {
-      if (at.diagonal) put(to, at.odd ? d[0][1] : d[0][0], add), put(to + 8 * HS, at.odd ? d[0][3] : d[0][2], add);
+      if (at.diagonal)
+        put(to, moved(at.odd ? d[0][1] : d[0][0]), add), put(to + 8 * HS, moved(at.odd ? d[0][3] : d[0][2]), add);
     } else if (couple < HG) {  // with three vectors the fourth place is nobody's
       constexpr int last = products - 1;
       const bool second = last && couple >= static_cast<uint32_t>(together);
-      put(to, second ? make_float2(d[last][0], d[last][1]) : make_float2(d[0][0], d[0][1]), add);
-      put(to + 8 * HS, second ? make_float2(d[last][2], d[last][3]) : make_float2(d[0][2], d[0][3]), add);
+      put(to, moved(second ? make_float2(d[last][0], d[last][1]) : make_float2(d[0][0], d[0][1])), add);
+      put(to + 8 * HS, moved(second ? make_float2(d[last][2], d[last][3]) : make_float2(d[0][2], d[0][3])), add);
     }
   }
 };
