@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_caller import changed, checked_step, moved, with_strides
 from test_cuda import make_call, random_fit, random_maps
+from test_cuda_anchored import angles
 
 from pqlab import kernels
 from pqlab.kernels import dispatch, ops, use_backend
@@ -15,6 +16,7 @@ from pqlab.kernels import dispatch, ops, use_backend
 pytestmark = pytest.mark.gpu
 
 K, V, TABLE, BEFORE, AFTER, K_BOOKS, Q, SCALE, K_SCALE, K_SHIFT = 6, 7, 8, 9, 10, 11, 15, 16, 21, 22
+TURNS, SPAN = 23, 24
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,7 +42,9 @@ def checked(monkeypatch) -> list[str]:
     return found
 
 
-def step_call(maps="kv", v_codec=(64, 8), batch=1, head_dim=128, dtype=torch.float16, fitted=False) -> list:
+def step_call(
+    maps="kv", v_codec=(64, 8), batch=1, head_dim=128, dtype=torch.float16, fitted=False, anchored=False
+) -> list:  # fmt: skip
     """Arguments of `ops.step_`, by place."""
     m = head_dim // 2
     rows = ((4, 3000, 130), (4, 70, 60), (2, 0, 0))[:batch]
@@ -49,6 +53,7 @@ def step_call(maps="kv", v_codec=(64, 8), batch=1, head_dim=128, dtype=torch.flo
     given = random_maps(2, head_dim)
     given = [x if side in maps else None for x, side in zip(given, "kkvv", strict=True)]
     given += random_fit(batch, 2, head_dim, fitted)
+    given += (angles(64, head_dim, 64), 64) if anchored else (None, 0)
     k, v = torch.randn(2, batch, 2, 1, head_dim, device="cuda").to(dtype)
     more = [[int(s < 4), 0, int(s == 4)] for s, _, _ in rows]
     after = before + torch.tensor(more, device="cuda").int()
@@ -66,10 +71,10 @@ def by_checks(op, args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("maps", ["", "k", "v", "kv", "k fitted", "kv fitted"])
+@pytest.mark.parametrize("maps", ["", "k", "v", "kv", "k fitted", "kv fitted", "k anchored", "kv fitted anchored"])
 @pytest.mark.parametrize("v_codec", [(64, 8), (32, 8), (32, 4)])  # one launch of append, or two
 def test_a_repeated_step_has_the_same_bits(batch, maps, v_codec, checked):
-    args = step_call(maps.split(" ")[0], v_codec, batch, fitted="fitted" in maps)
+    args = step_call(maps.split(" ")[0], v_codec, batch, fitted="fitted" in maps, anchored="anchored" in maps)
     ops.step_(*args)
     for round_ in range(3):
         if "fitted" in maps:
@@ -114,17 +119,18 @@ def at_an_odd_place(x):
 @pytest.mark.parametrize(
     ("place", "change"),
     [
-        *((place, moved) for place in (0, 1, 2, 3, 4, 5, K_BOOKS, 17, 20, K_SCALE)),
+        *((place, moved) for place in (0, 1, 2, 3, 4, 5, K_BOOKS, 17, 20, K_SCALE, TURNS)),
         (K_BOOKS, changed),
-        *((place, torch.clone) for place in (0, 3, 4, 5, K_BOOKS, 18, K_SHIFT)),
+        *((place, torch.clone) for place in (0, 3, 4, 5, K_BOOKS, 18, K_SHIFT, TURNS)),
         *((place, with_strides) for place in (K, V, TABLE, BEFORE, AFTER, Q)),
         *((place, at_an_odd_place) for place in (K, V, Q)),
         (TABLE, lambda table: torch.nn.functional.pad(table, (0, 3), value=-1)),
         (SCALE, lambda scale: 2 * scale),
+        (SPAN, lambda span: 2 * span),
     ],
 )
 def test_a_step_that_differs_is_checked(place, change, checked):
-    args = step_call(fitted=True)
+    args = step_call(fitted=True, anchored=True)
     got = checked_step(args, place, change, checked)
     want = by_checks(ops.step_, args)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pqlab.kernels import cuda_params
 from pqlab.kernels.caller import ADDRESSES
 from pqlab.kernels.cuda_config import (
     HEAD_DIMS,
@@ -46,6 +47,12 @@ DECODE = [
     DecodeConfig(96, 12, 8, 24, 8, torch.float16, 4, 90),
     DecodeConfig(96, 24, 4, 12, 4, torch.bfloat16, 1, 80),
     DecodeConfig(32, 4, 4, 8, 8, torch.float16, 2, 89),  # the fewest codes
+    DecodeConfig(128, 64, 8, 64, 8, torch.float16, 4, 90, anchored=True),
+    DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 90, anchored=True),
+    DecodeConfig(64, 32, 8, 32, 8, torch.bfloat16, 3, 90, anchored=True),
+    DecodeConfig(128, 64, 4, 128, 8, torch.float32, 2, 90, anchored=True),
+    DecodeConfig(128, 128, 8, 64, 8, torch.bfloat16, 4, 80, anchored=True),
+    DecodeConfig(96, 24, 4, 12, 4, torch.float16, 2, 89, anchored=True),
     DecodeConfig(256, 128, 8, 128, 8, torch.float16, 4, 90),  # in halves: 4/1 heads
     DecodeConfig(256, 128, 8, 128, 8, torch.bfloat16, 2, 90),  # 16/8 heads
     DecodeConfig(256, 64, 4, 128, 8, torch.float32, 1, 90),
@@ -112,6 +119,7 @@ def test_encode_compiles(config, tmp_path):
         (DecodeConfig(128, 64, 8, 64, 8, torch.float64, 1, 90), "float64"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 75), "older"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 89), "shared memory"),
+        (DecodeConfig(256, 128, 8, 128, 8, torch.float16, 1, 90, anchored=True), "anchored keys"),
         (EncodeConfig(3, 8, torch.float16, 90), "3 dimensions"),
     ],
 )
@@ -162,6 +170,9 @@ def test_addresses_lie_where_the_structs_have_them(tmp_path):
     ]  # fmt: skip
     asserts = [f"static_assert(offsetof(pqlab::{struct}, {name}) == {at});" for struct, name, at in places]
     asserts.append(f"static_assert(offsetof(pqlab::AppendParams, side[0].x) == {APPEND_AT[1][ADDRESSES.index('v')]});")
+    asserts.append(f"static_assert(sizeof(pqlab::DecodeParams) == {cuda_params._DECODE.size});")
+    append_size = 2 * cuda_params._APPEND_SIDE.size + cuda_params._APPEND.size
+    asserts.append(f"static_assert(sizeof(pqlab::AppendParams) == {append_size});")
     source = tmp_path / "places.cu"
     source.write_text("\n".join(['#include "pq_shape.cuh"', '#include "pq_append.cuh"', *asserts]))
     folder = EncodeConfig(2, 8, torch.float16, 90).source.parent

@@ -113,13 +113,10 @@ class CudaBackend(Backend):
     def _decode_kernel(self, args: tuple[Any, ...]) -> _Kernel:
         q, k_pages, v_pages, k_nbits, v_nbits = args[0], args[1], args[2], args[11], args[12]
         arch, memory, _ = self._device(q)
-        group, steps = q.shape[1] // k_pages.shape[1], q.shape[2]
-        vectors = vectors_per_block(group, steps)
-        return self.kernel(
-            DecodeConfig(
-                q.shape[3], k_pages.shape[3], k_nbits, v_pages.shape[3], v_nbits, q.dtype, vectors, arch, memory
-            )
-        )
+        query_heads, steps, head_dim = q.shape[-3:]  # for every span, or before that
+        vectors, anchored = vectors_per_block(query_heads // k_pages.shape[1], steps), args[14] > 0
+        k_m, v_m = k_pages.shape[3], v_pages.shape[3]
+        return self.kernel(DecodeConfig(head_dim, k_m, k_nbits, v_m, v_nbits, q.dtype, vectors, arch, memory, anchored))
 
     def _encode_kernel(self, x: Tensor, m: int, nbits: int) -> _Kernel:
         return self.kernel(EncodeConfig(x.shape[-1] // m, nbits, x.dtype, self._device(x)[0]))
@@ -129,7 +126,7 @@ class CudaBackend(Backend):
             return "codebooks that are not float32 (PQCodec.to makes them so)"
         if op == "decode":
             q, k_pages, table, scale = args[0], args[1], args[3], args[13]
-            if q.shape[1] // k_pages.shape[1] * q.shape[2] > _MAX_STEPS:
+            if q.shape[-3] // k_pages.shape[1] * q.shape[-2] > _MAX_STEPS:
                 return f"more than {_MAX_STEPS} query vectors a kv head"
             if table.shape[1] * k_pages.shape[2] * TILE > _MAX_TOKENS:
                 return "page tables of more than two million tokens a row"
@@ -154,9 +151,10 @@ class CudaBackend(Backend):
 
     def refuses(self, device: torch.device, step: StepShape) -> str | None:
         arch, memory, _ = self._device(torch.empty(0, device=device))
-        d, k_m, k_nbits, v_m, v_nbits, group, dtype = step
+        d, k_m, k_nbits, v_m, v_nbits, group, dtype, anchored = step
+        vectors = vectors_per_block(group, 1)
         wanted: list[Configuration] = [
-            DecodeConfig(d, k_m, k_nbits, v_m, v_nbits, dtype, vectors_per_block(group, 1), arch, memory),
+            DecodeConfig(d, k_m, k_nbits, v_m, v_nbits, dtype, vectors, arch, memory, anchored),
             *(EncodeConfig(d // m, nbits, dtype, arch) for m, nbits in ((k_m, k_nbits), (v_m, v_nbits))),
         ]
         found = [self.kernel(config) for config in wanted]
@@ -169,33 +167,35 @@ class CudaBackend(Backend):
 
     def step_(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Append sets decode's tickets to zero: in a graph that saves a kernel a layer."""
-        maps, fit = args[17:21], args[21:]
+        maps, fit, anchors = args[17:21], args[21:23], args[23:]
         if any(x is not None and x.dtype == torch.float32 for x in maps):  # kept so only where float16 overflows
-            step, home = in_code_space(args)
-            out, lse = self.step_(*step, *(None,) * 6)
+            append, decode, home = in_code_space(args)
+            self.append_(*append)
+            out, lse = self.decode(*decode)
             return (out if home is None else reference.apply_map(out, home)), lse
         k_forward, k_backward, v_forward, v_backward = (None if x is None else x.contiguous() for x in maps)
         call, q = decode_part(args), args[15]
-        held = self._hold_step(call, k_backward, v_backward)
-        todo = Maps(k_forward, v_forward, k_backward, _dense_last(q), held.mapped_q, *fit)
+        held = self._hold_step(call, k_backward, v_backward, fit[1], anchors[0])
+        todo = Maps(k_forward, v_forward, k_backward, _dense_rows(q), held.mapped_q, *fit, *anchors, held.offsets)
         self.append_(*append_part(args), tickets=held.tickets, maps=todo)
         return self.decode(*call, held=held)
 
     def decode(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
         k_books: Tensor, v_books: Tensor, sink_k: Tensor, sink_v: Tensor, window_k: Tensor, window_v: Tensor,
-        k_nbits: int, v_nbits: int, scale: float, held: Held | None = None,
+        k_nbits: int, v_nbits: int, scale: float, span: int = 0, offsets: Tensor | None = None,
+        held: Held | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`held`: what the call needs beside its arguments, if the caller has it."""
         args = (q, k_pages, v_pages, page_table, lengths, k_books, v_books, sink_k, sink_v, window_k, window_v,
-                k_nbits, v_nbits, scale)  # fmt: skip
+                k_nbits, v_nbits, scale, span, offsets)  # fmt: skip
         library = self._decode_kernel(args).library
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        held = held or self._hold(args)
+        held = held or self._hold(args, len(q) if span else 1)
         if not held.mapped_q:
             q = _dense_rows(q)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        out = torch.empty(q.shape[-4:], dtype=q.dtype, device=q.device)
+        lse = torch.empty(out.shape[:3], dtype=torch.float32, device=q.device)
         dense = _dense((q, *args[1:]))
         params = decode_params(dense, held, out.data_ptr(), lse.data_ptr())
         with torch.cuda.device(q.device):
@@ -247,9 +247,13 @@ class CudaBackend(Backend):
         if self._caller is None or op not in ("decode", "step_") or not self._caller.is_there():
             return None
         stores = op == "step_"
-        call, maps, fit = (decode_part(args), args[17:21], args[21:]) if stores else (args, (), ())
+        call, maps, fit, anchors = args, (), (), ()
+        if stores:
+            call, maps, fit, anchors = decode_part(args), args[17:21], args[21:23], args[23:]
+        elif args[14]:  # the caller knows queries of one span only
+            return None
         q, page_table, lengths, k_books, v_books = call[0], *call[3:7]
-        lasting = (*call[1:3], *call[5:11], *(x for x in (*maps, *fit) if x is not None))
+        lasting = (*call[1:3], *call[5:11], *(x for x in (*maps, *fit, *anchors[:1]) if x is not None))
         changing = (q, page_table, lengths, *((args[6], args[7], args[9]) if stores else ()))
         if not all(x.is_contiguous() for x in (*lasting, *changing)) or not all(map(operator.is_, _dense(call), call)):
             return None
@@ -261,41 +265,52 @@ class CudaBackend(Backend):
         launches = []
         if stores:
             k_forward, k_backward, v_forward, v_backward = maps
-            held = self._hold_step(call, k_backward, v_backward)
-            todo = Maps(k_forward, v_forward, k_backward, q, held.mapped_q, *fit)
+            held = self._hold_step(call, k_backward, v_backward, fit[1], anchors[0])
+            todo = Maps(k_forward, v_forward, k_backward, q, held.mapped_q, *fit, *anchors, held.offsets)
             packed = append_params(append_part(args), held.tickets, todo)
             for ((m, nbits), params), at in zip(packed, APPEND_AT, strict=False):  # one launch or two
                 launches.append(Launch(_address(self._encode_kernel(q, m, nbits).library.pqlab_append), params, at))
         else:
-            held = self._hold(call)
+            held = self._hold(call, 1)
         library = self._decode_kernel(call).library
         launches.append(Launch(_address(library.pqlab_decode), decode_params(call, held, 0, 0), decode_at(held)))
         stream = torch.cuda.current_stream(q.device).cuda_stream, _address(library.pqlab_is_capturing)
         versions = version(k_books), version(v_books)
         return self._caller.repeat(Alive(lasting, held), versions, op, args, tuple(launches), stream)
 
-    def _hold_step(self, call: tuple[Any, ...], k_backward: Tensor | None, v_backward: Tensor | None) -> Held:
+    def _hold_step(
+        self, call: tuple[Any, ...], k_backward: Tensor | None, v_backward: Tensor | None, k_shift: Tensor | None,
+        turns: Tensor | None,
+    ) -> Held:  # fmt: skip
         """`_hold` of the decode that follows an append."""
-        held = self._hold(call, zero_tickets=False, maps=True)._replace(home=v_backward)
-        return held if k_backward is not None else held._replace(mapped_q=0)
+        spans = 1 if turns is None else len(turns)
+        held = self._hold(call, spans, zero_tickets=False, maps=True)._replace(home=v_backward)
+        if k_backward is None:
+            held = held._replace(mapped_q=0)
+        return held if turns is not None and k_shift is not None else held._replace(offsets=0)
 
-    def _hold(self, args: tuple[Any, ...], zero_tickets: bool = True, maps: bool = False) -> Held:
-        """What a call of decode needs beside its arguments."""
+    def _hold(self, args: tuple[Any, ...], spans: int, zero_tickets: bool = True, maps: bool = False) -> Held:
+        """What a call of decode needs beside its arguments; `spans`: for which there are queries."""
         q, k_pages, k_books, v_books = args[0], args[1], args[5], args[6]
         library = self._decode_kernel(args).library
-        batch, query_heads, steps, _ = q.shape
+        batch, query_heads, steps, _ = q.shape[-4:]
         heads = k_pages.shape[1]
         blocks = -(-query_heads // heads * steps // library.vectors)
         splits = max(1, self._device(q)[2] // (heads * blocks))
         stream = torch.cuda.current_stream(q.device).cuda_stream
         books = self._books.of(library, k_books, v_books, stream)
         floats = heads * blocks * (splits + batch) * library.part_floats
-        each = q.numel() * q.element_size() if maps else 0  # of queries and of results in code space
+        each = q.numel() * q.element_size() if maps else 0  # of queries for a span and of results in code space
         count = batch * heads * blocks * library.tickets
-        partial, tickets = self._workspaces.of(q, floats + each // 2, count, stream, zero_tickets)
-        after = partial.data_ptr() + 4 * floats
-        room = (after, after + each) if maps else (0, 0)
-        return Held(books, partial, tickets, splits, *room)
+        vectors = spans * batch * query_heads * steps if maps else 0
+        room = floats + (spans + 1) * each // 4 + vectors
+        partial, tickets = self._workspaces.of(q, room, count, stream, zero_tickets)
+        held = Held(books, partial, tickets, splits, spans=spans)
+        if not maps:
+            return held
+        asked = partial.data_ptr() + 4 * floats
+        unmapped = asked + spans * each
+        return held._replace(mapped_q=asked, unmapped=unmapped, offsets=unmapped + each)
 
 
 def _address(function: Any) -> int:

@@ -61,6 +61,7 @@ class DecodeConfig:
         vectors: query vectors a block works for, 1 to 4.
         arch: compute capability, 10 * major + minor.
         shared_memory: bytes a block can have on the device; 0 takes the architecture's.
+        anchored: whether keys are turned back by anchors, so that every span of tokens has queries of its own.
     """
 
     head_dim: int
@@ -72,12 +73,14 @@ class DecodeConfig:
     vectors: int
     arch: int
     shared_memory: int = 0
+    anchored: bool = False
 
     @property
     def name(self) -> str:
         element = str(self.dtype).removeprefix("torch.")
         codecs = f"k{self.k_m}x{self.k_nbits}_v{self.v_m}x{self.v_nbits}"
-        return f"pqlab_decode_d{self.head_dim}_{codecs}_{element}_g{self.vectors}_sm{self.arch}"
+        anchored = "_anchored" * self.anchored
+        return f"pqlab_decode_d{self.head_dim}_{codecs}_{element}_g{self.vectors}{anchored}_sm{self.arch}"
 
     @property
     def source(self) -> Path:
@@ -151,6 +154,8 @@ class DecodeConfig:
             few, names = ((2, 4, 8), "2, 4") if self.in_halves else ((1, 2, 4, 8), "1, 2, 4")
             if self.head_dim % m or self.head_dim // m not in few:
                 return f"M = {m} at head size {self.head_dim}: the kernel takes {names} or 8 dimensions a subspace"
+        if self.anchored and self.in_halves:
+            return "anchored keys with heads of 256"
         if self.shape() is None:
             return "the codebooks do not fit into this GPU's shared memory"
         return None
@@ -166,7 +171,7 @@ class DecodeConfig:
         return (
             f"-DPQ_D={self.head_dim}", f"-DPQ_KM={self.k_m}", f"-DPQ_KBITS={self.k_nbits}", f"-DPQ_VM={self.v_m}",
             f"-DPQ_VBITS={self.v_nbits}", f"-DPQ_T={ELEMENT[self.dtype]}", f"-DPQ_HG={self.vectors}",
-            f"-DPQ_NW={shape.warps}", f"-DPQ_SLOTS={shape.slots}", *turns,
+            f"-DPQ_NW={shape.warps}", f"-DPQ_SLOTS={shape.slots}", f"-DPQ_ANCHORED={int(self.anchored)}", *turns,
         )  # fmt: skip
 
 

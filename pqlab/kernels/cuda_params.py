@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .caller import offsets
 
-_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQQQ5iIif2I")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
+_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQQQ5iIif2IqQf2i4x")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
 _ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
-_APPEND_SIDE = struct.Struct("<QQQ2qQQQi4x")  # struct AppendSide of csrc/cuda/pq_append.cuh
-_APPEND = struct.Struct("<QQQ10iQQ3qQQQQ6i7f4x")  # struct AppendParams, after its two sides
+_APPEND_SIDE = struct.Struct("<QQQ2qQQQi4x")  # struct AppendSide of csrc/cuda/pq_append_shape.cuh
+_APPEND = struct.Struct("<QQQ10iQQ3qQQQQQQ8i8f")  # struct AppendParams, after its two sides
 
 
 def _place(packed: struct.Struct, before: str) -> int:
@@ -53,6 +53,8 @@ class Held(NamedTuple):
     mapped_q: int = 0  # where queries lie in code space, dense, if append_ has mapped them
     unmapped: int = 0  # room for results in code space
     home: Tensor | None = None  # the map of the results
+    spans: int = 1  # for which there are queries
+    offsets: int = 0  # where append_ leaves what is to be added to the scores of a span, if it does
 
 
 class Maps(NamedTuple):
@@ -65,16 +67,22 @@ class Maps(NamedTuple):
     to: int
     k_scale: Tensor | None  # with their shift: what mapped keys are fitted by
     k_shift: Tensor | None
+    turns: Tensor | None = None  # by which keys of a span, and queries for it, are turned back ahead of their maps
+    span: int = 0  # in tokens
+    offsets: int = 0  # `Held.offsets`
 
 
 def decode_params(args: tuple[Any, ...], held: Held, out: int, lse: int) -> bytes:
     """Args: `args`, those of `ops.decode`; out, lse: addresses for the results, dense."""
-    (q, k_pages, v_pages, page_table, lengths, _, _, sink_k, sink_v, window_k, window_v, _, _, scale) = args
-    batch, query_heads, steps, head_dim = q.shape
+    (q, k_pages, v_pages, page_table, lengths, _, _, sink_k, sink_v, window_k, window_v, _, _, scale, span,
+     offsets) = args  # fmt: skip
+    batch, query_heads, steps, head_dim = q.shape[-4:]
     _, heads, tiles, _, _ = k_pages.shape
-    asked = (q.data_ptr(), *q.stride()[:3])
+    asked, of_span = (q.data_ptr(), *q.stride()[-4:-1]), q.stride(0)
     if held.mapped_q:
         asked = (held.mapped_q, query_heads * steps * head_dim, steps * head_dim, head_dim)
+        of_span = batch * asked[1]
+    more = (held.offsets, 1.0) if held.offsets else (_pointer(offsets), 1 / scale)
     return _DECODE.pack(
         *asked, k_pages.data_ptr(), v_pages.data_ptr(),
         page_table.data_ptr(), page_table.stride(0), lengths.data_ptr(), held.books.data_ptr(),
@@ -82,7 +90,7 @@ def decode_params(args: tuple[Any, ...], held: Held, out: int, lse: int) -> byte
         window_k.data_ptr(), window_v.data_ptr(), *window_k.stride()[:3], max(1, window_k.shape[2]),
         out, lse, held.partial.data_ptr(), held.tickets.data_ptr(), _pointer(held.home), held.unmapped,
         batch, heads, query_heads // heads, steps, tiles, 0 if tiles == 1 else -(-(2**32) // tiles), held.splits,
-        scale * math.log2(math.e), 0, 0,
+        scale * math.log2(math.e), 0, 0, of_span, *more, held.spans, _log2(span),
     )  # fmt: skip
 
 
@@ -102,9 +110,9 @@ def append_params(
     (sink_k, sink_v, window_k, window_v, k_pages, v_pages, k, v, page_table, before, after, k_books, v_books,
      k_nbits, v_nbits) = args  # fmt: skip
     batch, heads, slots, head_dim = window_k.shape
-    k_map, v_map, query_map, q, mapped_q, *fit = maps or Maps(None, None, None, k, 0, None, None)
-    asked = (q.data_ptr(), *q.stride()[:3], _pointer(query_map), mapped_q, *map(_pointer, fit),
-             q.shape[1] // heads, q.shape[2])  # fmt: skip
+    k_map, v_map, query_map, q, mapped_q, *fit, turns, span, more = maps or Maps(None, None, None, k, 0, None, None)
+    asked = (q.data_ptr(), *q.stride()[:3], _pointer(query_map), mapped_q, *map(_pointer, (*fit, turns)), more,
+             q.shape[1] // heads, q.shape[2], 1 if turns is None else len(turns), _log2(span))  # fmt: skip
     k_side, v_side = (
         _APPEND_SIDE.pack(sink.data_ptr(), window.data_ptr(), x.data_ptr(), *x.stride()[:2], books.data_ptr(),
                           pages.data_ptr(), _pointer(matrix), matrix is not None and matrix.dtype == torch.int8)
@@ -122,7 +130,7 @@ def append_params(
             + _APPEND.pack(
                 page_table.data_ptr(), before.data_ptr(), after.data_ptr(), page_table.stride(0), 1 + together,
                 batch, heads, head_dim, m, sink_k.shape[2], slots, k_pages.shape[2],
-                0 if tickets is None else tickets.numel(), _pointer(tickets), *asked, mapping, *(0,) * 10,
+                0 if tickets is None else tickets.numel(), _pointer(tickets), *asked, mapping, *(0,) * 11,
             ),
         )  # fmt: skip
 
@@ -134,6 +142,10 @@ def encode_params(x: Tensor, books: Tensor, codes: Tensor, ids: Tensor | None, f
         x.data_ptr(), *x.stride()[:2], books.data_ptr(), codes.data_ptr(), _pointer(ids), groups, n, books.shape[1],
         first_slot, tiles,
     )  # fmt: skip
+
+
+def _log2(span: int) -> int:
+    return max(span.bit_length() - 1, 0)
 
 
 def _pointer(x: Tensor | None) -> int:

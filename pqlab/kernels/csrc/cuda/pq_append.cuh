@@ -1,44 +1,11 @@
 // One new token a row, and the codes of what leaves the window in the same step; with maps also the queries, for the
 // pq_decode that follows. No torch, sm_80 and newer.
 #pragma once
+#include "pq_asked.cuh"
 #include "pq_encode.cuh"
 #include "pq_maps.cuh"
 
 namespace pqlab {
-
-struct AppendSide {
-  void* sink;           // [B, H, num_sinks, D] of T, dense
-  void* window;         // [B, H, W, D] of T, dense
-  const void* x;        // [B, H, 1, D] of T, last dimension dense
-  int64_t x_stride[2];
-  const float* books;   // [H, M, C, DM]
-  uint8_t* pages;       // [max_pages][H][T][M][2 * NBITS]
-  const void* map;      // [H, D, D] of fp16, or of int8 in units of 1/127: what is stored is x map[h]; null: x
-  int eight;            // whether it is int8
-};
-
-struct AppendParams {
-  AppendSide side[2];
-  const int* page_table;  // [B][table_stride]
-  const int* before;      // [B][3]: sinks, coded, window
-  const int* after;
-  int table_stride;
-  int sides, B, H, D, M, num_sinks, slots, tiles_per_page;
-  int num_tickets;
-  int* tickets;  // set to zero for the pq_decode that follows, if any
-  const void* q;         // [B, H * G, S, D] of T, last dimension dense
-  int64_t q_stride[3];
-  const __half* q_map;   // [H, D, D]: queries are asked as q q_map[h]^T; null: as they are
-  void* mapped_q;        // [B, H * G, S, D] of T, dense
-  const float* k_scale;  // [B, H, D], or null: mapped keys are stored * k_scale + k_shift, mapped queries / k_scale
-  const float* k_shift;
-  int G, S;
-  int maps;              // whether this launch is the one that maps
-  // Filled in by the launcher:
-  int query_blocks, map_blocks;  // the first blocks map queries, those up to map_blocks tokens
-  int shares;                    // blocks that share the flush of a side, row and head
-  float slices_inverse, heads_inverse, rows_inverse, shares_inverse, slots_inverse, each_inverse, steps_inverse;
-};
 
 // Mostly no row flushes and all blocks end at once, so what counts is how many there are and how many fit: small ones
 // of few registers, each of which has two rounds to go when there is something to encode.
@@ -46,7 +13,8 @@ constexpr int kAppendWarps = 4, kAppendRounds = 2, kAppendBlocksAnSm = 5;
 template <int DM, int C>
 constexpr int kAppendSmem =
     kAppendWarps * C * (DM + 1) * 4 > kMapSmem ? kAppendWarps * C * (DM + 1) * 4 : kMapSmem;
-static_assert(kMapThreads == kAppendWarps * 32, "the same blocks");
+static_assert(kAskedSmem <= kMapSmem, "room for both");
+static_assert(kMapThreads == kAppendWarps * 32 && kAskedThreads == kMapThreads, "the same blocks");
 
 // Where a row's new token goes; read first and asked for later, so that what is between does not wait for the lengths.
 struct TokenLengths {
@@ -56,18 +24,22 @@ struct TokenLengths {
 #pragma unroll
     for (int i = 0; i < 3; ++i) before[i] = p.before[3 * b + i], after[i] = p.after[3 * b + i];
   }
+  // Code index of the new token; below 0 it is a sink.
+  __device__ __forceinline__ int index(const AppendParams& p) const {
+    return before[0] + before[1] + before[2] - p.num_sinks;
+  }
   // Null if the row has no new token. row: of batch and heads.
   template <typename T>
   __device__ __forceinline__ T* place(const AppendParams& p, const AppendSide& side, int row) const {
-    const int token = before[0] + before[1] + before[2], turn = token - p.num_sinks;
+    const int u = index(p), token = u + p.num_sinks;
     if (after[0] + after[1] + after[2] == token) return nullptr;
-    if (turn < 0) return static_cast<T*>(side.sink) + (static_cast<int64_t>(row) * p.num_sinks + token) * p.D;
-    const int slot = turn - divide(turn, p.slots_inverse) * p.slots;
+    if (u < 0) return static_cast<T*>(side.sink) + (static_cast<int64_t>(row) * p.num_sinks + token) * p.D;
+    const int slot = u - divide(u, p.slots_inverse) * p.slots;
     return static_cast<T*>(side.window) + (static_cast<int64_t>(row) * p.slots + slot) * p.D;
   }
 };
 
-// Blocks that map: slices of a head's map, heads, vectors of keys, of values, of queries.
+// Blocks that map: slices of a head's map, heads, vectors of keys, of values, of queries (those of spans: pq_asked).
 
 template <typename T>
 __device__ __forceinline__ void map_tokens(const AppendParams& p, int block, float* smem) {
@@ -90,7 +62,18 @@ __device__ __forceinline__ void map_tokens(const AppendParams& p, int block, flo
   } tokens{p, side, b, h};
   struct Fit {
     const Tokens& tokens;
-    bool is_there;
+    bool is_there, turns;
+    __device__ __forceinline__ void turn(int j, float* x) const {  // by a warp
+      const AppendParams& p = tokens.p;
+      const int index = tokens.lengths[j].index(p), half = p.D / 2;
+      if (index < 0) return;
+      const float* const by = p.turn_of(index);
+#pragma unroll 2
+      for (int i = threadIdx.x & 31; i < half; i += 32) {
+        const float low = x[i], high = x[i + half], c = by[i], s = by[i + half];
+        x[i] = low * c + high * s, x[i + half] = high * c - low * s;
+      }
+    }
     __device__ __forceinline__ int64_t at(int j, int dim) const {
       return static_cast<int64_t>(tokens.row[j]) * tokens.p.D + dim;
     }
@@ -100,7 +83,7 @@ __device__ __forceinline__ void map_tokens(const AppendParams& p, int block, flo
     __device__ __forceinline__ float of(int j, int dim, float y) const {
       return is_there ? fmaf(y, tokens.p.k_scale[at(j, dim)], tokens.p.k_shift[at(j, dim)]) : y;
     }
-  } fit{tokens, p.k_scale != nullptr && !second};
+  } fit{tokens, p.k_scale != nullptr && !second, p.turns != nullptr && !second};
   const int64_t head = static_cast<int64_t>(h) * p.D * p.D;
   const auto* const eight = static_cast<const int8_t*>(side.map) + head;
   const auto* const half = static_cast<const __half*>(side.map) + head;
@@ -149,7 +132,8 @@ __global__ void __launch_bounds__(kAppendWarps * 32, kAppendBlocksAnSm)
   constexpr int C = 1 << NBITS, kThreads = kAppendWarps * 32;
   extern __shared__ float smem[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = lane % SPLIT;
-  if (static_cast<int>(blockIdx.x) < p.query_blocks) return map_queries<T>(p, blockIdx.x, smem);
+  if (static_cast<int>(blockIdx.x) < p.query_blocks)
+    return p.turns != nullptr ? ask_spans<T>(p, blockIdx.x, smem) : map_queries<T>(p, blockIdx.x, smem);
   if (static_cast<int>(blockIdx.x) < p.map_blocks) return map_tokens<T>(p, blockIdx.x - p.query_blocks, smem);
   const int block = blockIdx.x - p.map_blocks, at = divide(block, p.shares_inverse), share = block - at * p.shares;
   const int which = divide(at, p.rows_inverse), row = at - which * p.B * p.H;

@@ -35,14 +35,14 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
   const uint8_t* const books = p.books + static_cast<size_t>(at.h) * Cfg::book_bytes;
 
   // What everything waits for: lengths, page table, codes, query. The first chunks of a single row do not depend on its
-  // length, so its page table is asked for at once; a table that is longer than the row says nothing there, which is
-  // then not used. Asked for before the codebooks, or they would stand in line behind them.
+  // length (but with anchored keys), so its page table is asked for at once; a table that is longer than the row says
+  // nothing there, which is then not used. Asked for before the codebooks, or they would stand in line behind them.
   int lengths[3] = {}, early[2] = {};
   Query<Cfg> query;
   if constexpr (ONE) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) lengths[i] = load_now(p.lengths + i);
-    if (p.table_stride > 0)
+    if (!Cfg::ANCHORED && p.table_stride > 0)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int page = Stream::page_of(p, Stream::early_tile(p, at.pair, 16 * i + at.lane / 2, at.lane));
@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_decode_kernel(const __grid
     worked = row.units > 0 && static_cast<int>(blockIdx.x) < share.blocks;
     if (worked) {
       if (at.keys)
-        key_warp<Cfg>(p, at, 0, row, share, stream, turn, query, early);
+        key_warp<Cfg>(p, at, 0, row, share, stream, turn, query, Cfg::ANCHORED ? nullptr : early);
       else
-        value_warp<Cfg>(p, at, 0, row, share, stream, turn, early);
+        value_warp<Cfg>(p, at, 0, row, share, stream, turn, Cfg::ANCHORED ? nullptr : early);
       finish_row<Cfg, ONE>(p, at, share, 0);
     } else if (row.units == 0 && blockIdx.x == 0) {
       store_nothing<Cfg>(p, at, 0);

@@ -71,6 +71,12 @@ PQ_API const char* pqlab_append(const pqlab::AppendParams* params, void* stream)
   const int tokens = pqlab::map_chunks(p.B), queries = pqlab::map_chunks(p.B * p.G * p.S);
   const int chunks = (p.side[0].map ? tokens : 0) + (p.side[1].map ? tokens : 0);
   p.query_blocks = p.maps && p.q_map ? queries * p.H * (p.D / pqlab::kTransposedSlice) : 0;
+  p.span_inverse = 1.f / (p.B * p.G * p.S);
+  if (p.maps && p.turns) {
+    if (!p.q_map || p.D > pqlab::kAskedMost) return "keys with anchors have a map, and heads up to 128";
+    if (static_cast<int64_t>(p.spans) * p.B * p.G * p.S >= 1 << 21) return "too many queries for one launch";
+    p.query_blocks = pqlab::asked_blocks(p);
+  }
   p.map_blocks = p.query_blocks + (p.maps ? chunks * p.H * (p.D / pqlab::kMapSlice) : 0);
   p.shares = ceil_div(p.M, pqlab::kAppendWarps * pqlab::kAppendRounds);
   p.slices_inverse = static_cast<float>(pqlab::kMapSlice) / p.D, p.heads_inverse = 1.f / p.H;

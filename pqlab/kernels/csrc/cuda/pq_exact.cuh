@@ -12,18 +12,37 @@ struct ExactTokens {
   static constexpr int HG = Cfg::HG, NP = Cfg::NP, AT_ONCE = Cfg::EXACT;
 
   int sinks, oldest;  // slot of the oldest token of the window
+  int coded;          // code index of that token
   int next, end;      // token to be read next
   Raw<T> k[AT_ONCE][U] = {}, v[AT_ONCE][U] = {}, q[HG][U] = {};  // or the compiler keeps those of the row before
+  float more[HG] = {};  // of anchored keys: what is added to the scores of a query
 
   // Asks for the first of them.
   __device__ __forceinline__ ExactTokens(const DecodeParams& p, const Place<Cfg>& at, const Row& row, int b, int e0,
                                          int e1)
-      : sinks(row.sinks), oldest(0), next(e0 + NP - 1 - at.pair), end(e1) {
+      : sinks(row.sinks), oldest(0), coded(row.coded), next(e0 + NP - 1 - at.pair), end(e1) {
     if (next >= end) return;
     if (p.window_slots) oldest = static_cast<uint32_t>(row.coded) % p.window_slots;
     read_tokens(p, at, b);
+    read_query(p, at, b);
+  }
+  // Span of a token: that of its code index, the first of a sink.
+  __device__ __forceinline__ int span_of(const DecodeParams& p, int token) const {
+    return token < sinks ? 0 : p.span_of(coded + token - sinks);
+  }
+  // The first token behind this one that is in another span, at least where that begins.
+  __device__ __forceinline__ int border(const DecodeParams& p, int token) const {
+    const int index = token < sinks ? 0 : coded + token - sinks;
+    return max(sinks, (((index >> p.span_shift) + 1) << p.span_shift) - coded + sinks);
+  }
+  // The query vectors for the next token.
+  __device__ __forceinline__ void read_query(const DecodeParams& p, const Place<Cfg>& at, int b) {
+    const int span = Cfg::ANCHORED ? span_of(p, next) : 0;
 #pragma unroll
-    for (int g = 0; g < HG; ++g) read(at, at.query(p, b, g), q[g]);
+    for (int g = 0; g < HG; ++g) {
+      read(at, at.query(p, b, g, span), q[g]);
+      if constexpr (Cfg::ANCHORED) more[g] = at.offset(p, b, g, span);
+    }
   }
 
   __device__ __forceinline__ void read(const Place<Cfg>& at, const T* from, Raw<T> (&x)[U]) const {
@@ -73,7 +92,12 @@ struct ExactTokens {
 #pragma unroll
         for (int w = 0; w < U; ++w) kf[j][w] = to_float2(k[j][w]), vf[j][w] = to_float2(v[j][w]);
       const int now = next;
-      next += NP * AT_ONCE;
+      int upto = end, taken = AT_ONCE;
+      if constexpr (Cfg::ANCHORED) {  // no further than to the end of the span
+        upto = min(end, border(p, now));
+        taken = min(AT_ONCE, (upto - now + NP - 1) / NP);
+      }
+      next += NP * taken;
       if (next < end) read_tokens(p, at, b);
 #pragma unroll
       for (int g = 0; g < HG; ++g) {
@@ -88,7 +112,8 @@ struct ExactTokens {
           for (int w = 0; w < U; ++w) s[j] += qf[w].x * kf[j][w].x + qf[w].y * kf[j][w].y;
 #pragma unroll
           for (int o = 16; o; o >>= 1) s[j] += __shfl_xor_sync(~0u, s[j], o);
-          s[j] = now + NP * j < end ? s[j] * p.scale_log2 : -INFINITY;
+          if constexpr (Cfg::ANCHORED) s[j] += more[g];
+          s[j] = now + NP * j < upto ? s[j] * p.scale_log2 : -INFINITY;
           best = fmaxf(best, s[j]);
         }
         const float shrink = exp2_approx(top[g] - best);
@@ -104,6 +129,8 @@ struct ExactTokens {
           for (int w = 0; w < U; ++w) sum(w, 0, g) += weight * vf[j][w].x, sum(w, 1, g) += weight * vf[j][w].y;
         }
       }
+      if constexpr (Cfg::ANCHORED)
+        if (next < end && span_of(p, next) != span_of(p, now)) read_query(p, at, b);
     }
   }
 };

@@ -50,7 +50,8 @@ __device__ __forceinline__ void key_phase(const DecodeParams& p, const Place<Cfg
     return;
   }
   const KeyTile<Cfg> tile(at);
-  const Scores<Cfg> scores(at, HalvesQuery<Cfg>::shared(at, second), Cfg::query_words, books.buffer());
+  Scores<Cfg> scores(at, books.buffer());
+  scores.ask(HalvesQuery<Cfg>::shared(at, second), Cfg::query_words);
   books.wait();
 #pragma unroll 1
   for (int k = 0; k < n; ++k) {

@@ -25,6 +25,7 @@ struct HalvesConfig {
   using V = Side<D_ / 2, VM / 2, VBITS>;
   static constexpr int D = D_, DP = D_, HG = HG_, NW = NW_, NP = NW_, SLOTS = SLOTS_;
   static constexpr int BUFFERS = BUFFERS_, CHUNKS = CHUNKS_;
+  static constexpr bool ANCHORED = false;
   static_assert(HG >= 1 && HG <= 4, "at most four query vectors a block");
   static_assert(K::DP == 128 && D == 2 * K::DP, "a half is a pair of blocks");
   static_assert(K::CODES == 1 && V::CODES == 1, "a code for two dimensions at least");

@@ -77,12 +77,8 @@ __device__ __forceinline__ void key_warp(const DecodeParams& p, const Place<Cfg>
     return;
   }
   const KeyTile<Cfg> tile(at);
-  const Scores<Cfg> scores(at, query.spread(at));
-  __syncwarp();  // the query is read, scores may follow
-  mbarrier_wait(at.key_books, 0);
-
-#pragma unroll 1
-  for (int k = 0; k < stream.chunks; ++k) {
+  Scores<Cfg> scores(at);
+  const auto take = [&](int k) {
     uint32_t codes = stream.wait();
     if constexpr (K::C == 16) {
       const uint32_t wide = smem_address(at.scores) + Cfg::pair_spread;
@@ -102,6 +98,28 @@ __device__ __forceinline__ void key_warp(const DecodeParams& p, const Place<Cfg>
     __syncwarp();
     if (at.lane < kArrivals) mbarrier_arrive(at.full + 8 * turn.buffer);
     turn.next();
+  };
+  if constexpr (Cfg::ANCHORED) {
+    const int last = stream.first + stream.chunks;
+#pragma unroll 1
+    for (int chunk = stream.first; chunk < last;) {
+      const int index = chunk * kChunk, border = (((index >> p.span_shift) + 1) << p.span_shift) / kChunk;
+      const int span = p.span_of(index);
+      scores.ask([&](int g, int i) {
+        const auto* const from = at.query(p, b, g, span) + 2 * i;
+        return Cfg::D == Cfg::DP || 2 * i < Cfg::D ? to_half2(load_raw(from)) : 0u;
+      });
+      scores.move([&](int g) { return at.offset(p, b, g, span); });
+      mbarrier_wait(at.key_books, 0);
+#pragma unroll 1
+      for (const int end = min(border, last); chunk < end; ++chunk) take(chunk - stream.first);
+    }
+  } else {
+    scores.ask(query.spread(at), Cfg::DP / 2);
+    __syncwarp();  // the query is read, scores may follow
+    mbarrier_wait(at.key_books, 0);
+#pragma unroll 1
+    for (int k = 0; k < stream.chunks; ++k) take(k);
   }
 }
 

@@ -117,11 +117,17 @@ struct Place {
   }
   __device__ __forceinline__ float2* totals() const { return reinterpret_cast<float2*>(smem + Cfg::total_offset); }
 
-  // Query vector g of the block, in one row of the batch.
-  __device__ __forceinline__ const typename Cfg::T* query(const DecodeParams& p, int row, int g) const {
+  // Query vector g of the block, in one row of the batch; of anchored keys for one of their spans.
+  __device__ __forceinline__ const typename Cfg::T* query(const DecodeParams& p, int row, int g, int span = 0) const {
     const int v = first_vector + g < vectors ? first_vector + g : 0, head = v * p.step_magic >> 16;
     return static_cast<const typename Cfg::T*>(p.q) + row * p.q_stride[0] +
-           static_cast<int64_t>(h * p.G + head) * p.q_stride[1] + (v - head * p.S) * p.q_stride[2];
+           static_cast<int64_t>(h * p.G + head) * p.q_stride[1] + (v - head * p.S) * p.q_stride[2] +
+           (Cfg::ANCHORED ? span * p.span_stride : 0);
+  }
+  // What is added to its scores in a span of anchored keys.
+  __device__ __forceinline__ float offset(const DecodeParams& p, int row, int g, int span) const {
+    if (p.offsets == nullptr || first_vector + g >= vectors) return 0.f;
+    return p.offsets[(static_cast<int64_t>(span * p.B + row) * p.H + h) * vectors + first_vector + g] * p.offset_unit;
   }
 };
 

@@ -69,15 +69,18 @@ __device__ __forceinline__ void map_vectors(float* smem, int n, int D, F&& at) {
         smem[(v + i) * kMapMost + r] = r < D ? to_float(at(min(v + i, n - 1))[r]) : 0.f;
 }
 
-// What becomes of results where they are stored: nothing.
+// What becomes of vectors ahead of the map, and of results where they are stored: nothing.
 struct AsMapped {
+  static constexpr bool turns = false;
+  __device__ __forceinline__ void turn(int, float*) const {}
   __device__ __forceinline__ void prefetch(int, int) {}
   __device__ __forceinline__ float of(int, int, float y) const { return y; }
 };
 
 // y = x M: a thread has four columns of the slice, of every 16th row. `map` is the head's; at(v) is where vector v
 // begins, `token` knows where results go: token.read(j, v) asks for it, token.place(j) says it, null for nowhere; `fit`
-// what they become there: fit.prefetch(j, dimension), fit.of(j, dimension, y).
+// what they become there: fit.prefetch(j, dimension), fit.of(j, dimension, y), and if fit.turns what x becomes ahead of
+// it, in place: fit.turn(j, x).
 template <int N, typename E, typename T, typename F, typename G, typename H = AsMapped>
 __device__ __forceinline__ void map_rows(const E* map, int D, int slice, int n, float* smem, F&& at, G& token,
                                          H fit = {}) {
@@ -95,6 +98,12 @@ __device__ __forceinline__ void map_rows(const E* map, int D, int slice, int n, 
   for (int j = 0; j < (N == 1 ? 1 : EACH); ++j)
     if (warp + kMapWarps * j < n) token.read(j, warp + kMapWarps * j), fit.prefetch(j, dim);
   map_vectors<N>(smem, n, D, at);
+  if (fit.turns) {
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < (N == 1 ? 1 : EACH); ++j)
+      if (warp + kMapWarps * j < n) fit.turn(j, smem + (warp + kMapWarps * j) * kMapMost);
+  }
   __syncthreads();
   float* const parts = smem + kMapVectors * kMapMost;  // [vectors][warps][slice]
 #pragma unroll 1

@@ -7,7 +7,8 @@
 
 namespace pqlab {
 
-// The query vectors of a row, dealt to the lanes of a key warp: asked for early, needed late.
+// The query vectors of a row, dealt to the lanes of a key warp: asked for early, needed late. Those of anchored keys
+// are read when a warp comes to their span.
 template <typename Cfg>
 struct Query {
   static constexpr int words = Cfg::HG * Cfg::DP / 2, N = words / 32;
@@ -16,7 +17,7 @@ struct Query {
 
   __device__ __forceinline__ void load(const DecodeParams& p, const Place<Cfg>& at, int row) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < (Cfg::ANCHORED ? 0 : N); ++i) {
       const int word = i * 32 + at.lane, dim = word % (Cfg::DP / 2) * 2;
       x[i] = {};
       if (Cfg::D == Cfg::DP || dim < Cfg::D) x[i] = load_raw(at.query(p, row, word / (Cfg::DP / 2)) + dim);
@@ -61,11 +62,10 @@ struct Scores {
   uint32_t couple;  // the first of the two vectors that the lane will hold; HG: none
   uint32_t place;   // where its scores go, less those of the tile
   uint32_t halves;  // of two lookups of an entry: in even groups the first is by the first code, in odd ones it is not
+  float more[2] = {};  // of anchored keys: what is added to the scores of the lane's vectors
 
-  // words: query vectors, `stride` apart. buffer: where the codebook lies, in 64 KiB (pairs of blocks only).
-  __device__ __forceinline__ Scores(const Place<Cfg>& at_, const uint32_t* words, int stride = DP / 2,
-                                    uint32_t buffer = 0)
-      : at(at_) {
+  // buffer: where the codebook lies, in 64 KiB (pairs of blocks only).
+  __device__ __forceinline__ explicit Scores(const Place<Cfg>& at_, uint32_t buffer = 0) : at(at_) {
     const int col = at.col, quad = at.quad;
 #pragma unroll
     for (int j = 0; j < kRot; ++j)
@@ -79,6 +79,13 @@ struct Scores {
     keep(which), keep(couple), keep(place);
     halves = at.odd ? 0x3254u : 0x7610u;  // of an even step
     if constexpr (K::CODES == 2) keep(halves);
+  }
+
+  // Takes query vectors: word(g, i) is dimensions 2i and 2i + 1 of vector g.
+  template <typename F>
+  __device__ __forceinline__ void ask(F&& word) {
+    int col = at.col, quad = at.quad;
+    if constexpr (Cfg::ANCHORED) asm volatile("" : "+r"(col), "+r"(quad));  // or all places would be in registers
 #pragma unroll
     for (int t = 0; t < products; ++t) {
       const int g = kSparse ? t * together + col % together : 0;
@@ -90,9 +97,25 @@ struct Scores {
           const int four = 2 * j + (quad >> 1), w = 2 * m + (kSparse ? four >> 2 : j), l = w / EW;
           const int group = (l & ~(kRot - 1)) + ((l & (kRot - 1)) ^ permutation ^ (kSparse ? quad & 1 : 0));
           const int entry = group * 4 + (kSparse ? four & 3 : quad);
-          b[t][m][j] = g < HG ? words[g * stride + entry * EW + w % EW] : 0u;
+          b[t][m][j] = g < HG ? word(g, entry * EW + w % EW) : 0u;
         }
     }
+  }
+  // Those in shared memory, `stride` words apart.
+  __device__ __forceinline__ void ask(const uint32_t* words, int stride) {
+    ask([&](int g, int i) { return words[g * stride + i]; });
+  }
+
+  // Adds offset(g) to the scores of vector g from here on.
+  template <typename F>
+  __device__ __forceinline__ void move(F&& offset) {
+    const int first = kSparse ? couple : 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) more[i] = first + i < HG ? offset(first + i) : 0.f;
+  }
+  __device__ __forceinline__ float moved(float x) const { return Cfg::ANCHORED ? x + more[0] : x; }
+  __device__ __forceinline__ float2 moved(float2 x) const {
+    return Cfg::ANCHORED ? make_float2(x.x + more[0], x.y + more[1]) : x;
   }
 
   // `codes` of two tokens (2 col, 2 col + 1 of the tile), in the order of the lookups -> `to` [tokens][HS]: rows col are
@@ -132,12 +155,13 @@ struct Scores {
     wait();
     to += place;
     if constexpr (!kSparse) {
-      if (at.diagonal) put(to, at.odd ? d[0][1] : d[0][0], add), put(to + 8 * HS, at.odd ? d[0][3] : d[0][2], add);
+      if (at.diagonal)
+        put(to, moved(at.odd ? d[0][1] : d[0][0]), add), put(to + 8 * HS, moved(at.odd ? d[0][3] : d[0][2]), add);
     } else if (couple < HG) {  // with three vectors the fourth place is nobody's
       constexpr int last = products - 1;
       const bool second = last && couple >= static_cast<uint32_t>(together);
-      put(to, second ? make_float2(d[last][0], d[last][1]) : make_float2(d[0][0], d[0][1]), add);
-      put(to + 8 * HS, second ? make_float2(d[last][2], d[last][3]) : make_float2(d[0][2], d[0][3]), add);
+      put(to, moved(second ? make_float2(d[last][0], d[last][1]) : make_float2(d[0][0], d[0][1])), add);
+      put(to + 8 * HS, moved(second ? make_float2(d[last][2], d[last][3]) : make_float2(d[0][2], d[0][3])), add);
     }
   }
 };

@@ -48,13 +48,15 @@ struct Side {
 };
 
 // T: element type of queries and exact tokens. HG: query vectors a block works for. NW: warps; the first half looks up
-// keys, the second half values. SLOTS: chunks of codes that are on their way to a warp.
-template <typename T_, int D_, int KM, int KBITS, int VM, int VBITS, int HG_, int NW_, int SLOTS_>
+// keys, the second half values. SLOTS: chunks of codes that are on their way to a warp. ANCHORED: keys are turned back
+// by the anchor of their span of tokens, so there are query vectors for every span.
+template <typename T_, int D_, int KM, int KBITS, int VM, int VBITS, int HG_, int NW_, int SLOTS_, bool ANCHORED_>
 struct DecodeConfig {
   using T = T_;
   using K = Side<D_, KM, KBITS>;
   using V = Side<D_, VM, VBITS>;
   static constexpr int D = D_, HG = HG_, NW = NW_, NP = NW_ / 2, SLOTS = SLOTS_;
+  static constexpr bool ANCHORED = ANCHORED_;
   static_assert(HG >= 1 && HG <= 4 && NW % 2 == 0, "at most four query vectors a block, pairs of warps");
   static constexpr int DP = K::DP;
   static constexpr int first_part = NP;  // warps behind this one have parts of the result
@@ -90,7 +92,7 @@ struct DecodeConfig {
 };
 
 struct DecodeParams {
-  const void* q;            // [B, H * G, S, D] of T, last dimension dense
+  const void* q;            // [B, H * G, S, D] of T, last dimension dense; of anchored keys [spans, B, H * G, S, D]
   int64_t q_stride[3];      // elements
   const uint8_t* k_pages;   // [max_pages][H][T][KM][2 * KBITS]
   const uint8_t* v_pages;
@@ -119,6 +121,14 @@ struct DecodeParams {
   // Filled in by the launcher, to spare the kernel divisions:
   uint32_t turn_magic;      // chunks / (splits * NP) == umulhi(chunks, turn_magic), unless that is 1
   uint32_t step_magic;      // vector / S == vector * step_magic >> 16
+  // Of anchored keys:
+  int64_t span_stride;      // of q, elements
+  const float* offsets;     // [spans][B, H * G, S], dense: to be added to scores; null: nothing
+  float offset_unit;        // of which they are, in scores ahead of the softmax scale
+  int spans, span_shift;    // the token with code index u is in span u >> span_shift
+
+  // There is none behind the last, whatever the lengths say.
+  __device__ __forceinline__ int span_of(int index) const { return min(index >> span_shift, spans - 1); }
 };
 
 // One row of the batch as work: units of about equal bytes, chunks of codes and exact tokens side by side.
@@ -144,7 +154,8 @@ struct Begin {
 };
 
 // What a block does of a row: the chunks with which it begins, then those `step` further on, below `end`; exact tokens
-// [e0, e1). `blocks` blocks share the row, from block `block0` on.
+// [e0, e1). `blocks` blocks share the row, from block `block0` on. Of anchored keys a block has all chunks from the
+// first to `end`, a part for each pair of its warps: chunks side by side mostly have the same query vectors.
 struct Share {
   Begin begin;
   int step, end, e0, e1, block0, blocks;
@@ -167,8 +178,11 @@ __device__ __forceinline__ Share share_of_one(const DecodeParams& p, const Row& 
   const int of_chunks = max(min(row.chunks, Cfg::DEALT), (row.chunks + NP - 1) / NP);
   const int useful = max(of_chunks, (row.exact + exact_each - 1) / exact_each);
   const int blocks = max(1, min(p.splits, useful)), x = blockIdx.x;
-  return {begin_of_one<Cfg>(p), p.splits * NP, row.chunks, share(row.exact, x, blocks), share(row.exact, x + 1, blocks),
-          0, blocks};
+  const int e0 = share(row.exact, x, blocks), e1 = share(row.exact, x + 1, blocks);
+  if constexpr (Cfg::ANCHORED)
+    return {{share(row.chunks, x, blocks), 1}, 1, share(row.chunks, x + 1, blocks), e0, e1, 0, blocks};
+  else
+    return {begin_of_one<Cfg>(p), p.splits * NP, row.chunks, e0, e1, 0, blocks};
 }
 
 // More rows: the units of all rows, one after the other, are cut into equal parts, one a block.

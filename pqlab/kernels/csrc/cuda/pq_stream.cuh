@@ -79,8 +79,14 @@ struct CodeStream {
   __device__ __forceinline__ void take(const DecodeParams& p, int row, int coded, const Share& share) {
     table = p.page_table + static_cast<size_t>(row) * p.table_stride;
     last_tile = (coded - 1) / kTile;
-    first = share.begin.first + pair * share.begin.apart, step = share.step;
-    chunks = chunks_from(p, share, first);
+    if constexpr (Cfg::ANCHORED) {
+      const int n = share.end - share.begin.first, from = n * pair / NP;
+      first = share.begin.first + from, step = 1;
+      chunks = n * (pair + 1) / NP - from;
+    } else {
+      first = share.begin.first + pair * share.begin.apart, step = share.step;
+      chunks = chunks_from(p, share, first);
+    }
   }
   // How many chunks of a share a warp has whose first is this one.
   static __device__ __forceinline__ int chunks_from(const DecodeParams& p, const Share& share, int first) {
