@@ -228,6 +228,11 @@ class WritesOneSlotTooFar(WrongCpu):
         reference.encode_pages_(pages, x, books, page_ids, first_slot, nbits)
 
 
+class TakesAllForOne(WrongCpu):
+    def cell_sums(self, x, weights, codes, num_centroids):
+        return reference.cell_sums(x, torch.ones_like(weights), codes, num_centroids)
+
+
 class ForgetsASink(WrongCpu):
     def append_(self, sink_k, *args):
         reference.append_(sink_k, *args, encode_pages_=self.encode_pages_)
@@ -247,6 +252,7 @@ def register():
         (LosesTheLastToken, "cpu decode"),
         (TakesTheSecondNearest, "cpu encode"),
         (WritesOneSlotTooFar, "cpu encode"),
+        (TakesAllForOne, "cpu sums over cells"),
         (ForgetsASink, "cpu append"),
     ],
 )

@@ -110,6 +110,10 @@ class Backend:
     def encode_pages_(self, *args: Any) -> None:
         raise NotImplementedError
 
+    def cell_sums(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Plain torch, which a GPU runs well; a backend with a kernel overrides it."""
+        return reference.cell_sums(*args)
+
     def append_(self, *args: Any) -> None:
         """Plain torch around this backend's own encode; a backend with a fused kernel overrides it."""
         reference.append_(*args, encode_pages_=self.encode_pages_)

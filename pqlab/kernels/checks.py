@@ -79,6 +79,27 @@ def encode(x: Tensor, books: Tensor) -> None:
         _fail("encode", f"{m} subspaces of {dm} dimensions do not make d = {head_dim}")
 
 
+def cell_sums(x: Tensor, weights: Tensor, codes: Tensor, num_centroids: int) -> None:
+    """Raises ValueError for shapes that `ops.cell_sums` cannot take."""
+    groups, n, head_dim = _dims(x, 3)
+    code_groups, code_n, m = _dims(codes, 3)
+    if x.dim() != 3 or codes.dtype != torch.uint8 or (code_groups, code_n) != (groups, n):
+        got = f"{[*x.shape]} and {codes.dtype} {[*codes.shape]}"
+        _fail("cell_sums", f"x must be [G, n, d] and codes uint8 [G, n, M], got {got}")
+    if weights.dtype != torch.float32 or weights.shape != (groups, n):
+        _fail("cell_sums", f"weights must be float32 {[groups, n]}, got {weights.dtype} {[*weights.shape]}")
+    if m < 1 or head_dim < 1 or head_dim % m:
+        _fail("cell_sums", f"{m} subspaces do not divide d = {head_dim}")
+    if not 1 <= num_centroids <= 256:
+        _fail("cell_sums", f"num_centroids must be 1 to 256, got {num_centroids}")
+
+
+def cells_exist(codes: Tensor, num_centroids: int) -> None:
+    """Raises ValueError for a code that names no centroid, on the CPU: asking a GPU would wait for it."""
+    if codes.is_cpu and codes.numel() and num_centroids < 256 and int(codes.max()) >= num_centroids:
+        _fail("cell_sums", f"code {int(codes.max())} names none of {num_centroids} centroids")
+
+
 def encode_pages(pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, first_slot: int, nbits: int) -> None:
     """Raises ValueError for what `ops.encode_pages_` cannot take."""
     if x.dim() != 3:

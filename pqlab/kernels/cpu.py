@@ -39,7 +39,8 @@ _FLUSH = 4  # pq_result: stored, and some row flushes now
 _VECTORS = (torch.float32, torch.bfloat16, torch.float16)
 _NO_MAPS = (None,) * 7  # and neither fit nor turns
 _APPEND_ARGS = struct.Struct("=8Q5q")  # struct pq_append_args
-_PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append_": (6, 13)}
+_CELL_SUMS_ARGS = struct.Struct("=6Q6q")  # struct pq_cell_sums_args
+_PLACES = {"decode": (0, 11), "encode": (0, 2), "encode_pages_": (1, 5), "append_": (6, 13), "cell_sums": (0, 4)}
 """Where the arguments of an operation hold its vectors, and where its (one or two) nbits begin."""
 _IDENTITY = "the identity codec (nbits 32) runs on the reference only"
 
@@ -77,7 +78,7 @@ class CpuBackend(Backend):
 
     def _load(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        for function in (library.pq_decode, library.pq_encode, library.pq_append):
+        for function in (library.pq_decode, library.pq_encode, library.pq_append, library.pq_cell_sums):
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         library.pq_isa.restype = ctypes.c_char_p
         library.pq_book_bytes.argtypes, library.pq_book_bytes.restype = [ctypes.c_int64] * 4, ctypes.c_int64
@@ -274,6 +275,22 @@ class CpuBackend(Backend):
         if code:
             _fail("encode", code, "")
         return codes
+
+    def cell_sums(self, x: Tensor, weights: Tensor, codes: Tensor, num_centroids: int) -> tuple[Tensor, Tensor, Tensor]:
+        groups, n, head_dim = x.shape
+        m = codes.shape[2]
+        count = torch.empty((groups, m, num_centroids), dtype=torch.float64)
+        total, squares = (torch.empty((*count.shape, head_dim // m), dtype=torch.float64) for _ in "ts")
+        x, weights, codes = _plain(x), _plain(weights), _plain(codes)
+        code = self._library.pq_cell_sums(
+            _CELL_SUMS_ARGS.pack(
+                *[t.data_ptr() for t in (x, weights, codes, count, total, squares)],
+                groups, n, head_dim, m, num_centroids, _DTYPES[x.dtype],
+            )
+        )  # fmt: skip
+        if code:
+            _fail("cell_sums", code, "")
+        return count, total, squares
 
     def encode_pages_(
         self, pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, first_slot: int, nbits: int

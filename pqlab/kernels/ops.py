@@ -22,9 +22,9 @@ from torch import Tensor
 from . import checks
 from .dispatch import run, run_again, run_first
 
-__all__ = ["OPS", "append_", "decode", "encode", "encode_pages_", "step_"]
+__all__ = ["OPS", "append_", "cell_sums", "decode", "encode", "encode_pages_", "step_"]
 
-OPS = ("decode", "encode", "encode_pages_", "append_", "step_")
+OPS = ("decode", "encode", "encode_pages_", "append_", "step_", "cell_sums")
 
 _DECODE_ARGS, _STEP_ARGS = 16, 25
 
@@ -98,6 +98,24 @@ def encode(x: Tensor, books: Tensor) -> Tensor:
         uint8 [G, n, M].
     """
     return torch.ops.pqlab.encode.default(x, books)
+
+
+def cell_sums(x: Tensor, weights: Tensor, codes: Tensor, num_centroids: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a step of k-means needs of every cell, the weighted vectors of one code.
+
+    Args:
+        x: [G, n, d]; weights: float32 [G, n]; G is any grouping.
+        codes: uint8 [G, n, M], all below num_centroids; M divides d.
+        num_centroids: C, 1 to 256.
+
+    Returns:
+        float64 count [G, M, C], the sum of the weights, and total and squares [G, M, C, d/M], the weighted sums of
+        the vectors and, axis by axis, of their squares. An empty cell has zeros.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or (on the CPU) a code that names no centroid.
+    """
+    return torch.ops.pqlab.cell_sums.default(x, weights, codes, num_centroids)
 
 
 def encode_pages_(pages: Tensor, x: Tensor, books: Tensor, page_ids: Tensor, first_slot: int, nbits: int) -> None:
@@ -221,6 +239,10 @@ _library.define(
 )
 _library.define("encode(Tensor x, Tensor books) -> Tensor")
 _library.define(
+    "cell_sums(Tensor x, Tensor weights, Tensor codes, int num_centroids) "
+    "-> (Tensor count, Tensor total, Tensor squares)"
+)
+_library.define(
     "encode_pages_(Tensor(a!) pages, Tensor x, Tensor books, Tensor page_ids, int first_slot, int nbits) -> ()"
 )
 _library.define(
@@ -258,6 +280,12 @@ def _encode(*args: Any) -> Tensor:
     return run("encode", args[0].device.type, args)
 
 
+def _cell_sums(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    checks.cell_sums(*args)
+    checks.cells_exist(*args[2:])
+    return run("cell_sums", args[0].device.type, args)
+
+
 def _encode_pages(*args: Any) -> None:
     checks.encode_pages(*args)
     run("encode_pages_", args[0].device.type, args)
@@ -277,6 +305,7 @@ def _step(*args: Any) -> tuple[Tensor, Tensor]:
 # Plain `impl` costs 4 us a call where torch.library.custom_op costs several times that.
 _library.impl("decode", _decode, "CompositeExplicitAutograd")
 _library.impl("encode", _encode, "CompositeExplicitAutograd")
+_library.impl("cell_sums", _cell_sums, "CompositeExplicitAutograd")
 _library.impl("encode_pages_", _encode_pages, "CompositeExplicitAutograd")
 _library.impl("append_", _append, "CompositeExplicitAutograd")
 _library.impl("step_", _step, "CompositeExplicitAutograd")
@@ -297,6 +326,14 @@ def _decode_results(q: Tensor) -> tuple[Tensor, Tensor]:
 def _encode_fake(x: Tensor, books: Tensor) -> Tensor:
     checks.encode(x, books)
     return x.new_empty((x.shape[0], x.shape[1], books.shape[1]), dtype=torch.uint8)
+
+
+@torch.library.register_fake("pqlab::cell_sums", lib=_library)
+def _cell_sums_fake(x: Tensor, weights: Tensor, codes: Tensor, num_centroids: int) -> tuple[Tensor, Tensor, Tensor]:
+    checks.cell_sums(x, weights, codes, num_centroids)
+    shape = (x.shape[0], codes.shape[2], num_centroids)
+    count = x.new_empty(shape, dtype=torch.float64)
+    return count, *(count.new_empty(*shape, x.shape[2] // shape[1]) for _ in "ts")
 
 
 @torch.library.register_fake("pqlab::encode_pages_", lib=_library)

@@ -239,6 +239,23 @@ def encode(x: Tensor, books: Tensor) -> Tensor:
     return codes
 
 
+def cell_sums(x: Tensor, weights: Tensor, codes: Tensor, num_centroids: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, weighted vectors and weighted squares summed over cells in float64; see `kernels.ops.cell_sums`."""
+    groups, _, head_dim = x.shape
+    m = codes.shape[2]
+    cell = codes.movedim(-1, 1).long()  # [G, M, n]
+    weight = weights.double()[:, None].expand(-1, m, -1)
+    columns = x.unflatten(-1, (m, -1)).permute(0, 2, 3, 1).double()  # [G, M, dm, n]
+
+    def summed(values: Tensor) -> Tensor:
+        sums = columns.new_zeros(groups, m, head_dim // m, num_centroids)
+        return sums.scatter_add_(-1, cell[:, :, None].expand_as(values), values).mT.contiguous()
+
+    count = columns.new_zeros(groups, m, num_centroids).scatter_add_(-1, cell, weight)
+    weighted = columns * weight[:, :, None]
+    return count, summed(weighted), summed(weighted.mul_(columns))
+
+
 def append_(
     sink_k: Tensor,
     sink_v: Tensor,

@@ -26,7 +26,7 @@ from .anchors import Anchors, check_span
 from .codebook import Codebooks, LayerCodec, Origin
 from .codec import PQCodec, to_float, to_half
 from .geometry import PQSpec, attention_geometry, num_layers, setting
-from .kmeans import ITERATIONS, product_kmeans
+from .kmeans import ITERATIONS, all_finite, product_kmeans
 from .maps import alike, balanced_map, compact_map
 from .rotary import Rotary
 from .samples import NUM_SINKS, NUM_TOKENS, Samples, collect_kv, window_for
@@ -223,7 +223,7 @@ def train(
         weights, directions, moments = [], [], []
         for i, side in members:
             x, seen = parts[side][i].to(device).float(), samples.sensitivity.get(i)  # [H, n, d]
-            if not x.isfinite().all():
+            if not all_finite(x):
                 raise ValueError(f"layer {i}: {'keys' if side == 'k' else 'values'} of the text are not finite")
             if maps:
                 metric = value_metrics.get(i) if side == "v" else seen and seen.key_metric

@@ -86,20 +86,21 @@ def product_kmeans(
     step = max(1, _CHUNK_ELEMENTS.get(x.device.type, 2**23) // (n * d))
     for first in range(0, groups, step):
         part = x[first : first + step].float().contiguous()
-        if not part.isfinite().all():
+        if not all_finite(part):
             raise ValueError(f"samples of groups {first} to {first + len(part) - 1} are not finite")
         weight = torch.ones_like(part[..., 0]) if weights is None else weights[first : first + step].to(part)
         copies = -(-num_centroids // n)  # seeding needs C samples to choose from
-        part, weight = part.repeat(1, copies, 1), weight.repeat(1, copies)
+        if copies > 1:
+            part, weight = part.repeat(1, copies, 1), weight.repeat(1, copies)
         centroids = _seed(part, weight, num_subspaces, num_centroids, generator)
-        columns = _Columns(part, weight, num_subspaces)
+        weight = weight / weight.mean(1, keepdim=True)
         for i in range(iterations):
             codes = ops.encode(part, centroids)
-            cells = columns.cells(codes, num_centroids)
+            cells = _cells(part, weight, codes, num_centroids)
             centroids = torch.where(cells.count > 0, cells.mean, centroids.double())
             only_empty = i not in _RELOCATIONS or i >= iterations - 2
             if i + 1 < iterations and not (only_empty and cells.count.all()):
-                centroids = _relocate(centroids, cells, columns.spread(codes, cells), only_empty)
+                centroids = _relocate(centroids, cells, only_empty)
             centroids = centroids.float().contiguous()
             if progress is not None:
                 progress(first * iterations + (i + 1) * len(part), groups * iterations)
@@ -118,37 +119,25 @@ def distortion(x: Tensor, books: Tensor) -> Tensor:
     return (x - reference.dequantize(ops.encode(x, books), books)).square().sum(-1).mean(-1)
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether x holds neither infinities nor NaN, which the extremes hand on: a twentieth of what `isfinite` takes."""
+    return x.numel() == 0 or all(bool(extreme.isfinite()) for extreme in x.aminmax())
+
+
 class _Cells(NamedTuple):
     """Samples of every cell, float64."""
 
     count: Tensor  # [g, M, C, 1], the sum of their weights
     mean: Tensor  # [g, M, C, dm]
+    spread: Tensor  # [g, M, C, dm], sum of the squared distance to the mean along every axis
 
 
-class _Columns:
-    """Samples and their weights, laid out for sums over cells. Weights are scaled to a mean of 1."""
-
-    def __init__(self, x: Tensor, weight: Tensor, num_subspaces: int) -> None:
-        self.x = x.unflatten(-1, (num_subspaces, -1)).permute(0, 2, 3, 1).double()  # [g, M, dm, n]
-        self.weight = (weight / weight.mean(1, keepdim=True)).double()[:, None].expand(-1, num_subspaces, -1)
-        self.weighted = self.x * self.weight[:, :, None]
-
-    def cells(self, codes: Tensor, num_centroids: int) -> _Cells:
-        """codes uint8 [g, n, M]."""
-        g, m, dm, _ = self.x.shape
-        cell = codes.movedim(-1, 1).long()  # [g, M, n]
-        count = self.x.new_zeros(g, m, num_centroids).scatter_add_(-1, cell, self.weight)
-        total = self.x.new_zeros(g, m, dm, num_centroids)
-        total.scatter_add_(-1, cell[:, :, None].expand(-1, -1, dm, -1), self.weighted)
-        count = count[..., None]
-        return _Cells(count, total.mT / count.clamp_min(_TINY))
-
-    def spread(self, codes: Tensor, cells: _Cells) -> Tensor:
-        """float64 [g, M, C, dm]: sum over a cell of the squared distance to its mean along every axis."""
-        g, m, dm, _ = self.x.shape
-        cell = codes.movedim(-1, 1).long()[:, :, None].expand(-1, -1, dm, -1)
-        squares = self.x.new_zeros(g, m, dm, cells.mean.shape[2]).scatter_add_(-1, cell, self.x * self.weighted)
-        return (squares.mT - cells.count * cells.mean.square()).clamp_min(0)
+def _cells(x: Tensor, weight: Tensor, codes: Tensor, num_centroids: int) -> _Cells:
+    """Of samples x [g, n, d] with codes [g, n, M]; weights [g, n] with a mean of 1."""
+    count, total, squares = ops.cell_sums(x, weight, codes, num_centroids)
+    count = count[..., None]
+    mean = total / count.clamp_min(_TINY)
+    return _Cells(count, mean, (squares - count * mean.square()).clamp_min(0))
 
 
 def _seed(x: Tensor, weight: Tensor, num_subspaces: int, num_centroids: int, generator: torch.Generator) -> Tensor:
@@ -156,8 +145,8 @@ def _seed(x: Tensor, weight: Tensor, num_subspaces: int, num_centroids: int, gen
     if x.shape[1] > _SEEDING_SAMPLES:
         chosen = weight.multinomial(_SEEDING_SAMPLES, generator=generator)
         x = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
-    vectors = x.unflatten(-1, (num_subspaces, -1)).movedim(2, 1)  # [g, M, n, dm]
-    distance = vectors.new_ones(vectors.shape[:-1])
+    axes = x.unflatten(-1, (num_subspaces, -1)).permute(3, 0, 2, 1).contiguous()  # [dm, g, M, n]: quick to sum over dm
+    distance = torch.ones_like(axes[0])
     rounds: list[Tensor] = []
     have = 0
     while have < num_centroids:
@@ -165,16 +154,16 @@ def _seed(x: Tensor, weight: Tensor, num_subspaces: int, num_centroids: int, gen
         # the largest distance / Exp(1): samples without replacement, in proportion to their distance
         noise = torch.empty_like(distance).exponential_(generator=generator).clamp_min_(1e-30)
         chosen = (distance / noise).topk(count).indices  # [g, M, count]
-        seeds = _rows(vectors, chosen)
-        nearest = _rows(seeds, ops.encode(x, seeds).movedim(-1, 1).long())
-        found = (vectors - nearest).square_().sum(-1)
+        seeds = _along(axes, chosen)  # [dm, g, M, count]
+        rounds.append(seeds.permute(1, 2, 3, 0).contiguous())
+        nearest = ops.encode(x, rounds[-1]).movedim(-1, 1).contiguous().long()  # [g, M, n]
+        found = (axes - _along(seeds, nearest)).square_().sum(0)
         distance = torch.minimum(distance, found) if have else found
-        rounds.append(seeds)
         have += count
     return torch.cat(rounds, 2)
 
 
-def _relocate(centroids: Tensor, cells: _Cells, spread: Tensor, only_empty: bool) -> Tensor:
+def _relocate(centroids: Tensor, cells: _Cells, only_empty: bool) -> Tensor:
     """Move the centroids that are missed least next to those whose cells gain most by a second one.
 
     What a centroid is worth is at most the cost of merging its cell with the nearest one (Ward's criterion,
@@ -183,7 +172,7 @@ def _relocate(centroids: Tensor, cells: _Cells, spread: Tensor, only_empty: bool
     if centroids.shape[2] < 2:
         return centroids
     at_once = _RELOCATE_CODEBOOKS.get(centroids.device.type, 16)
-    parts = [t.flatten(0, 1).split(at_once) for t in (centroids, cells.count.squeeze(-1), spread)]
+    parts = [t.flatten(0, 1).split(at_once) for t in (centroids, cells.count.squeeze(-1), cells.spread)]
     moved = [_relocate_some(*part, only_empty) for part in zip(*parts, strict=True)]
     return torch.cat(moved).view_as(centroids)
 
@@ -200,7 +189,8 @@ def _relocate_some(centroids: Tensor, count: Tensor, spread: Tensor, only_empty:
         apart = torch.cdist(centroids.float(), centroids.float()).square_()
         apart.div_(rest[:, None] + rest[:, :, None])
         apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        apart.masked_fill_(count[:, None] == 0, torch.inf)  # an empty cell is no neighbour to merge with
+        if not count.all():
+            apart.masked_fill_(count[:, None] == 0, torch.inf)  # an empty cell is no neighbour to merge with
         worth = torch.where(count > 0, apart.amin(-1).double(), 0.0)
     limit = num_centroids // 2 if only_empty else max(1, num_centroids // 8)
     poor, rich = worth.argsort(1)[:, :limit], gain.argsort(1, descending=True)[:, :limit]
@@ -213,6 +203,11 @@ def _relocate_some(centroids: Tensor, count: Tensor, spread: Tensor, only_empty:
     middle, offset = _rows(centroids, rich), _rows(offset, rich)
     out = _with_rows(centroids, poor, torch.where(pays, middle + offset, _rows(centroids, poor)))
     return _with_rows(out, rich, torch.where(pays, middle - offset, _rows(out, rich)))
+
+
+def _along(axes: Tensor, index: Tensor) -> Tensor:
+    """axes [dm, ..., n] at index [..., k] -> [dm, ..., k]."""
+    return axes.gather(-1, index.expand(len(axes), *index.shape))
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

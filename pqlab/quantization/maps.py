@@ -42,7 +42,7 @@ def balanced_map(x: Tensor, metric: Tensor | None, num_subspaces: int) -> tuple[
         root = axes * values.sqrt()[:, None] @ axes.mT
         inverse_root = axes * values.rsqrt()[:, None] @ axes.mT
     y = x @ root
-    y = y - y.mean(1, keepdim=True)
+    y -= y.mean(1, keepdim=True)
     variances, axes = torch.linalg.eigh(y.mT @ y / n)
     variances, axes = variances.flip(-1), axes.flip(-1)  # descending
     axes = axes.gather(-1, balanced_order(variances, num_subspaces)[:, None].expand(-1, d, -1))

@@ -34,6 +34,7 @@ def checks(session: Session):
             yield f"{name} compiles and binds", lambda n=name, d=device: compiles_and_binds(session, n, d)
         yield f"{name} decode", lambda n=name, d=device: decode_agrees(session, n, d)
         yield f"{name} encode", lambda n=name, d=device: encode_agrees(session, n, d)
+        yield f"{name} sums over cells", lambda n=name, d=device: sums_agree(session, n, d)
         yield f"{name} append", lambda n=name, d=device: append_agrees(session, n, d)
     yield "built variants", lambda: built_variants(session)
 
@@ -50,6 +51,7 @@ def compiles_and_binds(session: Session, name: str, device: str) -> str:
     calls = {
         "decode": call,
         "encode": (x, call[5]),
+        "cell_sums": (x, torch.ones_like(x[..., 0]), torch.zeros_like(x[..., :1], dtype=torch.uint8), 1),
         "encode_pages_": (call[1].clone(), x, call[5], torch.tensor([0, 1], device=device), 3, call[11]),
         "append_": append,
         "step_": (*append, query, query.shape[-1] ** -0.5),
@@ -126,6 +128,28 @@ def encode_agrees(session: Session, name: str, device: str) -> str:
         expect(torch.equal(after, before), f"{where}: a slot outside of the new tokens was changed")
         codes_seen += codes.numel()
     return f"{codes_seen:,} codes nearest by a search in float64, neighbours in their pages untouched"
+
+
+def sums_agree(session: Session, name: str, device: str) -> str:
+    """Weights, vectors and squares of every cell against a product with the cells' members in float64."""
+    g, cells_seen = session.generator(f"sums {name}"), 0
+    for _ in range(session.amount(4, 20)):
+        d, m, nbits = _codec(g, device)
+        groups, n = _pick(g, 1, 2, 3), _pick(g, 1, 40, 300)
+        x, weights = torch.randn(groups, n, d, generator=g), torch.rand(groups, n, generator=g)
+        codes = torch.randint(0, 2**nbits, (groups, n, m), generator=g, dtype=torch.uint8)
+        with use_backend(name):
+            found = ops.cell_sums(x.to(device), weights.to(device), codes.to(device), 2**nbits)
+        members = (codes.movedim(-1, 1)[..., None] == torch.arange(2**nbits)).double()  # [G, M, n, C]
+        vectors = x.double().unflatten(-1, (m, -1)).movedim(2, 1)  # [G, M, n, dm]
+        weighted = members * weights.double()[:, None, :, None]
+        wanted = (weighted.sum(2), weighted.mT @ vectors, weighted.mT @ vectors.square())
+        where = f"{groups} groups of {n} vectors, d = {d}, M = {m}, {nbits} bits"
+        for what, got, want in zip(("weights", "vectors", "squares"), found, wanted, strict=True):
+            worst = float((got.cpu() - want).abs().max())
+            expect(worst < 1e-9, f"{where}: a sum of {what} is off by {worst:.2g}")
+        cells_seen += wanted[0].numel()
+    return f"sums of {cells_seen:,} cells as in float64"
 
 
 def append_agrees(session: Session, name: str, device: str) -> str:

@@ -68,8 +68,17 @@ struct pq_append_args {
     int64_t batch, heads, num_sinks, window_slots, vector_bytes;
 };
 
+struct pq_cell_sums_args {
+    const void* x;         // [G, n, d]
+    const float* weights;  // [G, n]
+    const uint8_t* codes;  // [G, n, m]
+    double *count, *total, *squares;  // [G, m, num_centroids], and twice that [.., d / m]
+    int64_t groups, n, head_dim, m, num_centroids, dtype;
+};
+
 extern "C" {
 int pq_append(const pq_append_args* args);
+int pq_cell_sums(const pq_cell_sums_args* args);
 int pq_decode(const pq_decode_args* args);
 int pq_encode(const pq_encode_args* args);
 const char* pq_isa();
