@@ -65,6 +65,8 @@ CASES = {
     "a ring that wraps within a span": {"coded": (47, 95), "window": (48, 30)},
     "empty rows": {"batch": 4, "coded": (0, 0, 0, 150), "sinks": (0, 3, 0, 0), "window": (0, 0, 9, 0)},
     "more spans than tokens": {"spans": 9},
+    "pages and spans that do not divide each other": {"coded": (300, 129), "page_size": 80},
+    "a span of one page and a half": {"span": 64, "coded": (200, 130), "page_size": 48, "heads": 1, "group": 4},
 }
 
 

@@ -24,7 +24,7 @@ from .build import Extension
 from .caller import Alive, Caller, Launch
 from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
 from .cuda_memory import PreparedBooks, Workspaces, check
-from .cuda_params import APPEND_AT, Held, Maps, append_params, decode_at, decode_params, encode_params
+from .cuda_params import APPEND_AT, Held, Maps, append_params, asked_parts, decode_at, decode_params, encode_params
 
 _BOOKS_AT = {"decode": (5, 6), "encode": (1,), "encode_pages_": (2,), "append_": (11, 12)}  # of the arguments
 _MAX_STEPS = 16  # query vectors a kv head: above, reading the codes once for four of them does not pay
@@ -304,7 +304,7 @@ class CudaBackend(Backend):
         floats = heads * blocks * (splits + batch) * library.part_floats
         each = q.numel() * q.element_size() if maps else 0  # of queries for a span and of results in code space
         count = batch * heads * blocks * library.tickets
-        vectors = spans * batch * query_heads * steps if maps else 0
+        vectors = spans * batch * query_heads * steps * asked_parts(q.shape[-1]) if maps else 0
         room = floats + (spans + 1) * each // 4 + vectors
         partial, tickets = self._workspaces.of(q, room, count, stream, zero_tickets)
         held = Held(books, partial, tickets, splits, spans=spans)

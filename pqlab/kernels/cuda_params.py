@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .caller import offsets
 
-_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQQQ5iIif2IqQf2i4x")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
+_DECODE = struct.Struct("<Q3qQQQi4xQQQQ3qQQ3qi4xQQQQQQ5iIif2IqQf3i")  # struct DecodeParams of csrc/cuda/pq_shape.cuh
 _ENCODE = struct.Struct("<Q2qQQQ5i4x")  # struct EncodeParams of csrc/cuda/pq_encode.cuh
 _APPEND_SIDE = struct.Struct("<QQQ2qQQQi4x")  # struct AppendSide of csrc/cuda/pq_append_shape.cuh
 _APPEND = struct.Struct("<QQQ10iQQ3qQQQQQQ8i8f")  # struct AppendParams, after its two sides
@@ -72,6 +72,11 @@ class Maps(NamedTuple):
     offsets: int = 0  # `Held.offsets`
 
 
+def asked_parts(head_dim: int) -> int:
+    """Parts of which an offset that append_ leaves is the sum, as csrc/cuda/pq_asked.cuh has it."""
+    return 1 + (head_dim > 64)
+
+
 def decode_params(args: tuple[Any, ...], held: Held, out: int, lse: int) -> bytes:
     """Args: `args`, those of `ops.decode`; out, lse: addresses for the results, dense."""
     (q, k_pages, v_pages, page_table, lengths, _, _, sink_k, sink_v, window_k, window_v, _, _, scale, span,
@@ -82,7 +87,7 @@ def decode_params(args: tuple[Any, ...], held: Held, out: int, lse: int) -> byte
     if held.mapped_q:
         asked = (held.mapped_q, query_heads * steps * head_dim, steps * head_dim, head_dim)
         of_span = batch * asked[1]
-    more = (held.offsets, 1.0) if held.offsets else (_pointer(offsets), 1 / scale)
+    more, parts = ((held.offsets, 1.0), asked_parts(head_dim)) if held.offsets else ((_pointer(offsets), 1 / scale), 1)
     return _DECODE.pack(
         *asked, k_pages.data_ptr(), v_pages.data_ptr(),
         page_table.data_ptr(), page_table.stride(0), lengths.data_ptr(), held.books.data_ptr(),
@@ -90,7 +95,7 @@ def decode_params(args: tuple[Any, ...], held: Held, out: int, lse: int) -> byte
         window_k.data_ptr(), window_v.data_ptr(), *window_k.stride()[:3], max(1, window_k.shape[2]),
         out, lse, held.partial.data_ptr(), held.tickets.data_ptr(), _pointer(held.home), held.unmapped,
         batch, heads, query_heads // heads, steps, tiles, 0 if tiles == 1 else -(-(2**32) // tiles), held.splits,
-        scale * math.log2(math.e), 0, 0, of_span, *more, held.spans, _log2(span),
+        scale * math.log2(math.e), 0, 0, of_span, *more, held.spans, _log2(span), parts,
     )  # fmt: skip
 
 

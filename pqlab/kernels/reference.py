@@ -51,7 +51,7 @@ def decode(
     sinks, coded, window = lengths.long().unbind(1)  # each [B]
     offset = torch.arange(sink_k.shape[2], device=q.device)
     out, lse = attend_dense(q, sink_k, sink_v, offset < sinks[:, None], scale, keep_precision=True)
-    lse = lse + more[0]  # all scores of a query are moved alike
+    lse = _moved(lse, more[0])
 
     slots = window_k.shape[2]
     if slots:
@@ -66,28 +66,31 @@ def decode(
             else:
                 queries, moved, of_span = q, more[0], valid
             found, its_lse = attend_dense(queries, window_k, window_v, of_span, scale, keep_precision=True)
-            out, lse = merge(out, lse, found, its_lse + moved)
+            out, lse = merge(out, lse, found, _moved(its_lse, moved))
 
     num_pages = page_table.shape[1]
     if q.device.type == "cpu" and batch:  # reading the lengths costs nothing here, on a GPU it would stop the stream
         num_pages = min(num_pages, -(-int(coded.max()) // page_size))
     heads = k_pages.shape[1]
     page_floats = batch * heads * page_size * head_dim
-    step = max(1, _CHUNK_BYTES // (4 * max(1, page_floats)))
-    step = min(step, max(1, span // page_size)) if span else step  # pages of one span, or a page of several
-    for first in range(0, num_pages, step):
-        ids = page_table[:, first : min(first + step, num_pages)].clamp_min(0)
-        k = dequantize(read_pages(k_pages, ids, k_nbits), k_books)
-        v = dequantize(read_pages(v_pages, ids, v_nbits), v_books)
-        token = first * page_size + torch.arange(k.shape[2], device=q.device)
-        for begin in range(0, k.shape[2], span or k.shape[2]):
-            part = slice(begin, begin + span if span else None)
-            number = min(int(first * page_size + begin) // span, len(asked) - 1) if span else 0
-            valid = token[part] < coded[:, None]
-            of_part = k[:, :, part], v[:, :, part], valid
-            found, its_lse = attend_dense(asked[number], *of_part, scale, keep_precision=True)
-            out, lse = merge(out, lse, found, its_lse + more[number])
+    step = span or max(1, _CHUNK_BYTES // (4 * max(1, page_floats))) * page_size  # tokens at a time
+    for begin in range(0, num_pages * page_size, step):
+        number = min(begin // span, len(asked) - 1) if span else 0
+        end = min(begin + step, num_pages * page_size)
+        first = begin // page_size  # pages need not begin where spans do
+        ids = page_table[:, first : -(-end // page_size)].clamp_min(0)
+        part = slice(begin - first * page_size, end - first * page_size)
+        k = dequantize(read_pages(k_pages, ids, k_nbits), k_books)[:, :, part]
+        v = dequantize(read_pages(v_pages, ids, v_nbits), v_books)[:, :, part]
+        valid = torch.arange(begin, end, device=q.device) < coded[:, None]
+        found, its_lse = attend_dense(asked[number], k, v, valid, scale, keep_precision=True)
+        out, lse = merge(out, lse, found, _moved(its_lse, more[number]))
     return out.to(q.dtype), lse
+
+
+def _moved(lse: Tensor, offsets: Tensor) -> Tensor:
+    """What lse becomes where all scores of a query are moved alike; nothing to see stays so, whatever is added."""
+    return torch.where(lse == float("-inf"), lse, lse + offsets)
 
 
 def dequantize(codes: Tensor, books: Tensor) -> Tensor:

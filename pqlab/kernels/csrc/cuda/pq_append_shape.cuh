@@ -34,8 +34,8 @@ struct AppendParams {
   const float* k_shift;
   const float* turns;    // [spans][2][D / 2], or null: cosines and sines by which keys of a span and queries for it are
                          // turned back ahead of their map
-  float* offsets;        // with turns and a shift [spans, B, H * G, S]: what is to be added to scores, ahead of the
-                         // softmax scale: the shift adds another number to those of every span
+  float* offsets;        // with turns and a shift [asked_parts(D), spans, B, H * G, S]: what is to be added to scores,
+                         // ahead of the softmax scale: the shift adds another number to those of every span
   int G, S;
   int spans, span_shift;  // the token with code index u is in span u >> span_shift
   int maps;              // whether this launch is the one that maps

@@ -127,7 +127,9 @@ struct Place {
   // What is added to its scores in a span of anchored keys.
   __device__ __forceinline__ float offset(const DecodeParams& p, int row, int g, int span) const {
     if (p.offsets == nullptr || first_vector + g >= vectors) return 0.f;
-    return p.offsets[(static_cast<int64_t>(span * p.B + row) * p.H + h) * vectors + first_vector + g] * p.offset_unit;
+    const float* const x = p.offsets + (static_cast<int64_t>(span * p.B + row) * p.H + h) * vectors + first_vector + g;
+    const float more = p.offset_parts > 1 ? x[static_cast<int64_t>(p.spans) * p.B * p.H * vectors] : 0.f;
+    return (*x + more) * p.offset_unit;
   }
 };
 
