@@ -33,7 +33,7 @@ def test_every_case_of_a_step_has_a_time(capsys):
     kernels.wait()
     found = records(capsys, "--no-compiled")
     assert set(found) == {
-        "none", "exact flash", "exact math", "paged", "paged, no maps", "exact eager", "paged eager",
+        "none", "exact flash", "exact math", "paged", "paged, anchors", "paged, no maps", "exact eager", "paged eager",
     }  # fmt: skip
     for case, r in found.items():
         assert r["milliseconds"] and r["milliseconds"] > 0, (case, r["note"])
@@ -47,7 +47,7 @@ def test_a_row_is_printed_when_it_is_measured(monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         records(capsys, "--no-compiled")
     shown = [line[:26].strip() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert shown == ["none", "exact flash", "exact math", "paged", "paged, no maps"]
+    assert shown == ["none", "exact flash", "exact math", "paged", "paged, anchors", "paged, no maps"]
 
 
 def test_only_refusals_of_attention_kernels_are_unsaid():

@@ -36,7 +36,7 @@ from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
 from ..evaluation.plan import Plan
 from ..model_runs import cudnn_attention_off
-from ..quantization import Codebooks, attention_geometry
+from ..quantization import SPAN, Codebooks, attention_geometry
 from ..results.provenance import commit, device_name, today, versions
 from ..transformers_api import cache_argument
 from .decode_steps import EXACT_BACKENDS, NONE, Step, decode_step, exact_step, refusals_unsaid, time_graph
@@ -105,9 +105,9 @@ def bench_model(
 
         return (replace(timing, note=timing.note or note) for timing in measure({case: make}, clock))
 
-    def paged(mode: str, how: bool, maps: bool = True, plan: Plan | None = None) -> Step:
+    def paged(mode: str, how: bool, maps: bool = True, plan: Plan | None = None, span: int = 0) -> Step:
         pq = stretched(plan, model) if plan else PQConfig()
-        books = Codebooks.random(model.config, config=pq, maps=maps)
+        books = Codebooks.random(model.config, config=pq, maps=maps, span=span)
         cache = filled_paged(model, context, CacheConfig(mode=mode), codebooks=books)
         return decode_step(model, cache, "pqlab", context, compiled=how)
 
@@ -117,6 +117,7 @@ def bench_model(
         for name in exact:
             yield from as_graph(f"exact {name}{end}", lambda name=name: exact_step(model, context, name, how))
         yield from as_graph(f"paged{end}", lambda: paged("static", how))
+        yield from as_graph(f"paged, anchors{end}", lambda: paged("static", how, span=SPAN))
         yield from as_graph(f"paged, no maps{end}", lambda: paged("static", how, maps=False))
         for name, plan in (plans or {}).items():
             note = f"{plan.bits:.4g} bits an element"

@@ -105,11 +105,15 @@ class Codebooks:
         config: PQSpec = _DEFAULT,
         seed: int = 0,
         maps: bool = False,
+        span: int = 0,
     ) -> Codebooks:
-        """Normally distributed centroids (and maps, with what keys are fitted by), seeded, without calibration: lossy
-        codecs for tests."""
+        """Normally distributed centroids (with maps also what keys are fitted by, and usual anchors where there is a
+        span), seeded, without calibration: lossy codecs for tests."""
         geometry, origin = _target(model, num_heads, head_dim)
         generator = torch.Generator().manual_seed(seed)
+        anchors = {
+            d: Anchors(span, 10000 ** -torch.linspace(0, 1, d // 2)) for _, d in geometry.values() if span
+        }  # one table of turns for all layers
 
         def codec(pq: PQConfig, heads: int, d: int, side: str) -> PQCodec:
             m = pq.num_subspaces(d)
@@ -122,6 +126,7 @@ class Codebooks:
             if side == "k":
                 moments = {"mean": torch.randn(heads, d, generator=generator) / 4}
                 moments["spread"] = torch.rand(heads, d, generator=generator) + 0.5
+                moments["anchors"] = anchors.get(d)
             return PQCodec(centroids, *compact_map(rotation * stretch, m), **moments).half()
 
         layers = {}
