@@ -57,11 +57,11 @@ def test_keys_turned_back_are_as_if_their_span_began_at_the_first_position(make_
     assert torch.equal(anchors.back(x, torch.arange(50) - 50), x), "and so do sinks"
 
 
-def test_a_table_of_turns_grows_by_doubling_and_is_shared():
+def test_a_table_of_turns_grows_and_is_shared():
     anchors = Anchors(256, torch.tensor([1.0, 0.1]))
     first = anchors.turns(3)
-    assert len(first) == 4 and anchors.turns(4) is first
-    assert len(anchors.turns(5)) == 8 and torch.equal(anchors.turns(5)[:4], first)
+    assert len(first) == 8 and anchors.turns(8) is first
+    assert len(anchors.turns(9)) == 16 and torch.equal(anchors.turns(9)[:8], first)
     angles = 256.0 * torch.tensor([1.0, 0.1]).double()
     torch.testing.assert_close(first[1], torch.stack([angles.cos(), angles.sin()]).float())
     assert torch.equal(first[0], torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
@@ -213,7 +213,7 @@ def test_static_gives_the_logits_of_eager(make_model):
     for _ in range(2):
         torch.testing.assert_close(fed(model, static, tokens, [60] + [1] * 130), wanted, rtol=0, atol=1e-3)
         static.reset()
-    assert len(static.quantized_layers[0].turns) == 4, "of all spans that fit"
+    assert len(static.quantized_layers[0].turns) * 64 >= 200, "of all spans that fit"
 
 
 @pytest.mark.filterwarnings("default")  # torch's own, while it compiles

@@ -27,6 +27,8 @@ from ..kernels.reference import MIN_SPAN
 SPAN = 256
 """Tokens that share an anchor where nothing else is asked for."""
 
+_ROWS = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
@@ -50,10 +52,10 @@ class Anchors:
     def turns(self, count: int) -> Tensor:
         """Cosines and sines of the anchors of spans 0 to count - 1 at least, float32 [R, 2, d/2] with R >= count.
 
-        The table grows by doubling, and is the same tensor until it does.
+        The table grows by `_ROWS`, and is the same tensor until it does. (Not by doubling: a step asks for every row.)
         """
         if not self._made or len(self._made[0]) < count:
-            rows = 1 << max(2, (count - 1).bit_length())
+            rows = -(-count // _ROWS) * _ROWS
             positions = torch.arange(rows, dtype=torch.float64, device=self.frequencies.device) * self.span
             angles = positions[:, None] * self.frequencies.double()
             self._made[:] = [torch.stack([angles.cos(), angles.sin()], 1).float()]
