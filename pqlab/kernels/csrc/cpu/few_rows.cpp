@@ -6,7 +6,7 @@ namespace pq {
 namespace {
 
 template <int ROWS>
-void score(const uint8_t* codes, int64_t tiles, const Book& book, const float* q, float* scores, Ahead next) {
+void score(const uint8_t* codes, int64_t tiles, const Book& book, const float* const* q, float* scores, Ahead next) {
     const auto call = [&](auto f) {
         f(codes, tiles, book.entries(), book.place, book.centroids, book.table, q, scores, next);
     };
@@ -53,11 +53,16 @@ void attend_codes(const Decode& job, const Segment& segment, const Book& k, cons
     s.codes.resize(size_t(std::max(a.k_m, a.v_m) * CODE_STRIDE));
     const int64_t first_span = job.span_of_tile(segment.first_tile);
     const int64_t spans = job.span_of_tile(segment.last_tile - 1) + 1 - first_span, q_floats = k.entries() * k.width;
-    s.by_entry.assign(size_t(spans * ROWS * q_floats), 0.f);  // [spans][ROWS][entries][width], zero in a book's padding
-    for (int64_t r = 0; r < spans * ROWS; r++)
-        for (int64_t e = 0; e < k.entries(); e++)
-            for (int64_t i = 0; i < k.width; i++)
-                if (k.dim(e, i) >= 0) s.by_entry[size_t(r * q_floats + e * k.width + i)] = s.q[size_t(r * d + k.dim(e, i))];
+    const float* by_entry = s.q.data();  // [spans][ROWS][entries][width], zero in a book's padding
+    if (k.padded()) {
+        s.by_entry.assign(size_t(spans * ROWS * q_floats), 0.f);
+        by_entry = s.by_entry.data();
+        for (int64_t r = 0; r < spans * ROWS; r++)
+            for (int64_t e = 0; e < k.entries(); e++)
+                for (int64_t i = 0; i < k.width; i++)
+                    if (k.dim(e, i) >= 0)
+                        s.by_entry[size_t(r * q_floats + e * k.width + i)] = s.q[size_t(r * d + k.dim(e, i))];
+    }
 
     float m[ROWS], l[ROWS];
     for (int r = 0; r < ROWS; r++) m[r] = -INFINITY, l[r] = 0.f;
@@ -69,17 +74,16 @@ void attend_codes(const Decode& job, const Segment& segment, const Book& k, cons
         job.find_v(segment.pair, tile, n, s.v_tiles);
         unpack_tiles(s.codes.data(), CODE_STRIDE, s.k_tiles.data(), n, a.k_m, int(a.k_nbits));
         const Ahead values{s.v_tiles.data(), n, a.v_m * 2 * a.v_nbits};
-        for (int64_t at = 0, part; at < n; at += part) {  // tiles of one span
-            part = std::min(n, job.span_end(tile + at) - tile) - at;
-            const float* q = s.by_entry.data() + (job.span_of_tile(tile + at) - first_span) * ROWS * q_floats;
-            score<ROWS>(s.codes.data() + at * TILE, part, k, q, s.scores.data() + at * TILE, at ? Ahead{} : values);
-            if (!job.moves()) continue;
+        const float* queries[BLOCK_TILES];
+        for (int64_t i = 0; i < n; i++)
+            queries[i] = by_entry + (job.span_of_tile(tile + i) - first_span) * ROWS * q_floats;
+        score<ROWS>(s.codes.data(), n, k, queries, s.scores.data(), values);
+        for (int64_t i = 0; job.moves() && i < n; i++)
             for (int r = 0; r < ROWS; r++) {
-                const float moved = s.offsets[size_t((job.span_of_tile(tile + at) - first_span) * ROWS + r)];
-                float* p = s.scores.data() + r * BLOCK_TOKENS + at * TILE;
-                for (int64_t t = 0; t < part * TILE; t++) p[t] += moved;
+                const float moved = s.offsets[size_t((job.span_of_tile(tile + i) - first_span) * ROWS + r)];
+                float* p = s.scores.data() + r * BLOCK_TOKENS + i * TILE;
+                for (int64_t t = 0; t < TILE; t++) p[t] += moved;
             }
-        }
         for (int r = 0; r < ROWS; r++) {
             float* p = s.scores.data() + r * BLOCK_TOKENS;
             for (int64_t t = tokens; t < n * TILE; t++) p[t] = -INFINITY;

@@ -98,13 +98,14 @@ PQ_INLINE f8 repeat(const float* p) {
 #endif
 }
 
-// scores[row][token] = q[row] . k[token] over `tiles` tiles.
-//   codes [subspaces][CODE_STRIDE]; book [entries][C][D]; q [ROWS][entries][D], scaled;
+// scores[row][token] = q[tile][row] . k[token] over `tiles` tiles: all of them pass by a part of the book while it is in
+// L1, whoever asks them.
+//   codes [subspaces][CODE_STRIDE]; book [entries][C][D]; q of each tile [ROWS][entries][D], scaled;
 //   scores [ROWS][BLOCK_TOKENS]; place[entry]: its subspace (read where they may differ: D = 8).
 //   SMALL: D = 1 and C = 16. `next`: what will be read after these, fetched meanwhile.
 template <int D, int ROWS, bool SMALL>
 PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_entries, const int64_t* place,
-                             int64_t centroids, const float* book, const float* q, float* scores, Ahead next) {
+                             int64_t centroids, const float* book, const float* const* queries, float* scores, Ahead next) {
     constexpr int PER_TILE = 2 * D;                                        // vectors of entries in a tile
     constexpr int AT_ONCE = ROWS > 2 ? 2 : (PER_TILE < 4 ? PER_TILE : 4);  // they share the loads of q
     constexpr int TOKENS = WIDTH / D;
@@ -115,6 +116,7 @@ PQ_NOINLINE void score_codes(const uint8_t* codes, int64_t tiles, int64_t num_en
         const int64_t last = std::min(first + chunk, num_entries);
         for (int64_t tile = 0; tile < tiles; tile++) {
             next.fetch(lines);
+            const float* q = queries[tile];
             for (int group = 0; group < PER_TILE; group += AT_ONCE) {
                 const uint8_t* here = codes + tile * TILE + group * TOKENS;
                 f8 sum[ROWS][AT_ONCE] = {};
