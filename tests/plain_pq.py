@@ -8,12 +8,8 @@ page that a row codes, and turned back to anchors where the codec has them.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
-
-from pqlab.quantization import Anchors, Codebooks
 
 
 class PlainPQLayer(DynamicLayer):
@@ -94,14 +90,6 @@ class PlainPQLayer(DynamicLayer):
         self.coded, self.fits = ([old[i] for i in beam_idx.tolist()] for old in (self.coded, self.fits))
         if self.mask is not None:
             self.mask = self.mask[beam_idx]
-
-
-def anchored(books: Codebooks, span: int = 64) -> Codebooks:
-    """The same codebooks, of keys with maps, for keys that are turned back to anchors."""
-    d = next(iter(books.layers.values())).k.head_dim
-    anchors = Anchors(span, 10000 ** -torch.linspace(0, 1, d // 2))
-    layers = {i: replace(layer, k=replace(layer.k, anchors=anchors)) for i, layer in books.layers.items()}
-    return replace(books, layers=layers)
 
 
 def plain_pq_cache(model, codebooks, config, attention_mask=None) -> DynamicCache:

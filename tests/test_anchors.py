@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain_pq import anchored
 from test_key_fit import fed, ids
 from test_static_cache import STATIC, assert_compiled_is_stepped
 from transformers.cache_utils import DynamicCache
@@ -36,7 +35,7 @@ SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=200
 
 
 def books_for(model, **options) -> Codebooks:
-    return anchored(Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=True, **options))
+    return Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=True, **{"span": 64, **options})
 
 
 def anchors_for(model, span: int = 64) -> Anchors:
@@ -86,7 +85,9 @@ def test_codebooks_keep_their_anchors(make_model, tmp_path):
     books.save(tmp_path / "books.safetensors")
     back = Codebooks.load(tmp_path / "books.safetensors")
     assert back.span == books.span == 64
-    assert books.nbytes - books.without_anchors().nbytes == 4 * 8, "one table of frequencies for all layers"
+    assert books.nbytes - books_for(make_model("llama"), span=0).nbytes == 4 * 8, (
+        "one table of frequencies for all layers"
+    )
     for i, layer in back.layers.items():
         assert torch.equal(layer.k.anchors.frequencies, books.layer(i).k.anchors.frequencies)
         assert layer.v.anchors is None and layer.k.anchors is back.layers[0].k.anchors
@@ -150,7 +151,7 @@ def test_paged_gives_the_logits_of_contiguous_pq(make_model, chunks, backend):
     books, tokens = books_for(model), ids(2, sum(chunks))
     model.set_attn_implementation("sdpa")
     plain = fed(model, contiguous_cache(model, books, SMALL), tokens, chunks)
-    as_they_are = fed(model, contiguous_cache(model, books.without_anchors(), SMALL), tokens, chunks)
+    as_they_are = fed(model, contiguous_cache(model, books_for(model, span=0), SMALL), tokens, chunks)
     differs = float((plain - as_they_are).abs().max())
     assert differs > 0.1
     model.set_attn_implementation("pqlab")

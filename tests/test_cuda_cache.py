@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_pq import anchored, plain_pq_cache
+from plain_pq import plain_pq_cache
 from test_static_cache import assert_compiled_is_stepped
 
 from pqlab import CacheConfig, PagedPQCache, PQConfig, kernels
@@ -31,8 +31,8 @@ def generate(model, cache, attention: str, **settings):
 @pytest.fixture(params=[False, True, "anchored"], ids=["plain", "maps", "anchored"])
 def setting(make_model, request):
     model = make_model("llama", head_dim=64).cuda().half()
-    books = Codebooks.random(model, config=PQConfig(M=32, nbits=8), maps=bool(request.param))
-    books = anchored(books) if request.param == "anchored" else books
+    span = 64 if request.param == "anchored" else 0
+    books = Codebooks.random(model, config=PQConfig(M=32, nbits=8), maps=bool(request.param), span=span)
     mask = torch.ones(2, 90, dtype=torch.bool)
     mask[1, :25] = False
     plain = generate(model, plain_pq_cache(model, books.to("cuda"), EAGER, mask), "sdpa")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from plain_pq import anchored
 
 from pqlab import CacheConfig, DecodeTrace, PagedPQCache, PQConfig, trace_decode
 from pqlab.quantization import Codebooks
@@ -21,8 +20,8 @@ def setting(request, tiny_tokenizer):
     from conftest import make_tiny_model
 
     model = make_tiny_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=5), maps=True)
-    return model, tiny_tokenizer, anchored(books) if request.param == "anchored" else books
+    span = 64 if request.param == "anchored" else 0
+    return model, tiny_tokenizer, Codebooks.random(model, config=PQConfig(M=8, nbits=5), maps=True, span=span)
 
 
 @pytest.fixture(scope="module")

@@ -176,11 +176,6 @@ class Codebooks:
         }
         return replace(self, layers=layers)
 
-    def without_anchors(self) -> Codebooks:
-        """The same codecs for keys as the model makes them: for comparing, since they were not made for them."""
-        layers = {i: replace(layer, k=replace(layer.k, anchors=None)) for i, layer in self.layers.items()}
-        return replace(self, layers=layers)
-
     def to(self, device: torch.device | str) -> Codebooks:
         layers = {i: layer.to(device) for i, layer in self.layers.items()}
         anchors = {id(layer.k.anchors): layer.k.anchors for layer in self.layers.values() if layer.k.anchors}
