@@ -34,10 +34,21 @@ class PlainPQLayer(DynamicLayer):
         seen = tuple(x.clone() for x in super().update(keys, values))  # a chunk sees itself exactly, then is stored
         for name, codec in self._sides():
             stored = getattr(self, name).clone()
-            stored[:, :, start:] = codec.from_code_space(codec.to_code_space(stored[:, :, start:]))
+            x, index = stored[:, :, start:], self._indexes(stored.shape[2])[:, None, start:]
+            x = x if codec.anchors is None else codec.anchors.back(x, index)
+            x = codec.from_code_space(codec.to_code_space(x))
+            stored[:, :, start:] = x if codec.anchors is None else codec.anchors.forth(x, index)
             setattr(self, name, stored)
         self._flush()
         return seen if keys.shape[2] > 1 else (self.keys, self.values)
+
+    def _indexes(self, columns: int) -> torch.Tensor:
+        """Code index of every column in its row, [B, columns]; below 0 for sinks."""
+        real = torch.ones(len(self.coded), columns, dtype=torch.long)
+        if self.mask is not None:
+            known = self.mask[:, :columns]
+            real[:, : known.shape[1]] = known
+        return real.cumsum(1) - 1 - self.sinks
 
     def _sides(self):
         return ("keys", self.codec.k), ("values", self.codec.v)

@@ -18,10 +18,13 @@ from pqlab.kernels import use_backend
 from pqlab.panels import key_anchors
 from pqlab.quantization import (
     Anchors,
+    CodebookError,
     Codebooks,
+    LayerCodec,
     PQCodec,
     Samples,
     calibrate,
+    codebook_file,
     collect_kv,
     default_codebooks_path,
     record_kv,
@@ -70,6 +73,29 @@ def test_a_table_of_turns_grows_and_is_shared():
 def test_a_span_that_is_none_is_refused(span, near):
     with pytest.raises(ConfigError, match=f"nearest good value is {near}"):
         Anchors(span, torch.ones(4))
+
+
+@pytest.mark.parametrize("span", [1.5, 2**70])
+def test_a_span_that_is_no_number_of_tokens_is_refused(make_model, tiny_tokenizer, span):
+    with pytest.raises(ConfigError, match="span = "):
+        calibrate(make_model("llama"), tiny_tokenizer, "text", span=span)
+
+
+def test_codebooks_have_one_span(make_model, tmp_path):
+    """In all layers, of keys alone, and in the file as its header says."""
+    books = books_for(make_model("llama"))
+    plain, turned = (replace(books.layer(0).k, anchors=anchors) for anchors in (None, books.layer(0).k.anchors))
+    with pytest.raises(ValueError, match="share one span"):
+        replace(books, layers={**books.layers, 0: LayerCodec(plain, books.layer(0).v)})
+    with pytest.raises(ValueError, match="values are not turned"):
+        replace(books, layers={**books.layers, 0: LayerCodec(turned, turned)})
+    with pytest.raises(ConfigError, match="goes with maps only"):
+        Codebooks.random(make_model("llama"), config=PQConfig(M=8, nbits=6), span=64)
+    assert "anchored every 64 tokens" in repr(books) and books.origin.span == 64
+    without = {name: tensor for name, tensor in books.tensors().items() if "frequencies" not in name}
+    codebook_file.write(tmp_path / "books", books.header(), without)
+    with pytest.raises(CodebookError, match="header says .* 64\\), tensors say .* 0\\)"):
+        Codebooks.load(tmp_path / "books")
 
 
 def test_a_codec_with_anchors_needs_a_map_of_their_size(make_model):
@@ -123,6 +149,8 @@ def test_what_anchors_do_not_go_with_is_named(make_model, tiny_tokenizer):
     with pytest.raises(ConfigError, match="nearest good value is 128"):
         calibrate(model, tiny_tokenizer, "text", span=100)
     samples = Samples({0: torch.randn(1, 300, 16)}, {0: torch.randn(1, 300, 16)})
+    with pytest.raises(ConfigError, match="goes with maps only"):
+        train(samples, PQConfig(M=8, nbits=4), maps=False, anchors=anchors_for(model))
     with pytest.raises(ConfigError, match="collect them again"):
         train(samples, PQConfig(M=8, nbits=4), anchors=anchors_for(model))
 
@@ -157,11 +185,11 @@ def test_paged_gives_the_logits_of_contiguous_pq(make_model, chunks, backend):
     model.set_attn_implementation("pqlab")
     with use_backend(backend):
         paged = fed(model, PagedPQCache(model, books, SMALL), tokens, chunks)
-    torch.testing.assert_close(paged, plain, rtol=0, atol=0.02 * differs)
+    torch.testing.assert_close(paged, plain, rtol=0, atol=2e-3)
     model.set_attn_implementation("sdpa")
     with pytest.warns(UserWarning, match="Falling back"):
         dequantized = fed(model, PagedPQCache(model, books, SMALL), tokens, chunks)
-    torch.testing.assert_close(dequantized, plain, rtol=0, atol=0.02 * differs)
+    torch.testing.assert_close(dequantized, plain, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -271,6 +299,17 @@ def test_the_panel_follows_its_sliders(seen):
         with pytest.raises(ValueError, match=message):
             key_anchors(model, samples, **bad).draw()
     panel.close()
+
+
+def test_the_panel_takes_what_it_can_draw(seen):
+    model, samples = seen
+    panel = key_anchors(model, samples)
+    panel.set(span=100)
+    assert "span = 100 is none of" in panel.status and panel.span == 256
+    panel.close()
+    short = Samples({0: samples.keys[0][:, :9]}, {}, positions=samples.positions)
+    with pytest.raises(ValueError, match="keys of 392 positions"):
+        key_anchors(model, short)
 
 
 def test_the_panel_needs_positions(seen):

@@ -204,7 +204,7 @@ def test_a_header_that_lies_about_its_tensors_is_refused(tmp_path):
     header = books.header()
     header["layers"][0]["k"]["M"] = 2
     codebook_file.write(tmp_path / "books", header, books.tensors())
-    with pytest.raises(CodebookError, match=r"header says \(heads, d, M, nbits\) = \(2, 8, 2, 6\)"):
+    with pytest.raises(CodebookError, match=r"header says \(heads, d, M, nbits, span\) = \(2, 8, 2, 6, 0\)"):
         Codebooks.load(tmp_path / "books")
 
 

@@ -117,7 +117,7 @@ def cache_bytes(cache: Cache) -> tuple[int, int, int]:
     """Bytes of a cache: for its tokens, reserved for pages, and constants that all sequences share."""
     if isinstance(cache, PagedPQCache):
         sizes = cache.nbytes()
-        held = sum(sizes[part] for part in ("codes", "exact_tokens", "key_fits", "exact_layers", "page_table"))
+        held = sum(sizes[part] for part in ("codes", "exact_tokens", "key_fits", "turns", "exact_layers", "page_table"))
         return held, sizes["pool"], sizes["model_constants"]
     held, books = 0, {}
     for layer in cache.layers:

@@ -67,9 +67,17 @@ class ContiguousPQLayer(DynamicLayer):
     def stored(self) -> tuple[Tensor, Tensor]:
         """K and V [B, H, n, d] of all tokens, codes dequantized; exact ones as they come back from behind the map."""
         return tuple(
-            torch.cat([_through_map(side, sinks), self._decoded(i).to(sinks.dtype), _through_map(side, window)], 2)
+            torch.cat([_through_map(side, sinks), self._decoded(i).to(sinks.dtype), self._seen(side, window)], 2)
             for i, (side, sinks, window) in enumerate(zip(self._sides, self.sinks, self.window, strict=True))
         )
+
+    def _seen(self, side: PQCodec, window: Tensor) -> Tensor:
+        """The window as a query sees it, turned back where the map is."""
+        if side.anchors is None:
+            return _through_map(side, window)
+        coded = self.codes[0].shape[2]
+        index = torch.arange(coded, coded + window.shape[2], device=window.device)
+        return side.anchors.forth(_through_map(side, side.anchors.back(window, index)), index)
 
     def _decoded(self, i: int) -> Tensor:
         side = self._sides[i]

@@ -164,14 +164,16 @@ class PagedPQCache(Cache):
         return read_pages(self.pool.view(position, side), torch.tensor([page]), nbits)[head].cpu()
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: codes in used pages, the whole pool, exact buffers, what keys are fitted with, exact layers, page
-        table, constants."""
+        """Bytes held: codes in used pages, the whole pool, exact buffers, what keys are fitted with, turns of anchors
+        (one table for all layers), exact layers, page table, constants."""
+        turns = {layer.turns.data_ptr(): layer.turns.nbytes for layer in self._quantized if layer.turns is not None}
         exact = [x for x in self.layers if not isinstance(x, PagedPQLayer)]
         return {
             "codes": self.pool.num_used * self.pool.layout.page_bytes,
             "pool": self.pool.layout.num_bytes,
             "exact_tokens": sum(layer.exact_nbytes for layer in self._quantized),
             "key_fits": sum(layer.fit.nbytes for layer in self._quantized if layer.fit is not None),
+            "turns": sum(turns.values()),
             "exact_layers": sum(held_bytes(vars(x)) for x in exact),
             "page_table": self.group.page_table().nbytes,
             "model_constants": self.codebooks.nbytes,

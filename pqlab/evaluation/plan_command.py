@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             )
         for name, budget in budgets:
             found = planner.plan(**{name: budget})
-            at = f"-{args.context}" if args.context else ""
+            at = (f"-{args.context}" if args.context else "") + (f"-span{args.span}" if args.span else "")
             path = args.out / f"plan-{name}-{budget:g}{at}.safetensors"
             found.save(path)
             print(f"{path.name}: {found}", flush=True)

@@ -75,12 +75,10 @@ class KeyAnchors(Panel):
         pair, d = self._pair(), self._keys().shape[-1]
         turns = float(self._frequencies[pair]) * (self.span - 1) / (2 * pi)
         share = self.spreads.set_index("span").share
-        left = (
-            f", and the whole head spreads {share[self.span]:.0%} as far as it does now" if self.span in share else ""
-        )
         return (
             f"Dimensions {pair} and {pair + d // 2}. Within {self.span} tokens this pair turns {turns:.2g} times "
-            f"around{left}. {VIEWS[2].capitalize()} it would be {share[1]:.0%}."
+            f"around, and the whole head spreads {share[self.span]:.0%} as far as it does now. {VIEWS[2].capitalize()} "
+            f"it would be {share[1]:.0%}."
         )
 
     def _keys(self) -> Any:
@@ -91,6 +89,12 @@ class KeyAnchors(Panel):
         if not 0 <= self.head < len(every):
             raise ValueError(f"head = {self.head} is outside [0, {len(every)}); set it to at most {len(every) - 1}")
         return every[self.head]
+
+    @traitlets.validate("span")
+    def _a_span(self, proposal: Any) -> int:
+        if proposal.value not in _CHOICES:
+            raise traitlets.TraitError(f"span = {proposal.value} is none of {', '.join(map(str, _CHOICES))}")
+        return proposal.value
 
     def _pair(self) -> int:
         pairs = self._keys().shape[-1] // 2
@@ -111,4 +115,11 @@ def key_anchors(model: Any, samples: Samples, **state: Any) -> KeyAnchors:
         ConfigError: the model's rotary embedding cannot be undone (`quantization.rotary`).
     """
     samples.code_indexes()  # says so where positions are missing
-    return KeyAnchors(samples.to("cpu"), Rotary(model).frequencies.cpu(), **state)
+    frequencies = Rotary(model).frequencies.cpu()
+    for i, keys in samples.keys.items():
+        want = len(samples.positions), 2 * len(frequencies)
+        if keys.shape[1:] != want:
+            raise ValueError(
+                f"layer {i}: keys of {want[0]} positions and {want[1]} dimensions, got {[*keys.shape[1:]]}"
+            )
+    return KeyAnchors(samples.to("cpu"), frequencies, **state)

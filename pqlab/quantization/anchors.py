@@ -27,6 +27,7 @@ from ..kernels.reference import MIN_SPAN
 SPAN = 256
 """Tokens that share an anchor where nothing else is asked for."""
 
+_MOST = 1 << 20
 _ROWS = 8
 
 
@@ -88,8 +89,10 @@ class Anchors:
 
 def check_span(span: int) -> None:
     """Raise `ConfigError` unless so many tokens can share an anchor."""
-    if span < MIN_SPAN or span & (span - 1):
-        near = max(MIN_SPAN, 1 << max(0, span - 1).bit_length())
+    if not isinstance(span, int) or isinstance(span, bool):
+        raise ConfigError(f"span = {span!r} is not a whole number of tokens; give {SPAN}, or 0 for none")
+    if not MIN_SPAN <= span <= _MOST or span & (span - 1):
+        near = min(_MOST, max(MIN_SPAN, 1 << max(0, span - 1).bit_length()))
         raise ConfigError(
-            f"span = {span} is not a power of two of at least {MIN_SPAN} tokens; the nearest good value is {near}"
+            f"span = {span} is not a power of two from {MIN_SPAN} to {_MOST} tokens; the nearest good value is {near}"
         )

@@ -98,8 +98,7 @@ def calibrate(
         for pq in setting(config, i):
             pq.num_subspaces(head_dim)  # raises before the long work
     anchors = anchors_of(model, span)
-    if anchors and not maps:
-        raise ConfigError(f"span = {span} goes with maps only; leave maps on, or span at 0")
+    _check_maps(maps, anchors)
     with _reporting(progress) as report:
         samples = collect_kv(
             model,
@@ -188,6 +187,7 @@ def train(
     """
     if scope not in SCOPES:
         raise ConfigError(f"scope = {scope!r} is not one of {', '.join(SCOPES)}")
+    _check_maps(maps, anchors)
     report = report or _silent
     value_metrics = value_metrics or {}
     if (maps or weighted) and not samples.sensitivity:
@@ -255,6 +255,11 @@ def train(
             centroids = books[first : first + heads].clone() if own else books[first].expand(heads, -1, -1, -1)
             codecs[member] = (PQCodec(centroids, *directions[j], **moments[j]) if maps else PQCodec(centroids)).half()
     return {i: LayerCodec(codecs[i, "k"], codecs[i, "v"]) for i in samples.keys}
+
+
+def _check_maps(maps: bool, anchors: Anchors | None) -> None:
+    if anchors and not maps:
+        raise ConfigError(f"span = {anchors.span} goes with maps only; leave maps on, or span at 0")
 
 
 def _moments(y: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import PQConfig
+from ..errors import ConfigError
 from ..models import fingerprint
 from ..paging.layout import SIDES, PageLayout
 from .anchors import Anchors
@@ -81,6 +82,11 @@ class Codebooks:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
         object.__setattr__(self, "exact", {i: tuple(shape) for i, shape in sorted(self.exact.items())})
+        spans = {i: layer.k.anchors.span if layer.k.anchors else 0 for i, layer in self.layers.items()}
+        if len(set(spans.values())) > 1:
+            raise ValueError(f"keys of all layers share one span, or none; these have {spans}")
+        if turned := [i for i, layer in self.layers.items() if layer.v.anchors]:
+            raise ValueError(f"layer {turned[0]}: values are not turned by their position, so they have no anchors")
         if not self.layers:
             raise CodebookError("codebooks of no layer at all")
         if both := self.layers.keys() & self.exact.keys():
@@ -110,6 +116,8 @@ class Codebooks:
         """Normally distributed centroids (with maps also what keys are fitted by, and usual anchors where there is a
         span), seeded, without calibration: lossy codecs for tests."""
         geometry, origin = _target(model, num_heads, head_dim)
+        if span and not maps:
+            raise ConfigError(f"span = {span} goes with maps only; give maps=True, or leave span at 0")
         generator = torch.Generator().manual_seed(seed)
         anchors = {
             d: Anchors(span, 10000 ** -torch.linspace(0, 1, d // 2)) for _, d in geometry.values() if span
@@ -133,7 +141,7 @@ class Codebooks:
         for i, (heads, d) in geometry.items():
             k, v = setting(config, i)
             layers[i] = LayerCodec(codec(k, heads, d, "k"), codec(v, heads, d, "v"))
-        return cls(layers, replace(origin, seed=seed))
+        return cls(layers, replace(origin, seed=seed, span=span))
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -305,8 +313,9 @@ class Codebooks:
 
     def __repr__(self) -> str:
         bits = f"{self.bits_per_element:.3g} bits per element"
+        turned = f", keys anchored every {self.span} tokens" if self.span else ""
         left = f", layers {', '.join(map(str, self.exact))} exact" if self.exact else ""
-        return f"Codebooks({describe(self.geometry)}{left}, {bits}, {self.nbytes / 2**20:.1f} MiB of constants)"
+        return f"Codebooks({describe(self.geometry)}{left}, {bits}{turned}, {self.nbytes / 2**20:.1f} MiB of constants)"
 
 
 def _parts(codec: Codec) -> dict[str, torch.Tensor]:
@@ -338,10 +347,11 @@ def _layer(
             span = entry[side]["span"]
             parts["anchors"] = made.setdefault((span, frequencies.data_ptr()), Anchors(span, frequencies))
         codec = PQCodec(**parts)
-        have = (codec.num_heads, codec.head_dim, codec.num_subspaces, codec.nbits)
-        said = (entry["heads"], entry["head_dim"], entry[side]["M"], entry[side]["nbits"])
+        span = codec.anchors.span if codec.anchors else 0
+        have = (codec.num_heads, codec.head_dim, codec.num_subspaces, codec.nbits, span)
+        said = (entry["heads"], entry["head_dim"], entry[side]["M"], entry[side]["nbits"], entry[side].get("span", 0))
         if have != said:
-            raise ValueError(f"{prefix} header says (heads, d, M, nbits) = {said}, tensors say {have}")
+            raise ValueError(f"{prefix} header says (heads, d, M, nbits, span) = {said}, tensors say {have}")
         pair.append(codec)
     return LayerCodec(*pair)
 

@@ -47,13 +47,13 @@ class Samples:
         parts = ({i: part[i] for i in layers if i in part} for part in (self.keys, self.values, self.sensitivity))
         return Samples(*parts, self.positions)
 
-    def code_indexes(self, num_sinks: int = NUM_SINKS) -> Tensor:
+    def code_indexes(self) -> Tensor:
         """int64 [n]: where each sample would lie among the codes of one long text, as `anchors` counts."""
         if self.positions is None:
             raise ConfigError(
                 "nobody wrote down the positions of these samples, which anchors need; collect them again"
             )
-        return self.positions - num_sinks
+        return self.positions - NUM_SINKS
 
     @property
     def num_samples(self) -> int:

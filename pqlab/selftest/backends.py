@@ -10,6 +10,7 @@ import torch
 from .. import kernels
 from ..kernels import dispatch, ops, reference, use_backend
 from ..kernels.build import finished_builds
+from ..kernels.reference import MIN_SPAN
 from ..paging.layout import PageLayout, read_pages
 from .session import DETAILS, Phase, Session, expect
 
@@ -69,13 +70,15 @@ def compiles_and_binds(session: Session, name: str, device: str) -> str:
 
 
 def decode_agrees(session: Session, name: str, device: str) -> str:
-    """Random shapes, ragged rows, shuffled pages, NaN wherever no token lies."""
+    """Random shapes, ragged rows, shuffled pages, NaN wherever no token lies; every other call of anchored keys."""
     g, count = session.generator(f"decode {name}"), session.amount(4 if device == "cuda" else 8, 30)
     worst = worst_lse = 0.0
     shapes = set()
     for case in range(count):
         every = session.full and device == "cuda"  # each is compiled for itself: quick keeps to one
         call = random_decode(g, device, codec=CODECS[case % len(CODECS)] if every else None)
+        if case % 2 and name != "reference" and (device != "cuda" or session.full):
+            call = anchored(g, call)  # the reference, which asks span by span, is what they are held to
         shapes.add(_shape(call))
         with use_backend(name):
             out, lse = ops.decode(*call)
@@ -276,13 +279,21 @@ def plain_attention(call: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
+def anchored(g: torch.Generator, call: tuple) -> tuple:
+    """The same arguments of `ops.decode` with a query for every span of tokens, and offsets."""
+    q, lengths = call[0], call[4]
+    spans = max(1, -(-int((lengths[:, 1] + lengths[:, 2]).max()) // MIN_SPAN))
+    asked = torch.randn(spans, *q.shape, generator=g).to(q)
+    return (asked, *call[1:], MIN_SPAN, torch.randn(asked.shape[:-1], generator=g).to(q.device))
+
+
 def _shape(call: tuple) -> str:
-    q, pages, books = call[0], call[1], call[5]
+    q, pages, books = call[0] if call[0].dim() == 4 else call[0][0], call[1], call[5]
     heads, m, centroids, dm = books.shape
     rows, tokens = q.shape[0], int(call[4].sum())
     return (
         f"d{heads and m * dm} M{m} C{centroids} heads {q.shape[1]}/{heads} page {16 * pages.shape[2]} "
-        f"rows {rows} queries {q.shape[2]} tokens {tokens}"
+        f"rows {rows} queries {q.shape[2]} tokens {tokens}{' anchored' if call[0].dim() == 5 else ''}"
     )
 
 

@@ -99,7 +99,7 @@ def _measure(session: Session, name: str, how: str, make: Callable[[], Cache], i
 def _held(cache: Cache) -> int:
     if isinstance(cache, PagedPQCache):
         parts = cache.nbytes()
-        return sum(parts[name] for name in ("pool", "exact_tokens", "key_fits", "exact_layers", "page_table"))
+        return sum(parts[name] for name in ("pool", "exact_tokens", "key_fits", "turns", "exact_layers", "page_table"))
     layers = cache.layers
     return sum(x.nbytes if isinstance(x, ContiguousPQLayer) else x.keys.nbytes + x.values.nbytes for x in layers)
 
