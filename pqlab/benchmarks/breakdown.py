@@ -208,7 +208,7 @@ def _split_fused(parts: dict[str, float], calls: list[tuple], watch: Watch) -> N
     less = [(run, [x * exact_only if i in at else x for i, x in enumerate(args)]) for run, args in calls]
     kinds = {FUSED: calls}
     if whole_step:
-        plain = [(run, args[:17]) for run, args in less]
+        plain = [(run, [*args[:17], *(None,) * 7, 0]) for run, args in less]  # no maps, no anchors
         kinds |= {"maps": less, "store": plain}
         less = [(ops.decode, decode_part(args)) for _, args in plain]
     kinds["exact tokens"] = less
