@@ -273,14 +273,14 @@ class SequenceGroup:
 
         Pads have that of the token before them.
         """
-        first = torch.tensor(plan.tokens) - self.config.num_sinks  # [B]
         if plan.code_indexes is None:  # once a step, not once a layer
+            first = torch.tensor(plan.tokens) - self.config.num_sinks  # [B]
             if plan.real is None:
                 index = first[:, None] + torch.arange(plan.num_columns)
             else:
                 index = first[:, None] + plan.real.long().cumsum(1) - 1
             object.__setattr__(plan, "code_indexes", index[:, None].to(self.device))
-        return plan.code_indexes, int(first.max()) + plan.num_columns
+        return plan.code_indexes, max(plan.tokens) - self.config.num_sinks + plan.num_columns
 
     def _require_next(self, start: int, batch: int) -> None:
         if start != self.columns:
