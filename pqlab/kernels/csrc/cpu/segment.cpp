@@ -78,7 +78,7 @@ void Decode::run_dense(const Segment& segment, Scratch& s, const Rows& rows) con
         Ahead{s.k_tiles.data(), coming, a.k_m * 2 * a.k_nbits}.fetch(INT64_MAX);
         Ahead{s.v_tiles.data(), coming, a.v_m * 2 * a.v_nbits}.fetch(INT64_MAX);
         const Block block{int(tokens), s.kt.data(), nullptr, s.v.data(), 0, width};
-        attend(span_of_tile(tile) - first_span, block, s, rows);
+        attend_span(span_of_tile(tile) - first_span, block, s, rows);
     }
 }
 
@@ -88,7 +88,7 @@ void Decode::run_exact(int64_t pair, Scratch& s, const Rows& rows) const {
     const auto range = [&](const void* k, const void* v, int64_t slots, int64_t begin, int64_t end, int64_t span) {
         for (int64_t first = begin; first < end; first += BLOCK) {
             const int n = int(std::min<int64_t>(BLOCK, end - first));
-            attend(span, exact_block(k, v, (pair * slots + first) * d, n, s), s, rows);
+            attend_span(span, exact_block(k, v, (pair * slots + first) * d, n, s), s, rows);
         }
     };
     if (a.span) ask(pair, 0, 0, s);

@@ -69,7 +69,7 @@ struct Decode {
     bool moves() const { return a.offsets || (a.turns && a.k_shift); }
     // Attention of span number `span` of those in s.q. Scores that are all moved by as much are scores beside a maximum
     // that is moved back.
-    void attend(int64_t span, const Block& block, Scratch& s, const Rows& rows) const {
+    void attend_span(int64_t span, const Block& block, Scratch& s, const Rows& rows) const {
         const float* moved = s.offsets.data() + span * group_rows;
         if (moves())
             for (int64_t r = 0; r < group_rows; r++) rows.m[r] -= moved[r];
