@@ -70,6 +70,17 @@ CASES = {
 }
 
 
+CODES = {
+    "6 bits": {"k_nbits": 6, "v_nbits": 6, "group": 2},
+    "7 bits": {"k_nbits": 7, "v_nbits": 7, "group": 1, "coded": (300, 10)},
+    "8 and 4 bits": {"k_nbits": 8, "v_nbits": 4, "k_m": 8, "group": 4},
+    "more rows than share a look-up": {"group": 7, "coded": (1500, 3), "page_size": 64, "span": 128},
+    "blocks and more": {"group": 3, "heads": 1, "batch": 1, "coded": (2500,), "sinks": (2,), "window": (9,)},
+    "no look-up in registers": {"head_dim": 512, "k_m": 512, "v_m": 64, "heads": 1, "coded": (90, 30)},
+}  # fmt: skip
+"""What only the C++ kernels have several ways for."""
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_reference_asks_every_token_by_its_span(name):
     case = anchored_case(**CASES[name])
@@ -84,9 +95,11 @@ def test_reference_asks_every_token_by_its_span(name):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", CASES)
-def test_cpu_asks_every_token_by_its_span(library, name, threads):  # noqa: F811
-    case = anchored_case(**CASES[name])
+@pytest.mark.parametrize("books", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*CASES, *CODES])
+def test_cpu_asks_every_token_by_its_span(library, name, books, threads):  # noqa: F811
+    case = anchored_case(**{**CASES, **CODES}[name])
+    case = (*case[:5], *(x.to(books) for x in case[5:7]), *case[7:])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -195,6 +208,29 @@ def test_cpu_steps_are_those_of_the_reference(cpu, shape):  # noqa: F811
     for (out, lse), (want_out, want_lse) in zip(got, want, strict=True):
         torch.testing.assert_close(out, want_out, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(lse, want_lse, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("forward, backward", [(torch.int8, torch.float16), (torch.float32, torch.float32)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_cpu_maps_the_queries_of_many_spans(library, head_dim, forward, backward):  # noqa: F811
+    shape = {"batch": 1, "heads": 2, "group": 3, "head_dim": head_dim, "m": head_dim // 2, "spans": 21}
+    buffers, stored, _, books, maps, fit, turns, randn = anchored_step(**shape)
+    for pages in stored:
+        pages.random_(256, generator=torch.Generator().manual_seed(1))
+    table = torch.randperm(40).view(1, 40).int()  # 1280 tokens
+    maps[::2] = [(x * 127).round().to(torch.int8) if forward == torch.int8 else x for x in maps[::2]]
+    maps[1::2] = [x.to(backward) for x in maps[1::2]]
+    books = [(x / 8).half() for x in books]
+    before, after = (torch.tensor([[4, 1264, n]], dtype=torch.int32) for n in (6, 7))
+    for buffer in buffers:
+        buffer.copy_(randn(*buffer.shape))
+    new = [randn(1, 2, 1, head_dim) for _ in "kv"]
+    args = (*stored, *new, table, before, after, *books, 8, 8, randn(1, 6, 1, head_dim), head_dim**-0.5, *maps, *fit)
+    out, lse = library.step_(*[x.clone() for x in buffers], *args, turns, SPAN)
+    with use_backend("reference"):
+        want, want_lse = ops.step_(*buffers, *args, turns, SPAN)
+    torch.testing.assert_close(out, want, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(lse, want_lse, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,21 +138,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
 
 
+@contextmanager
+def kernels_for(machine: str) -> Iterator[CpuBackend]:
+    """The CPU backend while its kernels are those for another processor (`-march`); "native" is the usual one."""
+    kernels.wait()
+    usual = dispatch.backends()["cpu"]
+    if machine == "native":
+        yield usual
+        return
+    backend = CpuBackend(machine)
+    backend.extension.start("eager")
+    dispatch.register_backend(backend)
+    try:
+        yield backend
+    finally:
+        dispatch.register_backend(usual)
+
+
 def run(args: argparse.Namespace) -> int:
     """Time every case, print a table (and JSON); the exit status."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    kernels.wait()
-    usual = dispatch.backends()["cpu"]
-    if args.machine == "native":
-        return _run(args, usual)
-    backend = CpuBackend(args.machine)
-    backend.extension.start("eager")
-    dispatch.register_backend(backend)
-    try:
+    with kernels_for(args.machine) as backend:
         return _run(args, backend)
-    finally:
-        dispatch.register_backend(usual)
 
 
 def _run(args: argparse.Namespace, backend: CpuBackend) -> int:

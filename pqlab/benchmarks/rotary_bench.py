@@ -35,7 +35,7 @@ from .. import kernels
 from ..kernels import ops, use_backend
 from ..quantization import SPAN, Anchors
 from ..results.provenance import commit, device_name, today, versions
-from .cpu_bench import cpu_arguments, interleaved
+from .cpu_bench import cpu_arguments, interleaved, kernels_for
 from .decode_bench import Case, Timer, decode_arguments
 
 CASES = tuple(
@@ -135,6 +135,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU (default: torch's own number)")
+    parser.add_argument("--machine", default="native", help="on a CPU: processor to compile the kernels for (-march)")
     parser.add_argument("--seconds", type=float, default=1.0, help="a contender, on a CPU")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
 
@@ -145,7 +146,11 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     kernels.start()
-    kernels.wait()
+    with kernels_for(args.machine) as backend:
+        return _run(args, device, backend.isa if device.type == "cpu" else "cuda")
+
+
+def _run(args: argparse.Namespace, device: torch.device, isa: str) -> int:
     tflops = product_rate(device, seconds=args.seconds)
     print(
         f"{device_name(device)}, {tflops:.3g} TFLOP/s in a large product; µs of decode as it is, µs at least to bring"
@@ -165,7 +170,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json:
         about = {"benchmark": "rotary", "device": device_name(device), "date": today(), "commit": commit()}
-        about |= {"versions": versions(), "threads": torch.get_num_threads(), "tflops": round(tflops, 4)}
+        about |= {"versions": versions(), "kernels": isa, "threads": torch.get_num_threads()}
+        about |= {"tflops": round(tflops, 4)}
         rounded = [{k: _rounded(v) for k, v in r.items()} for r in records]
         print(json.dumps({**about, "records": rounded}))
     return 0

@@ -36,6 +36,7 @@ _DECODE_AT = (*_STEP_AT[:5], -1, -1, -1)
 _DECODE_HELD = struct.Struct("=18Q18q")  # the second part of struct pq_decode_args of csrc/cpu/api.h, after `CALL`
 _ENCODE_ARGS = struct.Struct("=4Q11q")  # struct pq_encode_args
 _FLUSH = 4  # pq_result: stored, and some row flushes now
+_KEYS, _VALUES, _SPAN_KEYS = range(3)  # pq_use
 _VECTORS = (torch.float32, torch.bfloat16, torch.float16)
 _NO_MAPS = (None,) * 7  # and neither fit nor turns
 _APPEND_ARGS = struct.Struct("=8Q5q")  # struct pq_append_args
@@ -198,7 +199,8 @@ class CpuBackend(Backend):
             return held
         k_pages, v_pages, k_books, v_books, sink_k, _, window_k, _, *maps, _, _, _, _ = tensors
         _, heads, tiles, k_m, _ = k_pages.shape
-        images = self._prepared(k_books, k_nbits, False), self._prepared(v_books, v_nbits, True)
+        keys = _SPAN_KEYS if span else _KEYS
+        images = self._prepared(k_books, k_nbits, keys), self._prepared(v_books, v_nbits, _VALUES)
         plain = [None if t is None else _plain(t) for t in tensors]
         packed = _DECODE_HELD.pack(
             *[0 if t is None else t.data_ptr() for t in (*plain, *images)], heads, k_books.shape[1] * k_books.shape[3],
@@ -239,23 +241,23 @@ class CpuBackend(Backend):
         compiled = self.caller.repeat(held, held.versions, op, args, (launch,))
         return compiled or repeat(held, kernel, op, q, new_shape, dtype_code, span)
 
-    def _prepared(self, books: Tensor, nbits: int, values: bool) -> Tensor:
-        """The books as the kernel reads them, made once for a tensor; empty when it reads them as they are."""
-        key = (books.data_ptr(), values, books.shape, version(books))
+    def _prepared(self, books: Tensor, nbits: int, use: int) -> Tensor:
+        """The books as the kernel reads them, made once for a tensor and use; empty when it reads them as they are."""
+        key = (books.data_ptr(), use, books.shape, version(books))
         kept = self._books.get(key)
         if kept is not None and kept[0]() is books:
             return kept[1]
         heads, m, _, dm = books.shape
         dtype = _DTYPES[books.dtype]
-        each = self._library.pq_book_bytes(m * dm, nbits, values, dtype)
+        each = self._library.pq_book_bytes(m * dm, nbits, use, dtype)
         image = torch.empty(heads * each, dtype=torch.uint8)
         if each:
             plain = _plain(books.float())
-            self._library.pq_prepare_book(plain.data_ptr(), image.data_ptr(), heads, m, nbits, dm, values, dtype)
+            self._library.pq_prepare_book(plain.data_ptr(), image.data_ptr(), heads, m, nbits, dm, use, dtype)
 
         def stays(other: tuple[Any, ...]) -> bool:
             tensor = self._books[other][0]()
-            return tensor is not None and (tensor is not books or other[1] != values)
+            return tensor is not None and (tensor is not books or other[1] != use)
 
         self._books = {other: kept for other, kept in self._books.items() if stays(other)}
         self._books[key] = (weakref.ref(books), image)

@@ -13,6 +13,8 @@ enum pq_result : int {
     PQ_FLUSH = 4,  // stored, and some row's oldest tokens are to be encoded now; a step has not attended yet
 };
 
+enum pq_use : int64_t { PQ_KEYS = 0, PQ_VALUES = 1, PQ_SPAN_KEYS = 2 };  // of a codebook; 2: keys that have spans
+
 struct pq_decode_args {
     const void* q;              // [B, Hq, S, d], or [num_spans, B, Hq, S, d]: with a span and no turns
     const int32_t* page_table;  // [B, table_width]
@@ -84,9 +86,9 @@ int pq_encode(const pq_encode_args* args);
 const char* pq_isa();
 
 // Bytes of one kv head's codebook as this library's decode reads it; 0: as it lies, there is nothing to prepare.
-// `values`: 0 for keys, 1 for values; `dtype`: what the codebook has that is given to decode.
-int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t values, int64_t dtype);
+// `use`: a pq_use; `dtype`: what the codebook has that is given to decode.
+int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t use, int64_t dtype);
 // book [heads][m][2^nbits][dm], in float32 whatever its dtype, to prepared [heads][pq_book_bytes], 64-byte aligned.
 void pq_prepare_book(const float* book, void* prepared, int64_t heads, int64_t m, int64_t nbits, int64_t dm,
-                     int64_t values, int64_t dtype);
+                     int64_t use, int64_t dtype);
 }

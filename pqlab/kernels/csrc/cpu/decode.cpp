@@ -19,6 +19,7 @@
 namespace pq {
 namespace {
 
+constexpr int64_t CUT_TILES = 4;         // segments of a pair meet at multiples of these, whose tokens are of one span
 constexpr int64_t MIN_LOOKUPS = 8192;    // per thread; below, waking another thread costs more than it saves
 #ifdef PQ_PERMUTE
 constexpr int64_t MIN_SHARE = 96;        // tiles; a segment begins with tables that cost as much as about 40
@@ -51,7 +52,9 @@ Plan make_plan(const Decode& job, int64_t pairs, int64_t threads, const std::vec
                 if (*after - share_end < near) share_end = *after;
                 else if (after[-1] > at && share_end - after[-1] <= near) share_end = after[-1];
             }
-            const int64_t end = std::max(std::min(share_end, pair_end), coded_start);  // exact tokens are not split
+            // Exact tokens are not split.
+            const int64_t cut = std::max<int64_t>(share_end - coded_start, 0);
+            const int64_t end = std::min(coded_start + (cut + CUT_TILES - 1) / CUT_TILES * CUT_TILES, pair_end);
             const bool exact = at == start[size_t(p)];
             plan.segments.push_back({p, std::max(at, coded_start) - coded_start, end - coded_start, exact});
             at = end;

@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "buffer.h"
 #include "convert.h"
 
 namespace pq {
@@ -106,6 +107,64 @@ PQ_NOINLINE void multiply_rows_transposed(const float* x, const void* map, int64
         }
     }
 }
+
+// As many floats as a register has.
+#ifdef __AVX512F__
+constexpr int LANES = 16, ROWS_AT_ONCE = 6, VECTORS_AT_ONCE = 4;
+#else
+constexpr int LANES = 8, ROWS_AT_ONCE = 6, VECTORS_AT_ONCE = 2;
+#endif
+typedef float wide __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+// map^T in float32, `to` [d][d], with its unit; d is a multiple of 8.
+template <int DTYPE>
+PQ_NOINLINE void write_transposed(const void* map, int64_t d, float unit, float* to) {
+    for (int64_t first = 0; first < d; first += WIDTH)
+        for (int64_t i = 0; i < d; i += WIDTH) {
+            f8 square[WIDTH];
+            for (int r = 0; r < WIDTH; r++) square[r] = entries_at<DTYPE>(map, (first + r) * d + i) * splat(unit);
+            transpose(square);
+            for (int r = 0; r < WIDTH; r++) store(to + (i + r) * d + first, square[r]);
+        }
+}
+
+// out[row] = x[row] @ map for columns [column, column + LANES * VECTORS_AT_ONCE), float32.
+template <int ROWS>
+PQ_NOINLINE void multiply_wide(const float* x, const float* map, int64_t d, int64_t column, float* out) {
+    wide sum[ROWS][VECTORS_AT_ONCE] = {};
+    for (int64_t i = 0; i < d; i++) {
+        wide y[VECTORS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS_AT_ONCE; j++) y[j] = *(const wide*)(map + i * d + column + j * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS_AT_ONCE; j++) sum[r][j] += x[r * d + i] * y[j];
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS_AT_ONCE; j++) *(wide*)(out + r * d + column + j * LANES) = sum[r][j];
+}
+
+// x [count][d] @ map^T for many vectors: the map is widened and turned once, in `memory`.
+inline void multiply_many(const float* x, int64_t count, const Map& map, int64_t d, Buffer<float>& memory, float* out) {
+    memory.resize(size_t(d * d));
+    const auto write = map.dtype == PQ_FLOAT32 ? write_transposed<PQ_FLOAT32>
+                       : map.dtype == PQ_INT8  ? write_transposed<PQ_INT8>
+                                               : write_transposed<PQ_FLOAT16>;
+    write(map.entries, d, map.unit(), memory.data());
+    for (int64_t column = 0; column < d; column += LANES * VECTORS_AT_ONCE) {
+        int64_t at = 0;
+        const auto rows = [&](auto f, int64_t n) { f(x + at * d, memory.data(), d, column, out + at * d), at += n; };
+        while (at + ROWS_AT_ONCE <= count) rows(multiply_wide<ROWS_AT_ONCE>, ROWS_AT_ONCE);
+        while (at + 2 <= count) rows(multiply_wide<2>, 2);
+        if (at < count) rows(multiply_wide<1>, 1);
+    }
+}
+// Fewer vectors than this are done before the map is written out.
+constexpr int64_t MANY = 16;
+inline bool are_many(int64_t count, int64_t d) { return count >= MANY && d % (LANES * VECTORS_AT_ONCE) == 0; }
 
 // x [count][d] @ map, or @ map^T, to out [count][d], another place.
 inline void multiply(const float* x, int64_t count, const Map& map, int64_t d, bool transposed, float* out) {

@@ -4,6 +4,7 @@
 // signed bytes a weight) and added up (products of weight bytes and value bytes, again exact). The products leave out
 // the least: of the lowest byte of the weight all but the upper byte of the value, 2^-24 of the whole.
 #include "convert.h"
+#include "dequantized_keys.h"
 #include "permuted_values.h"
 #include "segment.h"
 
@@ -51,10 +52,8 @@ struct Coming {
                 add((const char*)side + (ring + first) * vector, (last - first) * vector);
         }
         if (!next || next->first_tile == next->last_tile) return;
-        const KeyBook k = job.key_book(next->pair);
-        const ValueBook v = job.value_book(next->pair);
-        add(k.middle, KeyBook::bytes(a.head_dim, a.k_nbits, k.half));
-        add(v.step, ValueBook::bytes(a.head_dim, a.v_nbits));
+        add(job.prepared_keys(next->pair), job.key_bytes());
+        add(job.value_book(next->pair).step, ValueBook::bytes(a.head_dim, a.v_nbits));
     }
     void add(const void* from, int64_t bytes) {
         for (int64_t at = 0; at < bytes; at += PIECE) pieces.push_back((const uint8_t*)from + at);
@@ -66,19 +65,96 @@ struct Coming {
     }
 };
 
+// Scores of a block's keys by tables, which are made of the segment's one query.
 template <int ROWS>
+struct TableKeys {
+    const pq_decode_args& a;
+    const int64_t stored;
+    Scratch& s;
+    __m512i *gathered, *byte_sums;
+
+    // `first`: codes that are read next, fetched meanwhile.
+    TableKeys(const Decode& job, const Segment& segment, const float* q, Scratch& scratch, Ahead first)
+        : a(job.a), stored(stored_of(job.a.k_nbits)), s(scratch) {
+        s.byte_sums.resize(size_t(ROWS * GROUPS * PLANES * 2 * 64));
+        s.gathered.resize(size_t(KEY_SUBSPACES * GROUPS * 64));
+        byte_sums = (__m512i*)s.byte_sums.data(), gathered = (__m512i*)s.gathered.data();
+        const KeyBook keys = job.key_book(segment.pair);
+        const auto make_tables = keys.half ? make_key_tables<ROWS, true> : make_key_tables<ROWS, false>;
+        make_tables(keys, a.k_m, a.head_dim / a.k_m, stored, q, s.keys, first);
+    }
+    // Calls of `Aheads::fetch` for a block.
+    int64_t turns(int64_t groups) const { return ROWS * a.k_m * ((groups + 1) / 2); }
+    // scores [ROWS][GROUPS][4]
+    void score(const Codes& codes, int64_t, int64_t groups, __m512* scores, Aheads& next) const {
+        const auto sum = parts_of(a.k_nbits) == 4 ? sum_planes<4> : sum_planes<1>;
+        for (int64_t first = 0; first < a.k_m; first += KEY_SUBSPACES) {
+            const int64_t n = std::min(KEY_SUBSPACES, a.k_m - first);
+            gather_codes(codes.tiles, codes.pitch, groups, first, first + n, gathered);
+            for (int r = 0; r < ROWS; r++)
+                sum(gathered, groups, n, s.keys.planes.data() + (r * a.k_m + first) * PLANES * stored, first == 0,
+                    byte_sums + r * GROUPS * PLANES * 2, next);
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int64_t g = 0; g < groups; g++)
+                scores_of(byte_sums + (r * GROUPS + g) * PLANES * 2, a.k_m, s.keys.step[r], s.keys.offset[r],
+                          scores + (r * GROUPS + g) * 4);
+    }
+};
+
+// The same where every span has a query of its own.
+template <int ROWS>
+struct SpanKeys {
+    const Decode& job;
+    const float *q, *moved;  // of the first row, in the segment's first span
+    const uint8_t* planes;
+    int64_t first_span;
+    __m512i* gathered;
+
+    SpanKeys(const Decode& decode, const Segment& segment, const float* first_q, Scratch& s, Ahead first)
+        : job(decode), q(first_q), moved(s.offsets.data() + (first_q - s.q.data()) / decode.a.head_dim),
+          planes(decode.prepared_keys(segment.pair)), first_span(decode.span_of_tile(segment.first_tile)) {
+        s.gathered.resize(size_t(KEY_SUBSPACES * GROUPS * 64));
+        gathered = (__m512i*)s.gathered.data();
+        first.fetch(INT64_MAX);
+    }
+    static constexpr int64_t AT_ONCE = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // groups, as registers allow
+    int64_t turns(int64_t groups) const { return job.a.k_m * ((groups + AT_ONCE - 1) / AT_ONCE); }
+    void score(const Codes& codes, int64_t tile, int64_t groups, __m512* scores, Aheads& next) const {
+        const pq_decode_args& a = job.a;
+        const int64_t dm = a.head_dim / a.k_m, each = KeyPlanes::BYTES * stored_of(a.k_nbits) * dm;
+        const float* queries[GROUPS];
+        int64_t span[GROUPS];
+        for (int64_t g = 0; g < groups; g++) span[g] = job.span_of_tile(tile + g * GROUP_TILES) - first_span;
+        const auto score = parts_of(a.k_nbits) == 4 ? score_planes<ROWS, AT_ONCE, 4> : score_planes<ROWS, AT_ONCE, 1>;
+        for (int64_t first = 0; first < a.k_m; first += KEY_SUBSPACES) {
+            const int64_t n = std::min(KEY_SUBSPACES, a.k_m - first);
+            gather_codes(codes.tiles, codes.pitch, groups, first, first + n, gathered);
+            for (int64_t g = 0; g < groups; g++) queries[g] = q + span[g] * job.group_rows * a.head_dim + first * dm;
+            score(gathered, groups, n, dm, planes + first * each, queries, a.head_dim, first == 0, scores, GROUPS * 4,
+                  next);
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int64_t g = 0; g < groups; g++) {
+                __m512* x = scores + (r * GROUPS + g) * 4;
+                in_order(x);
+                if (!job.moves()) continue;
+                const __m512 more = _mm512_set1_ps(moved[span[g] * job.group_rows + r]);
+                for (int j = 0; j < 4; j++) x[j] = _mm512_add_ps(x[j], more);
+            }
+    }
+};
+
+template <int ROWS, template <int> class Keys>
 void attend(const Decode& job, const Segment& segment, const Coming& coming, const float* q, Scratch& s,
             const Rows& rows) {
     const pq_decode_args& a = job.a;
-    const int64_t d = a.head_dim, width = padded(d), k_stored = stored_of(a.k_nbits);
+    const int64_t d = a.head_dim, width = padded(d);
     constexpr int64_t BLOCK_TILES = GROUPS * GROUP_TILES;
     s.codes.resize(size_t(std::max(a.k_m, a.v_m) * STRIDE));
-    s.byte_sums.resize(size_t(ROWS * GROUPS * PLANES * 2 * 64));
-    s.gathered.resize(size_t(KEY_SUBSPACES * GROUPS * 64));
     s.scores.resize(size_t(ROWS * BLOCK_CODES));
     s.sums.assign(size_t(d * ROWS * 16), 0.f);
     s.weights.resize(ROWS * sizeof(Weights) / sizeof(float));
-    __m512i *byte_sums = (__m512i*)s.byte_sums.data(), *gathered = (__m512i*)s.gathered.data();
     __m512 *scores = (__m512*)s.scores.data(), *sums = (__m512*)s.sums.data();
     Weights* weights = (Weights*)s.weights.data();
     const ValueBook book = job.value_book(segment.pair);
@@ -87,10 +163,7 @@ void attend(const Decode& job, const Segment& segment, const Coming& coming, con
         job.find_k(segment.pair, tile, std::min(BLOCK_TILES, segment.last_tile - tile), s.k_tiles);
         return {s.k_tiles.data(), int64_t(s.k_tiles.size()), a.k_m * 2 * a.k_nbits};
     };
-    const Ahead first_keys = find_keys(segment.first_tile);
-    const KeyBook keys = job.key_book(segment.pair);
-    const auto make_tables = keys.half ? make_key_tables<ROWS, true> : make_key_tables<ROWS, false>;
-    make_tables(keys, a.k_m, d / a.k_m, k_stored, q, s.keys, first_keys);
+    const Keys<ROWS> keys(job, segment, q, s, find_keys(segment.first_tile));
     float m[ROWS], l[ROWS] = {};
     for (int r = 0; r < ROWS; r++) m[r] = -INFINITY;
     for (int64_t tile = segment.first_tile; tile < segment.last_tile; tile += BLOCK_TILES) {
@@ -100,19 +173,8 @@ void attend(const Decode& job, const Segment& segment, const Coming& coming, con
         job.find_v(segment.pair, tile, tiles, s.v_tiles);
         const Ahead values{s.v_tiles.data(), tiles, a.v_m * 2 * a.v_nbits};
         const Codes k_codes = codes_for(s.k_tiles, a.k_m, a.k_nbits, s);
-        Aheads after_keys(values, coming.half(0, last_block), ROWS * a.k_m * ((groups + 1) / 2));
-        const auto sum = parts_of(a.k_nbits) == 4 ? sum_planes<4> : sum_planes<1>;
-        for (int64_t first = 0; first < a.k_m; first += KEY_SUBSPACES) {
-            const int64_t n = std::min(KEY_SUBSPACES, a.k_m - first);
-            gather_codes(k_codes.tiles, k_codes.pitch, groups, first, first + n, gathered);
-            for (int r = 0; r < ROWS; r++)
-                sum(gathered, groups, n, s.keys.planes.data() + (r * a.k_m + first) * PLANES * k_stored, first == 0,
-                    byte_sums + r * GROUPS * PLANES * 2, after_keys);
-        }
-        for (int r = 0; r < ROWS; r++)
-            for (int64_t g = 0; g < groups; g++)
-                scores_of(byte_sums + (r * GROUPS + g) * PLANES * 2, a.k_m, s.keys.step[r], s.keys.offset[r],
-                          scores + (r * GROUPS + g) * 4);
+        Aheads after_keys(values, coming.half(0, last_block), keys.turns(groups));
+        keys.score(k_codes, tile, groups, scores, after_keys);
         float old[ROWS], now[ROWS];
         for (int r = 0; r < ROWS; r++) {
             __m512* p = scores + r * GROUPS * 4;
@@ -148,12 +210,12 @@ void Decode::run_planes(const Segment& segment, const Segment* next, Scratch& s,
         const int64_t n = std::min(LOOKUP_ROWS, rows.count - r);
         const Coming coming(*this, segment, r + n == rows.count ? next : nullptr, s.coming);
         const Rows some{n, rows.dim, rows.m + r, rows.l + r, rows.acc + r * padded(rows.dim)};
-        const float* q = s.q.data() + r * a.head_dim;
+        const auto call = [&](auto f) { f(*this, segment, coming, s.q.data() + r * a.head_dim, s, some); };
         switch (n) {
-            case 1: attend<1>(*this, segment, coming, q, s, some); break;
-            case 2: attend<2>(*this, segment, coming, q, s, some); break;
-            case 3: attend<3>(*this, segment, coming, q, s, some); break;
-            default: attend<4>(*this, segment, coming, q, s, some);
+            case 1: call(a.span ? attend<1, SpanKeys> : attend<1, TableKeys>); break;
+            case 2: call(a.span ? attend<2, SpanKeys> : attend<2, TableKeys>); break;
+            case 3: call(a.span ? attend<3, SpanKeys> : attend<3, TableKeys>); break;
+            default: call(a.span ? attend<4, SpanKeys> : attend<4, TableKeys>);
         }
     }
 }

@@ -8,6 +8,8 @@
 //                 sums over the subspaces are exact. Made for every call, from `KeyBook`.
 //   value planes  coordinate of centroid c = step * (entry - 2^23) + middle, one step a dimension. They do not depend
 //                 on the query and are made once, `ValueBook`.
+//   key planes    coordinates of float16 codebooks as they are, in two planes, `KeyPlanes`: for queries that change on
+//                 the way (spans), whose tables would cost more than they save.
 //
 // All loops agree on one order of the 64 tokens of a group that no shuffle is needed for: number i of vector j is token
 // 4 i + j, since the four bytes of a 32-bit lane are four consecutive tokens.
@@ -129,6 +131,13 @@ struct KeyBook {
         : middle((float*)memory), reach((float*)((char*)memory + aligned(d))), columns((char*)memory + 2 * aligned(d)),
           half(half) {}
     static int64_t aligned(int64_t d) { return (d * 4 + 63) / 64 * 64; }
+};
+
+struct KeyPlanes {
+    static constexpr int64_t BYTES = 2;  // of a float16
+    uint8_t* planes;                     // [d][BYTES][stored], low plane first
+
+    static int64_t bytes(int64_t d, int64_t nbits) { return d * BYTES * stored_of(nbits); }
 };
 
 struct ValueBook {

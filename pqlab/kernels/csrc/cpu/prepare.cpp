@@ -42,6 +42,14 @@ void prepare_key(const Column& from, int64_t dim, int64_t stored, const KeyBook&
     }
 }
 
+void prepare_key_planes(const Column& from, int64_t dim, int64_t stored, uint8_t* planes) {
+    uint8_t* to = planes + dim * KeyPlanes::BYTES * stored;
+    for (int64_t c = 0; c < from.count; c++) {
+        const uint16_t x = float_to_half(from.x[c * from.stride]);
+        to[c] = uint8_t(x), to[stored + c] = uint8_t(x >> 8);
+    }
+}
+
 void prepare_value(const Column& from, int64_t dim, int64_t stored, const ValueBook& to) {
     const float step = 2.f * from.reach / STEPS;
     to.step[dim] = step;
@@ -56,22 +64,29 @@ void prepare_value(const Column& from, int64_t dim, int64_t stored, const ValueB
 }  // namespace
 }  // namespace pq
 
-extern "C" int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t values, int64_t dtype) {
-    return values ? pq::ValueBook::bytes(head_dim, nbits) : pq::KeyBook::bytes(head_dim, nbits, dtype == PQ_FLOAT16);
+extern "C" int64_t pq_book_bytes(int64_t head_dim, int64_t nbits, int64_t use, int64_t dtype) {
+    switch (use) {
+        case PQ_KEYS: return pq::KeyBook::bytes(head_dim, nbits, dtype == PQ_FLOAT16);
+        case PQ_SPAN_KEYS: return dtype == PQ_FLOAT16 ? pq::KeyPlanes::bytes(head_dim, nbits) : 0;
+        default: return pq::ValueBook::bytes(head_dim, nbits);
+    }
 }
 
 extern "C" void pq_prepare_book(const float* book, void* prepared, int64_t heads, int64_t m, int64_t nbits, int64_t dm,
-                                int64_t values, int64_t dtype) {
+                                int64_t use, int64_t dtype) {
     const int64_t d = m * dm, count = int64_t(1) << nbits, stored = pq::stored_of(nbits);
-    const int64_t bytes = pq_book_bytes(d, nbits, values, dtype);
+    const int64_t bytes = pq_book_bytes(d, nbits, use, dtype);
     std::fill_n((char*)prepared, heads * bytes, char(0));
     for (int64_t head = 0; head < heads; head++) {
         char* memory = (char*)prepared + head * bytes;
         for (int64_t dim = 0; dim < d; dim++) {
             const float* first = book + ((head * m + dim / dm) * count) * dm + dim % dm;
             const pq::Column column(first, count, dm);
-            if (values) pq::prepare_value(column, dim, stored, pq::ValueBook(memory, d));
-            else pq::prepare_key(column, dim, stored, pq::KeyBook(memory, d, dtype == PQ_FLOAT16));
+            switch (use) {
+                case PQ_KEYS: pq::prepare_key(column, dim, stored, pq::KeyBook(memory, d, dtype == PQ_FLOAT16)); break;
+                case PQ_SPAN_KEYS: pq::prepare_key_planes(column, dim, stored, (uint8_t*)memory); break;
+                default: pq::prepare_value(column, dim, stored, pq::ValueBook(memory, d));
+            }
         }
     }
 }

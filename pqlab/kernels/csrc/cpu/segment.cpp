@@ -44,11 +44,31 @@ void dequantize_values(const Book& book, const uint8_t* codes, int64_t n, float*
 // x [d] turned back by the angles of turn: cosines [d / 2], sines [d / 2] of the pairs (i, i + d / 2).
 void turn_back(float* x, const float* turn, int64_t d) {
     const int64_t half = d / 2;
-    for (int64_t i = 0; i < half; i++) {
-        const float low = x[i], high = x[i + half], cos = turn[i], sin = turn[half + i];
-        x[i] = low * cos + high * sin;
-        x[i + half] = high * cos - low * sin;
-    }
+    const auto turned = [&](auto low, auto high, auto cos, auto sin, const auto& put, int64_t i) {
+        put(x + i, low * cos + high * sin);
+        put(x + i + half, high * cos - low * sin);
+    };
+    int64_t i = 0;
+    for (; i + WIDTH <= half; i += WIDTH)
+        turned(load(x + i), load(x + i + half), load(turn + i), load(turn + half + i), store, i);
+    for (; i < half; i++)
+        turned(x[i], x[i + half], turn[i], turn[half + i], [](float* to, float y) { *to = y; }, i);
+}
+
+void divide(float* x, const float* by, int64_t n) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) store(x + i, load(x + i) / load(by + i));
+    for (; i < n; i++) x[i] /= by[i];
+}
+
+// In eight sums: one alone is a chain of additions, each of which waits for the one before.
+float dot(const float* x, const float* y, int64_t n) {
+    f8 sums = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) sums += load(x + i) * load(y + i);
+    float sum = sum_of(sums);
+    for (; i < n; i++) sum += x[i] * y[i];
+    return sum;
 }
 
 }  // namespace
@@ -183,19 +203,15 @@ void Decode::ask(int64_t pair, int64_t first, int64_t last, Scratch& s) const {
     const Map map = k_backward(pair);
     if (!map) return;
     s.mapped.resize(size_t(all));
-    multiply(s.q.data(), all / d, map, d, true, s.mapped.data());
+    if (are_many(all / d, d)) multiply_many(s.q.data(), all / d, map, d, s.map, s.mapped.data());
+    else multiply(s.q.data(), all / d, map, d, true, s.mapped.data());
     s.q.swap(s.mapped);
     if (const float* scale = of_pair(a.k_scale, pair))
-        for (int64_t at = 0; at < all; at += d)
-            for (int64_t i = 0; i < d; i++) s.q[size_t(at + i)] /= scale[i];
+        for (int64_t at = 0; at < all; at += d) divide(s.q.data() + at, scale, d);
     if (!a.turns || !a.k_shift) return;
     s.offsets.resize(size_t(all / d));
     const float* shift = of_pair(a.k_shift, pair);
-    for (int64_t at = 0; at < all; at += d) {
-        float sum = 0.f;
-        for (int64_t i = 0; i < d; i++) sum += s.q[size_t(at + i)] * shift[i];
-        s.offsets[size_t(at / d)] = -sum;
-    }
+    for (int64_t at = 0; at < all; at += d) s.offsets[size_t(at / d)] = -dot(s.q.data() + at, shift, d);
 }
 
 void Decode::run(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const {

@@ -28,7 +28,7 @@ struct Segment {
 
 // Memory of one thread; grows, is kept for the next call.
 struct Scratch {
-    Buffer<float> q, offsets, mapped, by_entry, scores, weights, sums, k, kt, v, k_wide, v_wide;
+    Buffer<float> q, offsets, mapped, map, by_entry, scores, weights, sums, k, kt, v, k_wide, v_wide;
     BookMemory k_book, v_book;
     Buffer<uint8_t> codes;
     std::vector<const uint8_t*> k_tiles, v_tiles;
@@ -126,8 +126,10 @@ struct Decode {
     void run_exact(int64_t pair, Scratch& s, const Rows& rows) const;
     Block exact_block(const void* k, const void* v, int64_t at, int n, Scratch& s) const;
     // The codes of a segment.
-    // Planes begin with tables of the query, which cost as much as 640 tokens: with spans they do not pay.
-    bool planes() const { return PLANE_ROWS && !a.span && group_rows <= PLANE_ROWS && a.k_m <= MAX_SUBSPACES; }
+    bool planes() const {
+        const bool prepared = !a.span || a.k_book_dtype == PQ_FLOAT16;  // of spans: KeyPlanes, else there are tables
+        return PLANE_ROWS && prepared && group_rows <= PLANE_ROWS && a.k_m <= MAX_SUBSPACES;
+    }
     bool entries() const { return group_rows <= LOOKUP_ROWS && a.k_m <= MAX_SUBSPACES; }
     void run_planes(const Segment& segment, const Segment* next, Scratch& s, const Rows& rows) const;  // few rows
     void run_entries(const Segment& segment, Scratch& s, const Rows& rows) const;                      // few rows
@@ -144,10 +146,12 @@ struct Decode {
         return make_book(wide, a.v_m, a.v_nbits, a.head_dim / a.v_m, s.v_book);
     }
 #ifdef PQ_PERMUTE
-    KeyBook key_book(int64_t pair) const {
-        const bool half = a.k_book_dtype == PQ_FLOAT16;
-        return {(char*)a.k_prepared + pair % a.heads * KeyBook::bytes(a.head_dim, a.k_nbits, half), a.head_dim, half};
+    bool half_keys() const { return a.k_book_dtype == PQ_FLOAT16; }
+    int64_t key_bytes() const {
+        return a.span ? KeyPlanes::bytes(a.head_dim, a.k_nbits) : KeyBook::bytes(a.head_dim, a.k_nbits, half_keys());
     }
+    uint8_t* prepared_keys(int64_t pair) const { return (uint8_t*)a.k_prepared + pair % a.heads * key_bytes(); }
+    KeyBook key_book(int64_t pair) const { return {prepared_keys(pair), a.head_dim, half_keys()}; }
     ValueBook value_book(int64_t pair) const {
         return {(char*)a.v_prepared + pair % a.heads * ValueBook::bytes(a.head_dim, a.v_nbits), a.head_dim};
     }
