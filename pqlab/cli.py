@@ -8,6 +8,9 @@ import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any, NoReturn
+
+from .errors import PQCacheError
 
 COMMANDS = {
     "bench": ("pqlab.benchmarks.bench", "time one part of pqlab"),
@@ -26,11 +29,37 @@ COMMANDS = {
 BROKEN_PIPE = 128 + 13
 """What a shell says of a program that ended because nobody read its output any more (SIGPIPE)."""
 
+WRONG = 2
+"""Exit status of a command that cannot be run as it was typed; argparse's own."""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that says the default of every option, where the option's own text does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, value = action.help or "", action.default
+        is_said = "(default" in said or not action.option_strings
+        if is_said or value is argparse.SUPPRESS or value is None or isinstance(value, bool):
+            return said
+        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        return f"{said} (default: {shown.replace('%', '%%')})"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and not how the whole command is used."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": Help, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG, f"{self.prog}: {message} ({self.prog} --help says what can be typed)\n")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that is typed, and return its exit status.
+    """Run the command that is typed, and return its exit status; `WRONG` for what cannot be run as it was typed.
 
-    `pqlab claims | head` ends quietly, as it would for any other tool.
+    What is wrong is said in a line on standard error: of every error but those that are faults of pqlab itself, which
+    leave with their traceback. `pqlab claims | head` ends quietly, as it would for any other tool.
     """
     try:
         try:
@@ -43,16 +72,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="pqlab", description="A paged, product-quantized KV cache, seen and run.")
+def parsed(argv: Sequence[str]) -> tuple[Parser, argparse.Namespace]:
+    """What is typed, and the parser that can say what is wrong with it. Leaves with `SystemExit` as argparse does."""
+    parser = Parser(prog="pqlab", description="A paged, product-quantized KV cache, seen and run.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
-        if argv[:1] == [name]:  # only the chosen one is imported: the doctor must not depend on the others
+        if list(argv[:1]) == [name]:  # only the chosen one is imported: the doctor must not depend on the others
             import_module(module).configure(command)
-    args = parser.parse_args(argv)
-    return import_module(COMMANDS[args.command][0]).run(args)
+    args, unknown = parser.parse_known_args(argv)
+    parser.prog = " ".join(filter(None, ("pqlab", args.command, getattr(args, "benchmark", None))))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return parser, args
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser, args = parsed(sys.argv[1:] if argv is None else argv)
+    try:
+        return import_module(COMMANDS[args.command][0]).run(args)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        advice = _advice(error)
+        if advice is None:
+            raise
+        print(f"{parser.prog}: {error}{advice}", file=sys.stderr)
+        return WRONG
+
+
+def _advice(error: Exception) -> str | None:
+    """What to add to an error that a person can do something about; None for a fault of the program."""
+    if isinstance(error, PQCacheError) or not isinstance(error, RuntimeError):
+        return ""
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # of torch, GPU and CPU
+        return "\nTake a smaller model, context, length or batch, or --half or --device cpu, as far as there are these."
+    return None
 
 
 def _output_is_broken() -> bool:

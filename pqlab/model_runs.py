@@ -10,11 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import ConfigError
 from .kernels import dispatch
 from .transformers_api import cache_argument
 
 Runs = dict[tuple[str, str, str], int]
 """(operation, backend, reason) -> calls."""
+
+
+def check_positions(model, tokens: int, what: str = "context") -> None:
+    """Raise `ConfigError` for more tokens than a model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise ConfigError(f"{what} = {tokens} is more than the model's {limit} positions; set it to at most {limit}")
 
 
 @contextmanager

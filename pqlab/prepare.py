@@ -8,14 +8,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from .errors import ConfigError
 from .store import cache_dir
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--list", type=Path, metavar="FILE", help="write the paths of what was made, one a line")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="write the paths of what was made, one a line "
+                        "(default: none)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.list:  # what cannot be written is said before the long work
+        if args.list.is_dir():
+            raise ConfigError(f"--list {args.list} is a folder; name a file")
+        args.list.parent.mkdir(parents=True, exist_ok=True)
     print(f"pqlab: preparing {cache_dir()}", flush=True)
     try:
         made = prepare()
@@ -23,7 +29,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"pqlab: {error}", file=sys.stderr)
         return 1
     if args.list:
-        args.list.parent.mkdir(parents=True, exist_ok=True)
         args.list.write_text("".join(f"{path}\n" for path in made))
     return 0
 

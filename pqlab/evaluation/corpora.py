@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..models import calibration_text, load_text, texts
-from ..models.texts import MIXES, check_apart, members
+from ..models.texts import check_apart, members, text_names
 from ..quantization.defaults import CALIBRATION_TEXT
 
 SYNTHETIC = "_synthetic"
@@ -91,8 +91,8 @@ class Corpus:
             raise ConfigError(f"{self.name} is read from no data folder; leave --data out")
         if self.calibration:
             check_apart(self.name, self.calibration)
-        if self.calibration and self.calibration not in MIXES and not _is_text(self.calibration):
-            raise ConfigError(f"there is no text {self.calibration}; shipped are {', '.join((*texts(), *MIXES))}")
+        if self.calibration and self.calibration not in text_names() and not _is_text(self.calibration):
+            raise ConfigError(f"there is no text {self.calibration}; shipped are {', '.join(text_names())}")
 
     @property
     def means_something(self) -> bool:

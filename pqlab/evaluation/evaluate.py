@@ -272,9 +272,10 @@ def check_window(windows: int, length: int, prompt: int, skip: int, config: Cach
     if limit and length > limit:
         raise ConfigError(f"length = {length} is more than the model's {limit} positions; set it to at most {limit}")
     if length < prompt + 2:
+        less = f" or prompt to at most {length - 2}" if length > 2 else ""
         raise ConfigError(
             f"length = {length} leaves no position to count behind a prompt of {prompt}; set length to at least "
-            f"{prompt + 2} or prompt to at most {length - 2}"
+            f"{prompt + 2}{less}"
         )
     # the last position predicts a token outside of the window and is not counted
     first = config.num_sinks + config.window_length

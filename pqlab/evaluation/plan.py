@@ -29,6 +29,7 @@ from ..quantization.samples import NUM_TOKENS
 from ..quantization.sensitivity import value_metrics
 from ..results.provenance import device_name
 from .allocation import Chosen, allocate, rows_of, worst_layers
+from .evaluate import check_window
 from .exact_tokens import ExactTokens, exact_sizes, measured
 from .fidelity import compare, summarize, text_windows
 from .methods import fit_bytes, stored_bytes
@@ -101,8 +102,8 @@ class Planner:
         options: what sinks and window do to these costs, and what fits a budget.
 
     Raises:
-        ConfigError: unknown choices, sinks and residuals that cannot be chosen from, or a span that the model cannot
-            have. ValueError: the text is too short.
+        ConfigError: unknown choices, sinks and residuals that cannot be chosen from, windows in which nothing is
+            quantized, or a span that the model cannot have. ValueError: the text is too short.
     """
 
     def __init__(
@@ -129,6 +130,8 @@ class Planner:
         config = config or CacheConfig()
         length = length or (LENGTH if context is None else min(context, CONTEXT_LENGTH))
         configs = exact_sizes(config, sinks, residuals, context, length)
+        for one in configs:
+            check_window(windows, length, 1, 0, one, model)
         every = [text] if isinstance(text, str) else list(text)
         ends = [int(len(one) * (1 - _HELD_OUT)) for one in every]
         # text_windows says so when a text is too short
@@ -282,6 +285,7 @@ class Planner:
             "residual_length": config.residual_length,
             "num_sinks": config.num_sinks,
             "device": device_name(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
         }
         if self.context is not None:
             size = stored_bytes(books, config, self.context)

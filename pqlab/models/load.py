@@ -68,9 +68,15 @@ def load_model(
 
 
 def check_device(device: torch.device | str) -> None:
-    """Raise `ConfigError` unless this torch can use the device on this machine."""
+    """Raise `ConfigError` unless this torch can use the device on this machine, and tensors on it have values."""
     try:
-        torch.empty(0, device=device)
+        place = torch.device(device)
+    except (RuntimeError, ValueError) as error:  # torch's message lists devices that nobody has
+        raise ConfigError(f"device = {device} cannot be used (torch knows no such device); use cpu or cuda") from error
+    try:
+        if place.type == "meta":
+            raise RuntimeError("its tensors have no values")
+        torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
         raise ConfigError(f"device = {device} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
 

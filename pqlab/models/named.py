@@ -106,11 +106,17 @@ def names() -> list[str]:
     return [*PACKAGED, *SHORT, *CONFIGS]
 
 
+def source_of(name: str) -> str:
+    """What `load_model` takes for a name, a folder or a hub id; "" for a name that only means random weights."""
+    return CONFIGS[name].hub_id if name in CONFIGS else SHORT.get(name, name)
+
+
 def is_on_hub(name: str, random: bool = False) -> bool:
     """Whether looking a model up asks the hub."""
-    if name in CONFIGS:
-        return bool(CONFIGS[name].hub_id) and not random
-    return SHORT.get(name, name) not in PACKAGED and not Path(name).expanduser().is_dir()
+    source = source_of(name)
+    if name in CONFIGS and (random or not source):
+        return False
+    return source not in PACKAGED and not Path(source).expanduser().is_dir()
 
 
 def find_model(name: str, *, random: bool = False) -> FoundModel:
@@ -129,7 +135,7 @@ def find_model(name: str, *, random: bool = False) -> FoundModel:
     known = CONFIGS.get(name)
     if known and (random or not known.hub_id):
         return FoundModel(name, LlamaConfig(**known.settings), "", True)
-    source = known.hub_id if known else SHORT.get(name, name)
+    source = source_of(name)
     if source not in PACKAGED and not Path(source).expanduser().is_dir():
         # a hub that cannot be reached takes a minute to say so: catch a slip of the pen before it is asked
         if close := get_close_matches(source, names(), n=1, cutoff=0.8):

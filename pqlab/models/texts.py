@@ -55,6 +55,18 @@ def texts() -> dict[str, Text]:
     return dict(_SHIPPED)
 
 
+def text_names() -> list[str]:
+    """Every name that `load_text` takes."""
+    return [*_SHIPPED, *MIXES, STDLIB]
+
+
+def check_text(name: str | Path) -> None:
+    """Raise `FileNotFoundError` for what is neither a text with a name nor a file."""
+    path = Path(name).expanduser()
+    if name not in text_names() and not path.is_file():
+        raise FileNotFoundError(f"there is no text file {path}; the texts with a name are {', '.join(text_names())}")
+
+
 def members(name: str | Path) -> tuple[str | Path, ...]:
     """The names of a mix's texts; any other name alone."""
     return MIXES.get(name, (name,))
@@ -81,8 +93,9 @@ def load_text(name: str | Path = "pride") -> str:
     The texts of a mix ("mixed") come one behind the other, with `BETWEEN` between them.
 
     Raises:
-        FileNotFoundError: neither a shipped text nor a file.
+        FileNotFoundError: neither a shipped text nor a file. ValueError: the file is no text in UTF-8.
     """
+    check_text(name)
     if name in _SHIPPED:
         packed = files("pqlab").joinpath("data", f"{name}.txt.xz").read_bytes()
         return lzma.decompress(packed).decode("utf-8")
@@ -91,12 +104,12 @@ def load_text(name: str | Path = "pride") -> str:
     if name == STDLIB:
         return _stdlib()
     path = Path(name).expanduser()
-    if not path.is_file():
-        named = ", ".join((*_SHIPPED, *MIXES, STDLIB))
-        raise FileNotFoundError(f"there is no text file {path}; the texts with a name are {named}")
-    if path.suffix == ".xz":
-        return lzma.decompress(path.read_bytes()).decode("utf-8")
-    return path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".xz":
+            return lzma.decompress(path.read_bytes()).decode("utf-8")
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); give a text file") from error
 
 
 def _stdlib() -> str:

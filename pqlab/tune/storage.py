@@ -29,6 +29,9 @@ def open_storage(place: str | Path) -> optuna.storages.BaseStorage:
         place: a URL as Optuna takes it (postgresql://..., sqlite:///...); a path that ends in .db or .sqlite, which is
             an SQLite file; or any other path, which is a journal: processes and machines append to it under a lock,
             on a network file system too, where SQLite's locks fail.
+
+    Raises:
+        ConfigError: it cannot be opened.
     """
     import optuna
 
@@ -37,9 +40,14 @@ def open_storage(place: str | Path) -> optuna.storages.BaseStorage:
         return _database(text)
     if not name.resolve().parent.is_dir():
         raise ConfigError(f"there is no folder for {text}; make it first")
+    if name.is_dir():
+        raise ConfigError(f"{text} is a folder; name a file for the study")
     if name.suffix in (".db", ".sqlite"):
         return _database(f"sqlite:///{text}")
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(text))
+    try:
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{text} is no journal of Optuna ({error}); name another file for the study") from error
 
 
 def _database(url: str, attempts: int = 6) -> optuna.storages.RDBStorage:
@@ -48,7 +56,7 @@ def _database(url: str, attempts: int = 6) -> optuna.storages.RDBStorage:
     Processes that start together all make the tables, and those that come second fail at it: they look again.
     """
     import optuna
-    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+    from sqlalchemy.exc import ArgumentError, DatabaseError
 
     is_sqlite = url.startswith("sqlite")
     engine = {"connect_args": {"timeout": 60}} if is_sqlite else {}  # another process may be writing
@@ -59,9 +67,12 @@ def _database(url: str, attempts: int = 6) -> optuna.storages.RDBStorage:
         if is_sqlite:
             _take_turns(storage.engine)
         return storage
-    except (optuna.exceptions.StorageInternalError, IntegrityError, OperationalError, ProgrammingError):
+    except (ArgumentError, ImportError) as error:
+        raise ConfigError(f"the storage {url} cannot be opened ({error}); give a file, or another URL") from error
+    except (optuna.exceptions.StorageInternalError, DatabaseError) as error:  # integrity, operation, program, content
         if attempts == 1:
-            raise
+            said = str(error).splitlines()[0]
+            raise ConfigError(f"the storage {url} cannot be opened ({said}); give a file, or another URL") from error
     time.sleep(0.5)
     return _database(url, attempts - 1)
 

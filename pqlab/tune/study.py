@@ -39,7 +39,7 @@ class Search:
         measure: what a setting costs.
         space: what may be tried.
         about: what has to be the same for measurements to be comparable; a study of something else is refused.
-        storage: see `open_storage`; None keeps it in this process.
+        storage: of Optuna, or what `open_storage` takes; None keeps it in this process.
         name: of the study in its storage.
         memory: most bytes a cache may take, or None; `needed` gives a setting's. Settings above it are told to the
             sampler as constraints that are not met, and are not measured.
@@ -56,7 +56,7 @@ class Search:
         space: Space,
         about: Mapping[str, Any],
         *,
-        storage: str | Path | None = None,
+        storage: str | Path | optuna.storages.BaseStorage | None = None,
         name: str = "pqlab",
         memory: int | None = None,
         needed: Callable[[Setting], int] | None = None,
@@ -72,7 +72,10 @@ class Search:
         self.measure, self.space, self.memory, self.needed, self.say = measure, space, memory, needed, say
         self._failed: dict[Setting, str] = {}  # in this process; another may be able to measure them
         about = {**about, "memory": memory, "space": {k: list(v) for k, v in asdict(space).items()}}
-        kept = optuna.storages.InMemoryStorage() if storage is None else open_storage(storage)
+        if storage is None:
+            kept = optuna.storages.InMemoryStorage()
+        else:
+            kept = open_storage(storage) if isinstance(storage, (str, Path)) else storage
         options = {"sampler": optuna.samplers.TPESampler(seed=seed, n_startup_trials=12), "study_name": name}
         try:
             self.study = optuna.create_study(storage=kept, directions=["minimize"] * 2, **options)
