@@ -126,4 +126,4 @@ def test_the_command(capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [r["cache"] for r in found["records"]] == ["exact", "paged"] and found["random_weights"]
     assert cli.main(["bench", "baseline", *options[:-2], "--device", "cpu", "--context", "99999"]) == 2
-    assert "longest context" in capsys.readouterr().out
+    assert "longest context" in capsys.readouterr().err

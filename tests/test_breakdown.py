@@ -146,7 +146,7 @@ def test_the_command_compares_kinds_and_contexts(capsys):
     for line in ("sum of parts", "step by itself", "cost of measuring", "exact tokens"):
         assert line in out
     assert cli.main(["bench", "breakdown", "--shape", "tiny", "--model", "default"]) == 2
-    assert "not both" in capsys.readouterr().out
+    assert "not both" in capsys.readouterr().err
 
 
 def test_eager_steps_build_no_cudnn_plans(make_model, cudnn_seen):

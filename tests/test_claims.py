@@ -151,4 +151,4 @@ def test_the_command(capsys, tmp_path):
     assert cli.main(["claims", "--results", str(tmp_path / "none")]) == 2
     (tmp_path / "broken.json").write_text("{")
     assert cli.main(["claims", "--results", str(tmp_path)]) == 2
-    assert "broken.json is no JSON" in capsys.readouterr().out
+    assert "broken.json is no JSON" in capsys.readouterr().err

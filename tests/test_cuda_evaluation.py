@@ -88,8 +88,10 @@ def test_a_peak_awaits_the_kernels_that_it_needs(make_model):
 
 
 def test_commands(make_model, tiny_tokenizer, monkeypatch, capsys, tmp_path):
-    for module in (calibration_bench, texts_bench, retrieval, plan_command):
-        monkeypatch.setattr(module, "load_model", lambda name, device: (make_model("llama").to(device), tiny_tokenizer))
+    monkeypatch.setattr(retrieval, "load_model", lambda name, device: (make_model("llama").to(device), tiny_tokenizer))
+    for module in (calibration_bench, texts_bench, plan_command):
+        found = lambda args: (None, make_model("llama").to(args.device), tiny_tokenizer)  # noqa: E731
+        monkeypatch.setattr(module, "load", found)
     monkeypatch.setenv("PQLAB_CACHE", str(tmp_path))
     monkeypatch.setattr(calibration_bench, "VARIANTS", {"default": {"num_tokens": 600}})
     monkeypatch.setattr(texts_bench, "texts", lambda: ({"back": TEXT[::-1]}, {"forth": TEXT}))

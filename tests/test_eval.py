@@ -183,7 +183,7 @@ def test_command(tiny, monkeypatch, tmp_path, capsys):
     from pqlab.cli import main
 
     model, tokenizer = tiny
-    monkeypatch.setattr("pqlab.models.load_model", lambda name, device: (model, tokenizer))
+    monkeypatch.setattr(eval_command, "load", lambda args: (None, model, tokenizer))
     monkeypatch.setattr("pqlab.quantization.codebook.fingerprint", lambda model: "tiny")
     books = Codebooks.random(model, config=PQConfig(M=16, nbits=4))
     Codebooks(books.layers, Origin(fingerprint="tiny", num_layers=2)).save(tmp_path / "small.safetensors")
@@ -208,7 +208,7 @@ def test_command(tiny, monkeypatch, tmp_path, capsys):
     assert found["methods"][4]["method"] == "kivi-3" and found["methods"][4]["measured"] == {"device": device_name()}
     together = found["methods"]
     assert main(["eval", *common, "--skip", "5", "--methods", "kivi-2", "--out", str(out), "--append"]) == 2
-    assert "left as it is: the records differ in skip: 0 and 5" in capsys.readouterr().out
+    assert "left as it is: the records differ in skip: 0 and 5" in capsys.readouterr().err
     assert json.loads(out.read_text())["methods"] == together
     assert "KL beside kivi-4" in printed
     small = record["methods"][2]
@@ -217,15 +217,13 @@ def test_command(tiny, monkeypatch, tmp_path, capsys):
     for bad, said in (
         (["--methods", "kivi-7"], "The methods are pq-4, "),
         (["--page-size", "20"], "page_size = 20 is out of range"),
-        (["--codebooks", "nowhere.safetensors"], "no codebooks file"),
         (["--append"], "give one with --out"),
         (["--versus", "kivi-4", "--methods", "kivi-2"], "measured: kivi-2"),
-        (["--text", "nowhere.txt"], "no text file"),
+        (["--codebooks", __file__], "test_eval.py cannot be read as a safetensors file"),
         (["--length", "30"], "quantizes nothing"),
-        (["--out", str(tmp_path / "no" / "out.json")], "no folder"),
     ):
         assert main(["eval", *common, *bad]) == 2
-        assert said in capsys.readouterr().out
+        assert said in capsys.readouterr().err
 
 
 def test_a_run_without_numbers_still_prints(tiny, capsys):

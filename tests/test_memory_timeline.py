@@ -101,7 +101,7 @@ def test_the_command(tmp_path, capsys):
     assert {row["cache"] for row in result["summary"]} == {EXACT, PAGED} and "resident set size" in said
     assert 'src="http' not in (tmp_path / "m.html").read_text()
     assert cli.main([*typed, "--steps", "120"]) == 2
-    assert "--steps 120 is out of range; of --context 120 it can be 1 to 119" in capsys.readouterr().out
+    assert "--steps 120 is out of range; of --context 120 it can be 1 to 119" in capsys.readouterr().err
 
 
 def test_the_figure_has_both_caches(model, books):

@@ -100,7 +100,7 @@ def test_a_plan_is_a_case(tmp_path, capsys):
     assert row["milliseconds"] > 0 and row["note"] == f"{plan.bits:.4g} bits an element"
     typed = ["bench", "model", "--shape", "tiny", "--device", "cpu", "--plan", str(tmp_path / "exact.safetensors")]
     assert cli.main(typed) == 2
-    assert "the plan leaves layers [1] exact" in capsys.readouterr().out
+    assert "the plan leaves layers [1] exact" in capsys.readouterr().err
 
 
 def test_time_to_the_first_token(capsys):

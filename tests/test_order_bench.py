@@ -86,7 +86,7 @@ def test_the_command_prints_shares(order_kernels, monkeypatch, capsys):
         if "order" in r:
             assert r["share"] == pytest.approx(reads[r["page_size"]] / r["microseconds"], rel=0.01)
     assert cli.main(["bench", "layout", "--page-sizes", "17"]) == 2
-    assert "--page-sizes 17 is unknown" in capsys.readouterr().out
+    assert "--page-sizes 17 is unknown" in capsys.readouterr().err
 
 
 @needs_nvcc

@@ -220,7 +220,7 @@ def test_what_cannot_be_met_is_said_before_anything_is_trained(tiny, tiny_tokeni
 
 
 def test_command(tiny, tiny_tokenizer, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(plan_command, "load_model", lambda name, device: (tiny, tiny_tokenizer))
+    monkeypatch.setattr(plan_command, "load", lambda args: (None, tiny, tiny_tokenizer))
     monkeypatch.setattr(plan_command, "calibration_text", lambda name: TEXT)
     common = ["plan", "--choices", "1", "2", "--length", "400", "--out", str(tmp_path)]
     sizes = ["--context", "400", "--sinks", "1", "4", "--residual", "32", "64"]
@@ -237,4 +237,4 @@ def test_command(tiny, tiny_tokenizer, monkeypatch, tmp_path, capsys):
         (["--kl", "1", "--context", "4000", "--residual", "200"], "give length = 800, or residuals up to 100"),
     ):
         assert cli.main([*common, *bad]) == 2
-        assert says in capsys.readouterr().out
+        assert says in capsys.readouterr().err

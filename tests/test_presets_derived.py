@@ -87,7 +87,7 @@ def test_the_command(capsys):
     assert len(result["by_context"]) == 3 and len(result["by_memory"]) == 4 and result["evidence"] is None
     assert "report 64 / 128 / 1000" in said and "(16 GiB)" in said
     assert cli.main(["presets", "--shape", "Lama"]) == 2
-    assert "Llama-2-7B" in capsys.readouterr().out
+    assert "Llama-2-7B" in capsys.readouterr().err
     assert cli.main(["presets", "--no-measure", "--shape", "Gemma-3-270M", "--parameters", "2.7e8"]) == 0
 
 

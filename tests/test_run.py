@@ -60,7 +60,8 @@ def run(model_folder, tmp_path, capsys):
         given = [str(argument) for argument in arguments]
         model = [] if "-f" in given else ["-f", str(model_folder)]
         code = main(["run", *model, *SMALL, *common, *given])
-        return code, capsys.readouterr().out
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
     call.out, call.common = tmp_path / "out", common
     call.records = lambda: Results(call.out / "results.jsonl").read()

@@ -385,11 +385,11 @@ def test_the_command(folder, tmp_path, capsys):
     assert cli.main(typed) == 0
     assert "[1/" not in capsys.readouterr().out, "the same again has nothing to measure"
     assert cli.main([*typed, "--max-kl", "1e-12"]) == 1
-    assert "no setting reaches KL" in capsys.readouterr().out
+    assert "no setting reaches KL" in capsys.readouterr().err
     assert cli.main([*typed, "--memory", "1KiB", "--study", "small"]) == 1
-    assert "no setting was measured" in capsys.readouterr().out
+    assert "no setting was measured" in capsys.readouterr().err
     assert cli.main([*typed, "--context", "300"]) == 2
-    assert "context 400 there, 300 here" in capsys.readouterr().out
+    assert "context 400 there, 300 here" in capsys.readouterr().err
 
 
 def test_random_weights_are_weighed_by_time_and_bytes(tmp_path, capsys):
@@ -403,7 +403,7 @@ def test_random_weights_are_weighed_by_time_and_bytes(tmp_path, capsys):
     assert preset.measured["kl"] is None and preset.measured["milliseconds"] > 0
     assert "MiB of the cache" in (tmp_path / "tune-pqlab.html").read_text()
     assert cli.main([*typed, "--max-kl", "0.1"]) == 2
-    assert "random weights do not have" in capsys.readouterr().out
+    assert "random weights do not have" in capsys.readouterr().err
 
 
 def test_the_last_round_decides(folder, tmp_path, capsys, monkeypatch):
@@ -429,7 +429,7 @@ def test_the_last_round_decides(folder, tmp_path, capsys, monkeypatch):
 def test_without_optuna_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert cli.main(["tune"]) == 2
-    assert "pip install 'pqlab[tune]'" in capsys.readouterr().out
+    assert "pip install 'pqlab[tune]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "size"), [("64MiB", 2**26), ("1.5 GiB", 3 * 2**29), ("2g", 2**31), ("1000", 1000)])

@@ -19,15 +19,23 @@ import pandas as pd
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from ..arguments import (
+    add_cache_arguments,
+    add_json,
+    add_model_arguments,
+    add_new_tokens,
+    add_text,
+    load,
+    whole,
+)
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
 from ..evaluation.fidelity import text_windows
 from ..evaluation.longbench.answers import MakeCache
 from ..memory import MIB
 from ..model_runs import cudnn_attention_off
 from ..models import load_text
-from ..models.arguments import add_model_arguments, load
 from ..quantization import Codebooks, default_codebooks
 from ..results.provenance import commit, device_name, today, versions
 from .generation import time_generation
@@ -69,8 +77,11 @@ def baseline_vs_paged(
         does not say).
 
     Raises:
-        ConfigError: a context that the model has no positions for. ValueError: the text is too short.
+        ConfigError: a context that the model has no positions for, or fewer than two new tokens. ValueError: the text
+            is too short.
     """
+    if new_tokens < 2:
+        raise ConfigError(f"new_tokens = {new_tokens} is out of range (at least 2); the nearest good value is 2")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and max(contexts) + new_tokens > limit:
         raise ConfigError(
@@ -123,27 +134,22 @@ def beside_exact(frame: pd.DataFrame) -> pd.DataFrame:
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--context", nargs="+", type=int, default=list(CONTEXTS), help="tokens of the prompts")
-    add("--text", default="pride", help="name of a shipped text, or a file")
-    add("--batch", type=int, default=1, help="rows")
-    add("--new-tokens", type=int, default=32, help="generated tokens")
+    add("--context", nargs="+", type=whole(), default=list(CONTEXTS), metavar="TOKENS", help="tokens of the prompts")
+    add_text(parser, what="text of the prompts")
+    add("--batch", type=whole(), default=1, metavar="ROWS", help="rows, each another piece of the text")
+    add_new_tokens(parser, 32)
     add("--static", action="store_true", help="static caches, whose steps generate() compiles on a GPU")
-    add("--page-size", type=int, default=CacheConfig().page_size, help="tokens of a page")
-    add("--residual", type=int, default=CacheConfig().residual_length, help="exact newest tokens")
-    add("--json", action="store_true", help="print one JSON object, on the last line")
+    add_cache_arguments(parser, "page_size", "residual")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; the exit status."""
-    try:
-        config = CacheConfig(page_size=args.page_size, residual_length=args.residual)
-        found, model, tokenizer = load(args)
-        books = Codebooks.random(model, config=PQConfig(), maps=True) if found.random else None
-        options = {"text": args.text, "batch": args.batch, "new_tokens": args.new_tokens, "static": args.static}
-        frame = baseline_vs_paged(model, tokenizer, args.context, codebooks=books, config=config, **options)
-    except (ConfigError, UnsupportedModelError, ValueError, OSError) as error:
-        print(f"bench baseline: {error}")
-        return 2
+    """Measure and print; the exit status. Raises like `load` and `baseline_vs_paged`."""
+    config = CacheConfig(page_size=args.page_size, residual_length=args.residual)
+    found, model, tokenizer = load(args)
+    books = Codebooks.random(model, config=PQConfig(), maps=True) if found.random else None
+    options = {"text": args.text, "batch": args.batch, "new_tokens": args.new_tokens, "static": args.static}
+    frame = baseline_vs_paged(model, tokenizer, args.context, codebooks=books, config=config, **options)
     kind = "random weights" if found.random else args.text
     mode = "static" if args.static else "eager"
     print(f"{args.model}, {kind}, batch {args.batch}, {mode} on {device_name(args.device)}")

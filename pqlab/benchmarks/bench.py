@@ -8,7 +8,10 @@ from importlib import import_module
 BENCHMARKS = {
     "baseline": ("pqlab.benchmarks.baseline_vs_paged", "time to the first token, per token, and memory, by context"),
     "breakdown": ("pqlab.benchmarks.breakdown_bench", "where a decode step's time goes, part by part"),
-    "calibration": ("pqlab.evaluation.calibration_bench", "what samples, maps, weights and shared codebooks buy"),
+    "calibration": (
+        "pqlab.evaluation.calibration_bench",
+        "what samples, maps, weights, anchors and shared codebooks buy",
+    ),
     "cpu": ("pqlab.benchmarks.cpu_bench", "the C++ kernels beside the best exact attention, on this CPU"),
     "decode": ("pqlab.benchmarks.decode_bench", "the decode kernel beside the best exact attention, on a GPU"),
     "kv": ("pqlab.evaluation.key_values", "several numbers in a long text, each asked for by its name"),
@@ -17,7 +20,10 @@ BENCHMARKS = {
     "model": ("pqlab.benchmarks.model_bench", "time per token of a whole model, paged beside exact, in CUDA graphs"),
     "passkey": ("pqlab.evaluation.passkey", "one number in a long text, found by depth and length"),
     "pool": ("pqlab.benchmarks.pool_bench", "what a page costs to allocate and free in pools of any size"),
-    "rotary": ("pqlab.benchmarks.rotary_bench", "what keys stored before the rotary embedding would cost, at least"),
+    "rotary": (
+        "pqlab.benchmarks.rotary_bench",
+        "what it costs that keys are stored turned back, by anchors or altogether",
+    ),
     "texts": ("pqlab.evaluation.texts_bench", "codebooks of one kind of text measured on another"),
 }
 

@@ -9,15 +9,18 @@ from collections.abc import Iterable
 import pandas as pd
 import torch
 
+from ..arguments import add_cache_arguments, add_device, add_json, add_model_name, load, whole
 from ..config import CacheConfig
-from ..errors import ConfigError, UnsupportedModelError
-from ..models import load_model
+from ..errors import ConfigError
+from ..model_runs import check_positions
+from ..models.load import check_device
 from ..quantization import default_codebooks
 from ..results.provenance import commit, device_name, today, versions
 from .breakdown import breakdown
 from .random_models import SHAPES, random_model
 from .step_parts import PARTS
 
+HELP = "One row; a model in fp16 on a GPU, where a step is one CUDA graph, and in fp32 on a CPU."
 KINDS = ("exact", "paged")
 ROOM = 1024
 """Positions of a model with random weights behind the longest context."""
@@ -56,40 +59,41 @@ def render(frame: pd.DataFrame) -> str:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--shape", choices=list(SHAPES), help="random weights instead of a model (on a GPU: 8b)")
-    parser.add_argument("--model", help="name, hub id or folder (on a CPU: the embedded model)")
-    parser.add_argument("--context", nargs="+", type=int, default=[8192, 32768] if on_gpu else [1024, 4096])
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--steps", type=int, help="measured steps (default: a page)")
-    parser.add_argument("--page-size", type=int, default=CacheConfig().page_size, help="tokens of a page")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument(
-        "--eager", action="store_true", help="on a GPU: no CUDA graph; parts then hold waits for the host"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+    add = parser.add_argument
+    parser.description = f"{parser.description}.\n\n{HELP}"
+    add_model_name(parser, default=None, note=" (default: on a CPU the embedded model, on a GPU --shape 8b)")
+    add("--shape", choices=list(SHAPES), help="a Llama of this shape with random weights instead of a model (default: "
+        "see --model)")  # fmt: skip
+    add_device(parser)
+    add("--context", nargs="+", type=whole(), default=[8192, 32768] if on_gpu else [1024, 4096], metavar="TOKENS",
+        help="tokens that the cache holds")  # fmt: skip
+    add("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="caches to measure")
+    add("--steps", type=whole(), metavar="COUNT", help="measured steps (default: a page's tokens)")
+    add_cache_arguments(parser, "page_size")
+    add("--eager", action="store_true", help="on a GPU: no CUDA graph; parts then hold waits for the host")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; the exit status."""
-    if args.model and args.shape:
-        print("bench breakdown: give --model or --shape, not both")
-        return 2
+    """Measure and print; the exit status. Raises like `load` and `breakdown`."""
+    named = args.model or args.random_weights
+    if named and args.shape:
+        raise ConfigError("--shape has random weights of its own: give --model or --shape, not both")
+    check_device(args.device)
     on_gpu = args.device.startswith("cuda")
-    shape = args.shape or ("8b" if on_gpu and not args.model else None)
-    dtype = torch.float16 if on_gpu else torch.float32
-    try:
-        config = CacheConfig(page_size=args.page_size)
-        options: dict = {"config": config, "graph": False if args.eager or not on_gpu else None}
-        if shape:
-            name, model = shape, random_model(shape, max(args.context) + ROOM, dtype, args.device)
-        else:
-            name = args.model or "default"
-            model, tokenizer = load_model(name, dtype, device=args.device)
-            options["codebooks"] = default_codebooks(model, tokenizer)
-        frame = breakdowns(model, args.context, args.kind, args.steps, **options)
-    except (ConfigError, UnsupportedModelError, OSError) as error:
-        print(f"bench breakdown: {error}")
-        return 2
+    shape = args.shape or ("8b" if on_gpu and not named else None)
+    config = CacheConfig(page_size=args.page_size)
+    options: dict = {"config": config, "graph": False if args.eager or not on_gpu else None}
+    if shape:
+        dtype = torch.float16 if on_gpu else torch.float32
+        name, model = shape, random_model(shape, max(args.context) + ROOM, dtype, args.device)
+    else:
+        name = args.model = args.model or "default"
+        args.half = on_gpu
+        found, model, tokenizer = load(args)
+        check_positions(model, max(args.context))
+        options["codebooks"] = None if found.random else default_codebooks(model, tokenizer)
+    frame = breakdowns(model, args.context, args.kind, args.steps, **options)
     device = device_name(args.device)
     print(f"{name} on {device}, batch 1, page {args.page_size}; {frame.how[0]}")
     print(render(frame))

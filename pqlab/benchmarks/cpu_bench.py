@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..arguments import add_json
+from ..errors import ConfigError
 from ..kernels import dispatch, ops, use_backend
 from ..kernels.cpu import CpuBackend
 from ..results.provenance import commit, today, versions
+from .arguments import add_machine, add_only, add_threads, matching
 from .decode_bench import Case, decode_arguments
 
 CASES = tuple(
@@ -30,6 +34,11 @@ CASES = tuple(
     for *heads, d in ((9, 3, 64), (32, 8, 128), (32, 32, 128))
     for n in (1024, 2048, 4096, 8192, 32768)
 )
+HELP = """\
+One layer, all threads: microseconds of the kernel and of the fastest of torch's exact attentions in fp32 and bf16, and
+how many times faster the kernel is, by medians and by fastest turns. Then encoding, beside plain torch."""
+
+_ENCODE = "encode"
 _SECONDS = 1.0  # a contender
 _ENCODED = 4096  # tokens
 
@@ -128,19 +137,19 @@ def bench_encode(case: Case) -> dict[str, Any]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--threads", type=int, default=0, help="of torch and the kernels (default: torch's own number)")
-    parser.add_argument(
-        "--machine", default="native",
-        help="processor to compile the kernels for (-march), e.g. x86-64-v3 for one with AVX2 and no more; torch is "
-        "held back likewise by ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.description = f"{parser.description}.\n\n{HELP}"
+    add_only(parser)
+    add_threads(parser)
+    add_machine(parser)
+    add_json(parser)
 
 
 @contextmanager
 def kernels_for(machine: str) -> Iterator[CpuBackend]:
-    """The CPU backend while its kernels are those for another processor (`-march`); "native" is the usual one."""
+    """The CPU backend while its kernels are those for another processor (`-march`); "native" is the usual one.
+
+    Raises `ConfigError` when none can be built for the other one.
+    """
     kernels.wait()
     usual = dispatch.backends()["cpu"]
     if machine == "native":
@@ -148,6 +157,8 @@ def kernels_for(machine: str) -> Iterator[CpuBackend]:
         return
     backend = CpuBackend(machine)
     backend.extension.start("eager")
+    if backend.status().state != "ready":
+        raise ConfigError(f"--machine {machine}: no kernels could be built for it ({backend.status().detail})")
     dispatch.register_backend(backend)
     try:
         yield backend
@@ -164,16 +175,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, backend: CpuBackend) -> int:
+    cases = matching(CASES, args.only, _ENCODE)
     status = backend.status()
     if status.state != "ready":
-        print(f"the C++ kernels are not there ({status.state}: {status.detail}); python -m pqlab doctor says more")
+        what = f"the C++ kernels are not there ({status.state}: {status.detail})"
+        print(f"pqlab bench cpu: {what}; python -m pqlab doctor says more", file=sys.stderr)
         return 1
     print(
         f"{torch.get_num_threads()} threads, kernels with {backend.isa}, torch with {_torch_isa()}; "
         "µs, best exact, and how many times faster (by medians, by fastest turns)"
     )
     records = []
-    for case in (c for c in CASES if args.only in c.name):
+    for case in cases:
         records.append(r := bench_decode(case))
         print(
             f"  {r['case']:<46}{r['microseconds']:>9.0f}{r['exact_microseconds']:>9.0f} {r['exact']:<18}"
@@ -181,7 +194,7 @@ def _run(args: argparse.Namespace, backend: CpuBackend) -> int:
             flush=True,
         )
     for case in (CASES[0], CASES[5]):
-        if args.only in "encode":
+        if args.only in _ENCODE:
             records.append(r := bench_encode(case))
             print(f"  {r['case']:<46}{r['microseconds']:>9.0f}{r['torch_microseconds']:>9.0f} torch", end=" " * 14)
             print(f"{r['speedup']:>6.2f}", flush=True)

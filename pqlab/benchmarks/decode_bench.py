@@ -14,7 +14,7 @@ import datetime
 import json
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import kernels
+from ..arguments import add_json, output_file
+from ..errors import ConfigError
 from ..kernels import ops, use_backend
 from ..kernels.build import Extension
 from ..kernels.cuda_config import SOURCES
+from .arguments import add_only, matching
 from .decode_steps import refusals_unsaid
+
+HELP = """\
+One layer, cold caches, CUDA graphs: microseconds of the kernel and of the fastest of torch's exact attentions in fp16
+(and FlashInfer's, where it is installed), their ratio, the kernel's share of the rate at which its bytes can just be
+read, and its error against float64."""
+
+_ENCODE = "encode"
 
 REPLAYS = 30
 SINKS, WINDOW, SLOTS, PAGE = 4, 128, 192, 64
@@ -331,32 +341,34 @@ def environment() -> dict[str, str]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--out", type=Path, help="write the JSON to this file, too")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.description = f"{parser.description}.\n\n{HELP}"
+    add_only(parser)
+    add_json(parser)
+    parser.add_argument(
+        "--out", type=output_file, metavar="FILE", help="write the JSON to this file, too (default: none)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; the exit status."""
+    """Measure and print; the exit status. Raises `ConfigError` without a GPU, or for cases that there are not."""
     if not torch.cuda.is_available():
-        print("bench decode needs a CUDA device")
-        return 2
+        raise ConfigError("there is no CUDA device here; bench cpu measures the kernels of a CPU")
+    cases = matching(CASES, args.only, _ENCODE)
     kernels.start()
     timer = Timer()
     read = ReadRate(timer)
     records = []
     print(f"{'case':<52} {'us':>8} {'exact':>8} {'':>10} {'speedup':>8} {'of read rate':>13} {'error':>8}")
-    for case in CASES:
-        if args.only in case.name:
-            r = bench_decode(case, timer, read)
-            records.append(r)
-            exact = min(r["exact_us"].values())
-            print(
-                f"{r['case']:<52} {r['us']:>8} {exact:>8} {r['exact']:>10.10} {r['speedup']:>7}x"
-                f" {r['share_of_read_rate']:>12.0%} {r['relative_error']:>8.0e}",
-                flush=True,
-            )
-    if args.only in "encode":
+    for case in cases:
+        r = bench_decode(case, timer, read)
+        records.append(r)
+        exact = min(r["exact_us"].values())
+        print(
+            f"{r['case']:<52} {r['us']:>8} {exact:>8} {r['exact']:>10.10} {r['speedup']:>7}x"
+            f" {r['share_of_read_rate']:>12.0%} {r['relative_error']:>8.0e}",
+            flush=True,
+        )
+    if args.only in _ENCODE:
         records.append(bench_encode(timer))
         print(records[-1])
     result = {"benchmark": "decode", **environment(), "records": records}
@@ -365,13 +377,3 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="pqlab bench decode", description=__doc__.splitlines()[0])
-    configure(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

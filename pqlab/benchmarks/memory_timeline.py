@@ -14,20 +14,30 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..arguments import (
+    add_cache_arguments,
+    add_json,
+    add_model_arguments,
+    add_text,
+    load,
+    output_file,
+    whole,
+)
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
-from ..errors import ConfigError, PQCacheError, UnsupportedModelError
+from ..errors import ConfigError
 from ..memory import MIB, readable_bytes
-from ..model_runs import cudnn_attention_off
+from ..model_runs import check_positions, cudnn_attention_off
+from ..models import load_text
+from ..models.load import check_device
 from ..process_memory import ProcessMemory
-from ..quantization import Codebooks
+from ..quantization import Codebooks, default_codebooks
 from ..results.provenance import commit, device_name, today, versions
 from ..transformers_api import cache_argument
 from .random_models import SHAPES, random_model
@@ -168,28 +178,27 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="default", help="as pqlab.load_model takes it")
-    add("--shape", choices=list(SHAPES), help="a model of this shape with random weights instead")
-    add("--text", default="pride", help="name of a shipped text or path of a file")
-    add("--context", type=int, default=1536, help="tokens at the end of the run")
-    add("--steps", type=int, default=384, help="tokens of it that are decoded; the rest is the prompt")
-    add("--chunk", type=int, default=1, help="tokens a step; more make a long run short, the caches hold the same")
-    add("--every", type=int, default=8, help="steps between two samples")
-    add("--page-size", type=int, default=CacheConfig().page_size, help="tokens of a page")
-    add("--residual", type=int, default=CacheConfig().residual_length, help="newest tokens that stay exact")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--csv", type=Path, help="write every sample to this file")
-    add("--html", type=Path, help="draw the figure into this file (needs plotly)")
-    add("--json", action="store_true", help="print one JSON object, on the last line")
+    add_model_arguments(parser, default=None, note=" (default: the embedded model)")
+    add("--shape", choices=list(SHAPES), help="a Llama of this shape with random weights instead of a model, in fp16 "
+        "on a GPU (default: see --model)")  # fmt: skip
+    add_text(parser, what="text that both caches are fed; not with --shape")
+    add("--context", type=whole(2), default=1536, metavar="TOKENS", help="tokens at the end of the run")
+    add("--steps", type=whole(), default=384, metavar="TOKENS", help="tokens of it that are decoded; the rest is the "
+        "prompt")  # fmt: skip
+    add("--chunk", type=whole(), default=1, metavar="TOKENS", help="tokens a step; more make a long run short, the "
+        "caches hold the same")  # fmt: skip
+    add("--every", type=whole(), default=8, metavar="STEPS", help="steps between two samples")
+    add_cache_arguments(parser, "page_size", "residual")
+    add("--csv", type=output_file, metavar="FILE", help="write every sample to this file (default: none)")
+    add("--html", type=output_file, metavar="FILE", help="draw the figure into this file; needs plotly (default: none)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the summary, write what was asked for; 2 for what cannot be measured."""
-    try:
-        frame, what = _measured(args)
-    except (ConfigError, UnsupportedModelError, PQCacheError, ValueError, OSError) as error:
-        print(f"bench memory: {error}")
-        return 2
+    """Measure, print the summary, write what was asked for; raises for what cannot be measured."""
+    if args.html:
+        _need_plotly()
+    frame, what = _measured(args)
     found = summary(frame)
     print(f"{args.shape or args.model} on {args.device}: {what}")
     print(render(found))
@@ -205,11 +214,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _need_plotly() -> None:
+    """Raises ImportError with what to install."""
+    try:
+        import plotly  # noqa: F401
+    except ImportError as error:
+        raise ImportError("--html needs plotly: pip install 'pqlab[notebook]'") from error
+
+
 def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
     if not 1 <= args.steps < args.context:
         raise ConfigError(f"--steps {args.steps} is out of range; of --context {args.context} it can be 1 to "
                           f"{args.context - 1}")  # fmt: skip
+    if args.shape and (args.model or args.random_weights):
+        raise ConfigError("--shape has random weights of its own: give --model or --shape, not both")
     config = CacheConfig(page_size=args.page_size, residual_length=args.residual)
+    check_device(args.device)
+    args.model = args.model or "default"
     if args.shape:
         dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
         model = random_model(args.shape, args.context, dtype, args.device)
@@ -218,11 +239,11 @@ def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
         ids = torch.randint(0, model.config.vocab_size, (1, args.context), generator=generator).to(args.device)
     else:
         from ..evaluation.fidelity import text_windows
-        from ..models import load_model, load_text
-        from ..quantization import default_codebooks
 
-        model, tokenizer = load_model(args.model, device=args.device)
-        codebooks = default_codebooks(model, tokenizer)
+        found, model, tokenizer = load(args)
+        check_positions(model, args.context)
+        random = Codebooks.random(model, config=PQConfig(), maps=True) if found.random else None
+        codebooks = random or default_codebooks(model, tokenizer)
         ids = text_windows(tokenizer, load_text(args.text), args.context, 1)[0].to(args.device)
     options = {"prompt": args.context - args.steps, "config": config, "chunk": args.chunk, "every": args.every}
     frame = memory_timeline(model, codebooks, ids, **options, progress=True)
@@ -259,9 +280,15 @@ def _record(args: argparse.Namespace, frame: pd.DataFrame, found: pd.DataFrame, 
         "commit": commit(),
         "versions": versions(),
         "measured": what,
-        "note": f"python -m pqlab bench memory {'--shape ' + args.shape if args.shape else '--model ' + args.model} "
+        "note": f"python -m pqlab bench memory {_model_typed(args)} "
         f"--context {args.context} --steps {args.steps} --chunk {args.chunk} --json",
         "records": [record],
         "summary": found.round(6).to_dict("records"),
         "samples_mib": samples.astype(object).where(samples.notna(), None).to_dict("split", index=False),
     }
+
+
+def _model_typed(args: argparse.Namespace) -> str:
+    if args.shape:
+        return f"--shape {args.shape}"
+    return f"--model {args.model}" + " --random-weights" * args.random_weights + " --half" * args.half

@@ -24,18 +24,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .. import kernels
+from ..arguments import add_device, add_json, input_file, whole
 from ..cache import PagedPQCache
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
 from ..evaluation.plan import Plan
 from ..model_runs import cudnn_attention_off
+from ..models.load import check_device
 from ..quantization import SPAN, Codebooks, attention_geometry
 from ..results.provenance import commit, device_name, today, versions
 from ..transformers_api import cache_argument
@@ -43,6 +44,7 @@ from .decode_steps import EXACT_BACKENDS, NONE, Step, decode_step, exact_step, r
 from .filled_caches import ROOM, filled_buffers, filled_dynamic, filled_paged
 from .random_models import SHAPES, random_model
 
+HELP = "One row, random weights and tokens: fp16 on a GPU, where a step is one CUDA graph, and fp32 on a CPU."
 _WARM_TURNS, _TURNS = 3, 9
 PREFILLS = 4
 """Prompts of each kind that are read in turns; the first of them is not counted."""
@@ -241,24 +243,31 @@ def _in_turns(steps: Sequence[Step], device: str) -> list[float]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", nargs="+", default=["7b", "8b"], choices=list(SHAPES))
-    parser.add_argument("--context", nargs="+", type=int, default=[32768], help="tokens in the cache or the prompt")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--prefill", action="store_true", help="the time to the first token instead of that per token")
-    parser.add_argument("--no-eager", action="store_true", help="only what runs as one CUDA graph")
-    parser.add_argument("--no-compiled", action="store_true", help="leave out the rows compiled by inductor")
-    parser.add_argument("--plan", nargs="+", type=Path, default=[], help="files of `pqlab plan`: a case each")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+    add = parser.add_argument
+    parser.description = f"{parser.description}.\n\n{HELP}"
+    add("--shape", nargs="+", default=["7b", "8b"], choices=list(SHAPES), help="Llamas with random weights")
+    add(
+        "--context",
+        nargs="+",
+        type=whole(),
+        default=[32768],
+        metavar="TOKENS",
+        help="tokens in the cache or the prompt",
+    )
+    add_device(parser, numbered=False)
+    add("--prefill", action="store_true", help="the time to the first token instead of that per token")
+    add("--no-eager", action="store_true", help="on a GPU: only what runs as one CUDA graph")
+    add("--no-compiled", action="store_true", help="leave out the rows compiled by inductor")
+    add("--plan", nargs="+", type=input_file, default=[], metavar="FILE", help="files of `pqlab plan`, a case each "
+        "(default: none)")  # fmt: skip
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time every case, print a table (and JSON); the exit status."""
+    """Time every case, print a table (and JSON); the exit status. Raises for a file that is no plan."""
+    check_device(args.device)
     dtype = torch.float16 if args.device == "cuda" else torch.float32
-    try:
-        plans = {path.stem: _whole(Plan.load(path)) for path in args.plan}
-    except (ConfigError, OSError) as error:
-        print(f"bench model: {error}")
-        return 2
+    plans = {path.stem: _whole(Plan.load(path)) for path in args.plan}
     records = []
     for shape in args.shape:
         for context in args.context:

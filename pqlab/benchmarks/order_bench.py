@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,8 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..arguments import add_device, add_json
+from ..errors import ConfigError
 from ..kernels import ops, use_backend
+from ..models.load import check_device
 from ..results.provenance import commit, device_name, today, versions
+from .arguments import add_seconds, add_threads
 from .decode_bench import Case, ReadRate, Timer, decode_arguments
 from .order_kernels import OrderKernels, expected
 
@@ -124,18 +129,19 @@ def bench_page_sizes(
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--page-sizes", nargs="+", type=int, default=list(PAGE_SIZES), help="tokens of a page")
-    parser.add_argument("--threads", type=int, default=0, help="on a CPU (default: torch's own number)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="a contender, on a CPU")
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    add_device(parser, numbered=False)
+    parser.add_argument("--page-sizes", "--page_sizes", nargs="+", type=int, default=list(PAGE_SIZES), metavar="TOKENS",
+                        help="tokens of a page")  # fmt: skip
+    add_threads(parser)
+    add_seconds(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure both, print tables (and JSON); the exit status."""
+    """Measure both, print tables (and JSON); the exit status. Raises `ConfigError` for what cannot be asked for."""
     if wrong := [size for size in args.page_sizes if size not in PAGE_SIZES]:
-        print(f"bench layout: --page-sizes {wrong[0]} is unknown; of {', '.join(map(str, PAGE_SIZES))}")
-        return 2
+        raise ConfigError(f"--page-sizes {wrong[0]} is unknown; of {', '.join(map(str, PAGE_SIZES))}")
+    check_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -154,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
                 records.append(r)
                 print(_line(f"{case.name}, page {r['page_size']}", r), flush=True)
     except RuntimeError as error:
-        print(f"bench layout: {error}; python -m pqlab doctor says what is missing")
+        print(f"pqlab bench layout: {error}; python -m pqlab doctor says what is missing", file=sys.stderr)
         return 1
     if args.json:
         about = {"benchmark": "layout", "device": device_name(device), "date": today(), "commit": commit()}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
+from ..arguments import whole
 from ..paging import POLICIES, PagePool
 
 SIZES = (100, 10_000, 1_000_000)
@@ -62,17 +63,16 @@ def _measure(size: int, policy: str, rounds: int, rng: random.Random) -> dict[st
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="pages of the pools (at least 100)")
-    parser.add_argument("--policy", nargs="+", default=sorted(POLICIES), choices=sorted(POLICIES), help="strategies")
-    parser.add_argument("--rounds", type=int, default=2000, help=f"rounds of {BATCH} pages that are timed")
-    parser.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
+    add = parser.add_argument
+    add("--sizes", type=whole(4 * BATCH), nargs="+", default=list(SIZES), metavar="PAGES", help="pages of the pools, "
+        f"at least {4 * BATCH}")  # fmt: skip
+    add("--policy", nargs="+", default=sorted(POLICIES), choices=sorted(POLICIES), help="page policies to time")
+    add("--rounds", type=whole(), default=2000, metavar="COUNT", help=f"rounds of {BATCH} pages that are timed")
+    add("--json", action="store_true", help="print one JSON line instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; the exit status."""
-    if min(args.sizes) < 4 * BATCH:
-        print(f"--sizes {min(args.sizes)} is too small; at least {4 * BATCH}")
-        return 2
     records = measure_pool(args.sizes, policies=args.policy, rounds=args.rounds)
     if args.json:
         print(json.dumps({"benchmark": "pool", "records": records}))
@@ -81,15 +81,3 @@ def run(args: argparse.Namespace) -> int:
     for r in records:
         print(f"{r['policy']:<8} {r['max_pages']:>10,} {r['build_ms']:>10} {r['allocate_ns']:>12} {r['free_ns']:>9}")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="pqlab bench pool", description="Time allocate and free in pools of any size."
-    )
-    configure(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -32,9 +32,12 @@ from typing import Any
 import torch
 
 from .. import kernels
+from ..arguments import add_device, add_json
 from ..kernels import ops, use_backend
+from ..models.load import check_device
 from ..quantization import SPAN, Anchors
 from ..results.provenance import commit, device_name, today, versions
+from .arguments import add_machine, add_only, add_seconds, add_threads, matching
 from .cpu_bench import cpu_arguments, interleaved, kernels_for
 from .decode_bench import Case, Timer, decode_arguments
 
@@ -43,6 +46,10 @@ CASES = tuple(
     for *heads, d in ((9, 3, 64), (32, 8, 128), (32, 32, 128))
     for n in (8192, 32768)
 )
+HELP = """\
+One layer. Anchored keys, which the cache has: times as long as a step without, for several spans. Keys before the
+rotary embedding, which no cache has: decode as it is, and at least what bringing all keys home would cost more."""
+
 SPANS = (64, SPAN, 1024)
 _SIDE = {"cpu": 1024, "cuda": 8192}
 """Of the square matrices whose product gives the rate."""
@@ -132,16 +139,19 @@ def _microseconds(calls: dict[int, Callable[[], Any]], device: torch.device, sec
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--threads", type=int, default=0, help="on a CPU (default: torch's own number)")
-    parser.add_argument("--machine", default="native", help="on a CPU: processor to compile the kernels for (-march)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="a contender, on a CPU")
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.description = f"{parser.description}.\n\n{HELP}"
+    add_device(parser, numbered=False)
+    add_only(parser)
+    add_threads(parser)
+    add_machine(parser)
+    add_seconds(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table (and JSON); the exit status."""
+    """Measure, print a table (and JSON); the exit status. Raises `ConfigError` for an unknown device or case."""
+    check_device(args.device)
+    matching(CASES, args.only)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -159,7 +169,7 @@ def _run(args: argparse.Namespace, device: torch.device, isa: str) -> int:
     print("keys home; times as long together, if one hides the other; multiply-adds in pairs")
     print(f"µs of a layer's step as it is; times as long with anchors every {spans} tokens")
     records = []
-    for case in (c for c in CASES if args.only in c.name):
+    for case in matching(CASES, args.only):
         records.append(r := bench_rotary(case, tflops, device, seconds=args.seconds))
         adds = f"{r['pair_multiply_adds']} instead of {r['lookup_multiply_adds']}"
         times = f"{r['microseconds']:>10.1f}{r['product_microseconds']:>11.1f}"

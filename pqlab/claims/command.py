@@ -8,7 +8,6 @@ from textwrap import wrap
 
 import pandas as pd
 
-from ..errors import ConfigError
 from .reported import CLAIMS
 from .results import Results
 from .verdict import NOT_MEASURED, table
@@ -24,12 +23,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every claim beside what was measured; 2 for results that cannot be read."""
-    try:
-        found = table(CLAIMS, Results(args.results))
-    except ConfigError as error:
-        print(f"claims: {error}")
-        return 2
+    """Print every claim beside what was measured. Raises `ConfigError` for results that cannot be read."""
+    found = table(CLAIMS, Results(args.results))
     if args.json:
         rows = found.astype(object).where(found.notna(), None).to_dict("records")
         print(json.dumps({"command": "claims", "claims": rows}))

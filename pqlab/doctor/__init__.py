@@ -21,11 +21,14 @@ __all__ = ["PROBES", "Finding", "Probe", "examine", "find_chromium", "report"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    from ..shapes import SHAPES
+
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     asked = parser.add_argument_group("cache memory", "whether a cache would fit here, and what to lower if not")
-    asked.add_argument("--shape", help=f"a model shape by name (default: {DEFAULT_SHAPE})")
-    asked.add_argument("--context", type=int, help="tokens of a sequence (default: the model's own limit)")
-    asked.add_argument("--batch", type=int, help="sequences (default: 1)")
+    add = asked.add_argument
+    add("--shape", metavar="NAME", help=f"the shape of a model: {', '.join(SHAPES)} (default: {DEFAULT_SHAPE})")
+    add("--context", type=int, metavar="TOKENS", help="tokens of a sequence (default: the model's own limit)")
+    add("--batch", type=int, metavar="ROWS", help="sequences (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What each part of the calibration buys: samples, maps, weights, and how many heads share a codebook.
+"""What each part of the calibration buys: samples, maps, weights, anchors, and how many heads share a codebook.
 
 calibrations(model, tokenizer, calibration_text("mixed"), load_text("pride"))  # a row a variant
 """
@@ -13,14 +13,16 @@ from typing import Any
 
 import pandas as pd
 
+from ..arguments import add_json, add_model_arguments, add_text, load, whole
 from ..config import CacheConfig, PQConfig
 from ..errors import ConfigError
 from ..memory import MIB
-from ..models import calibration_text, fingerprint, load_model, load_text
+from ..models import calibration_text, fingerprint, load_text
 from ..quantization import attention_geometry, calibrate
 from ..quantization.defaults import CALIBRATION_TEXT
 from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity
+from .evaluate import check_window
 from .teacher_forced import from_codebooks
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -67,6 +69,7 @@ def calibrations(
         kl_error (over windows), ratio (its KL over that of the first variant), change (of perplexity), agreement.
     """
     variants = VARIANTS if variants is None else variants
+    check_window(windows, length, 1, skip, config or CacheConfig(), model)
     ids = fidelity.text_windows(tokenizer, measured, length, windows, skip)  # says so when the text is too short
     rows, methods = [], {}
     for name, settings in variants.items():
@@ -82,39 +85,34 @@ def calibrations(
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
-    parser.add_argument("--device", default="cpu", help="torch device that the model runs on")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"of: {'; '.join(VARIANTS)} (default: all)")
-    parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4), help="per element, codes of 8 bits")
-    parser.add_argument("--calibration", default=CALIBRATION_TEXT, help="text that is calibrated on")
-    parser.add_argument("--text", default="pride", help="text that is measured on")
-    parser.add_argument("--windows", type=int, default=2, help="windows of the text, one behind the other")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+    add = parser.add_argument
+    add_model_arguments(parser, random=False)
+    add("--variants", nargs="+", metavar="NAME", help="of (in quotes): " + "; ".join(VARIANTS) + " (default: all)")
+    add("--bits", type=int, default=4, choices=(1, 2, 4), help="bits per element, by codes of 8 bits")
+    add_text(parser, CALIBRATION_TEXT, "text to calibrate on", "--calibration")
+    add_text(parser)
+    add("--windows", type=whole(), default=2, metavar="COUNT", help="windows of the text, one behind the other")
+    add("--length", type=whole(), default=1024, metavar="TOKENS", help="tokens of a window")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate every variant, measure it, print the table (and JSON); the exit status."""
     chosen = args.variants or list(VARIANTS)
     if unknown := [name for name in chosen if name not in VARIANTS]:
-        print(f"pqlab bench calibration: there is no variant {unknown[0]!r}; there are {'; '.join(VARIANTS)}")
-        return 2
-    try:
-        model, tokenizer = load_model(args.model, device=args.device)
-        heads = {head_dim for _, head_dim in attention_geometry(model).values()}
-        if len(heads) > 1:
-            raise ConfigError(f"heads of {sorted(heads)} elements have no common M; measure one layer's kind at a time")
-        pq = PQConfig(M=heads.pop() * args.bits // 8)
-        texts = calibration_text(args.calibration), load_text(args.text)
-        options = {"windows": args.windows, "length": args.length, "progress": True}
-        frame = calibrations(model, tokenizer, *texts, {name: VARIANTS[name] for name in chosen}, pq, **options)
-    except (ValueError, OSError) as error:
-        print(f"pqlab bench calibration: {error}")
-        return 2
+        raise ConfigError(f"there is no variant {unknown[0]!r}; there are {'; '.join(VARIANTS)}")
+    _, model, tokenizer = load(args)
+    heads = {head_dim for _, head_dim in attention_geometry(model).values()}
+    if len(heads) > 1:
+        raise ConfigError(f"heads of {sorted(heads)} elements have no common M; take a model with one head size")
+    pq = PQConfig(M=heads.pop() * args.bits // 8)
+    texts = calibration_text(args.calibration), load_text(args.text)
+    options = {"windows": args.windows, "length": args.length, "progress": True}
+    frame = calibrations(model, tokenizer, *texts, {name: VARIANTS[name] for name in chosen}, pq, **options)
     print(frame.round(5).to_string(index=False))
     if args.json:
         about = {"benchmark": "calibration", "date": today(), "commit": commit(), "versions": versions()}
-        about |= {"model": fingerprint(model), "device": device_name(args.device)}
+        about |= {"model": fingerprint(model), "device": device_name(args.device), "half": args.half}
         about |= {"bits": args.bits, "windows": args.windows, "length": args.length}
         about |= {"calibration": text_record(args.calibration), "text": text_record(args.text)}
         print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))

@@ -8,9 +8,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..arguments import (
+    add_cache_arguments,
+    add_codebooks,
+    add_json,
+    add_model_arguments,
+    add_text,
+    load,
+    output_file,
+    whole,
+)
 from ..config import CacheConfig
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
 from ..memory import MIB
+from ..quantization import Codebooks
 from ..quantization.defaults import CALIBRATION_TEXT
 from .evaluate import CONTEXTS, Evaluation, evaluate
 from .methods import check_names, default_names, names
@@ -25,35 +36,29 @@ that of the exact cache. Worst: mean KL of the worst 1 % of positions."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    default = CacheConfig()
+    parser.description = f"{parser.description}.\n\n{NOTES}"
     add = parser.add_argument
     add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(names())} (default: {' '.join(default_names())})")
-    add("--codebooks", action="append", default=[], type=Path, metavar="PATH", help="another method: a codebooks file, "
-        "named by its stem; may be repeated")  # fmt: skip
-    add("--model", default="default", help="as pqlab.load_model takes it")
-    add("--device", default="cpu", help="torch device that the model runs on")
-    add("--text", default="pride", help="name of a shipped text or path of a file")
-    add("--calibration", default=CALIBRATION_TEXT, help="text for methods that are trained")
-    add("--windows", type=int, default=2, help="windows of the text, one behind the other")
-    add("--length", type=int, default=2048, help="tokens of a window")
-    add("--skip", type=int, default=0, help="tokens of the text before the first window")
-    add("--residual", type=int, default=default.residual_length, help="newest tokens that stay exact")
-    add("--sinks", type=int, default=default.num_sinks, help="first tokens that stay exact")
-    add("--page-size", type=int, default=default.page_size, help="tokens of a page")
-    add("--prompt", type=int, default=1, help="tokens that are prefilled and not counted")
-    add("--versus", metavar="METHOD", help="also the difference of every other method to this one, window by window")
-    add("--json", action="store_true", help="print one JSON object, on the last line")
-    add("--out", type=Path, help="write the JSON to this file, too")
-    add("--append", action="store_true", help="keep the rows of other methods that the file has already")
+    add_codebooks(parser, "more methods, each named by its file's stem")
+    add_model_arguments(parser, random=False)
+    add_text(parser)
+    add_text(parser, CALIBRATION_TEXT, "text for methods that are trained", "--calibration")
+    add("--windows", type=whole(), default=2, metavar="COUNT", help="windows of the text, one behind the other")
+    add("--length", type=whole(), default=2048, metavar="TOKENS", help="tokens of a window")
+    add("--skip", type=whole(0), default=0, metavar="TOKENS", help="tokens of the text before the first window")
+    add_cache_arguments(parser, "residual", "sinks", "page_size")
+    add("--prompt", type=whole(), default=1, metavar="TOKENS", help="tokens of a window that are prefilled as one "
+        "chunk and not counted")  # fmt: skip
+    add("--versus", metavar="METHOD", help="also the difference of every other method to this one, window by window "
+        "(default: no such table)")  # fmt: skip
+    add_json(parser)
+    add("--out", type=output_file, metavar="FILE", help="write the JSON to this file, too (default: none)")
+    add("--append", action="store_true", help="keep the rows of other methods that the file of --out has already")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; the exit status: 2 for settings that cannot be measured."""
-    try:
-        result = _measure(args)
-    except (ConfigError, UnsupportedModelError, ValueError, OSError) as error:  # OSError: no such text, model or folder
-        print(f"eval: {error}")
-        return 2
+    """Measure and print; the exit status. Raises `ConfigError` for settings that cannot be measured."""
+    result = _measure(args)
     parts = [_heading(result), render_table(result.table()), render_positions(result.by_position())]
     if args.versus:
         why = result.failures.get(args.versus)
@@ -66,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if args.append and args.out.is_file():
             record = merged(json.loads(args.out.read_text(encoding="utf-8")), record)
     except ConfigError as error:
-        print(f"eval: {args.out.name} was left as it is: {error}")
-        return 2
+        raise ConfigError(f"{args.out.name} was left as it is: {error}") from error
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if args.json:
@@ -76,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> Evaluation:
-    from ..models import load_model
-
     check_names(args.methods or ())  # before the model is loaded
     if args.append and not args.out:
         raise ConfigError("--append adds to a file: give one with --out")
@@ -87,14 +89,12 @@ def _measure(args: argparse.Namespace) -> Evaluation:
     config = CacheConfig(page_size=args.page_size, residual_length=args.residual, num_sinks=args.sinks)
     books: dict[str, Path] = {}
     for path in args.codebooks:
-        if not path.is_file():
-            raise ConfigError(f"there is no codebooks file {path}; `pqlab plan` and Codebooks.save write one")
         if path.stem in books:
             raise ConfigError(f"two codebooks files are called {path.stem}; rename one, its stem is the method's name")
         books[path.stem] = path
-    if args.out and not args.out.resolve().parent.is_dir():
-        raise ConfigError(f"there is no folder for {args.out}; make it first")
-    model, tokenizer = load_model(args.model, device=args.device)
+    _, model, tokenizer = load(args)
+    for path in args.codebooks:
+        Codebooks.load(path, model)  # raises: a file that is no method is not found out after hours
     return evaluate(
         model,
         tokenizer,

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from transformers import DynamicCache
 
+from ..arguments import add_cache_arguments, add_codebooks, add_json, add_model_arguments, add_text, whole
 from ..config import CacheConfig
 from ..models import load_model, load_text
 from ..quantization import Codebooks, default_codebooks
@@ -209,15 +210,17 @@ def token_ids(tokenizer, ids: Sequence[int], haystack: Haystack) -> tuple[list[i
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments that every retrieval benchmark takes."""
-    parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
-    parser.add_argument("--device", default="cpu", help="torch device that the model runs on")
-    parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="files, each a method")
-    parser.add_argument("--text", default="pride", help="name of a shipped text, or a file")
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens")
-    parser.add_argument("--depths", nargs="+", type=float, default=list(DEPTHS), help="0 to 1")
-    parser.add_argument("--trials", type=int, default=1, help="numbers a cell")
-    parser.add_argument("--residual", type=int, default=CacheConfig().residual_length, help="exact newest tokens")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+    add = parser.add_argument
+    add_model_arguments(parser, random=False, half=False)
+    add_codebooks(parser, "methods, each named by its file's stem", "pq-4, the default codebooks")
+    add_text(parser, what="text to hide numbers in")
+    add("--lengths", nargs="+", type=whole(), default=list(LENGTHS), metavar="TOKENS", help="tokens of a whole text, "
+        "question and answer included")  # fmt: skip
+    add("--depths", nargs="+", type=float, default=list(DEPTHS), metavar="DEPTH", help="where a number is hidden, 0 "
+        "(the beginning of the text) to 1 (its end)")  # fmt: skip
+    add("--trials", type=int, default=1, metavar="COUNT", help="texts of every length, with other numbers each")
+    add_cache_arguments(parser, "residual")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace, name: str, hide: Hide) -> int:

@@ -13,14 +13,16 @@ from dataclasses import asdict
 
 import pandas as pd
 
+from ..arguments import add_codebooks, add_json, add_model_arguments, add_span, load, whole
 from ..config import CacheConfig, PQConfig
-from ..models import calibration_text, fingerprint, load_model, load_text
+from ..models import calibration_text, fingerprint, load_text
 from ..models.texts import STDLIB
 from ..quantization import Codebooks, calibrate
 from ..quantization.defaults import CALIBRATION_TEXT
 from ..quantization.samples import NUM_TOKENS
 from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity
+from .evaluate import check_window
 from .plan_file import planned_configs
 from .teacher_forced import from_codebooks
 
@@ -78,6 +80,7 @@ def transfer(
         DataFrame: calibration, text, kl (nats), kl_error (over windows), change (of perplexity), agreement, and ratio:
         the KL over that of the same codebooks on the first text of `measured`.
     """
+    check_window(windows, length, 1, 0, config or CacheConfig(), model)
     # says so when a text is too short, before the calibration takes its time
     ids = {name: fidelity.text_windows(tokenizer, text, length, windows) for name, text in measured.items()}
     books = {}
@@ -97,35 +100,30 @@ def transfer(
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="default", help="as pqlab.load_model takes it")
-    parser.add_argument("--device", default="cpu", help="torch device that the model runs on")
-    parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="files, each one more row")
-    parser.add_argument("--windows", type=int, default=2, help="windows of every text")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--span", type=int, default=0, help="tokens whose keys are turned back to one anchor (0: none)")
-    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="tokens to calibrate on")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+    add = parser.add_argument
+    add_model_arguments(parser, random=False)
+    add_codebooks(parser, "more rows, each named by its file's stem")
+    add("--windows", type=whole(), default=2, metavar="COUNT", help="windows of every text that is measured on")
+    add("--length", type=whole(), default=2048, metavar="TOKENS", help="tokens of a window")
+    add_span(parser)
+    add("--tokens", type=whole(), default=NUM_TOKENS, help="tokens of every text to calibrate on")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate on every text, measure on every text, print the table (and JSON); the exit status."""
-    from pathlib import Path
-
     options = {"num_tokens": args.tokens, "span": args.span, "windows": args.windows, "length": args.length}
-    try:
-        model, tokenizer = load_model(args.model, device=args.device)
-        options["codebooks"] = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
-        options["own_configs"] = planned_configs(args.codebooks)
-        frame = transfer(model, tokenizer, *texts(), progress=True, **options)
-    except (ValueError, OSError) as error:
-        print(f"pqlab bench texts: {error}")
-        return 2
+    _, model, tokenizer = load(args)
+    options["codebooks"] = {path.stem: Codebooks.load(path, model) for path in args.codebooks}
+    options["own_configs"] = planned_configs(args.codebooks)
+    frame = transfer(model, tokenizer, *texts(), progress=True, **options)
     wide = frame.pivot(index="calibration", columns="text", values="kl")
     print("KL, nats: a row what was calibrated on, a column what was measured on")
     print(wide.loc[frame.calibration.unique(), frame.text.unique()].round(5).to_string())
     if args.json:
         about = {"benchmark": "texts", "date": today(), "commit": commit(), "versions": versions()}
-        about |= {"model": fingerprint(model), "device": device_name(args.device), "cache": asdict(CacheConfig())}
+        about |= {"model": fingerprint(model), "device": device_name(args.device), "half": args.half}
+        about |= {"cache": asdict(CacheConfig())}
         about |= {
             "texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH, SAMPLED, CALIBRATION_TEXT)]
         }

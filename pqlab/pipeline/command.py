@@ -3,59 +3,78 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError, PQCacheError, UnsupportedModelError
+from ..arguments import (
+    add_cache_arguments,
+    add_model_arguments,
+    add_new_tokens,
+    output_folder,
+)
+from ..config import REPORT_RANGES
+from ..errors import ConfigError, PQCacheError
 from ..evaluation import corpora
 from ..evaluation.longbench.tasks import TASKS
 from ..evaluation.plan_file import planned_config
 from ..models import named
-from ..models.arguments import add_model_arguments
 from ..models.hub import offline_unless_hub_answers
 from ..models.load import check_device
+from ..models.texts import text_names
 from .job import Job
 from .runner import run_stages
 from .settings import LONGBENCH, Settings, check, resolved_m
 from .stages import STAGES, check_inputs, check_order
 from .tables import render
 
+HELP = """\
+Stages: baseline measures the exact cache; sampling keeps keys and values of a text; training makes codebooks of them;
+evaluation measures the quantized cache, --paged or contiguous, beside the exact one. What is measured: perplexity and
+KL, or scores of LongBench, then time and memory of a generation. Samples and codebooks lie in the folder --out and are
+used again; the same command goes on where it was stopped."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     default = Settings(())
+    parser.description = f"{parser.description}.\n\n{HELP}"
     add = parser.add_argument
-    add("-p", "--pipeline", nargs="+", required=True, metavar="STAGE", help=f"stages: {' '.join(STAGES)}")
+    add("-p", "--pipeline", nargs="+", required=True, metavar="STAGE", help=f"stages, of {' '.join(STAGES)}")
     add_model_arguments(parser)
-    add("--dataset", default=default.dataset, help=f"{', '.join(corpora.names())}, a text file, {LONGBENCH}, or of its "
-        f"tasks: {', '.join(TASKS)}")  # fmt: skip
-    add("--data", type=Path, help="folder with a data set's files, instead of the hub")
-    add("--calibration", help="text for training: a shipped novel or a file (default: the data set's own train split, "
-        "or a novel that is not evaluated on)")  # fmt: skip
-    add("--batch", type=int, default=default.batch, help="rows of the timed generation")
-    add("-M", type=int, help="subspaces, 16 to 128 (default: 64, or half of a head size below 128)")
-    add("--nbits", type=int, default=default.nbits, help="bits of a code, 4 to 8")
+    add("--dataset", default=default.dataset, metavar="NAME", help="to evaluate on: "
+        f"{', '.join(corpora.names())}, a text file, {LONGBENCH}, or of its tasks: {', '.join(TASKS)}")  # fmt: skip
+    add("--data", type=Path, metavar="FOLDER", help="a data set's files (default: from the Hugging Face hub)")
+    add("--calibration", metavar="TEXT", help=f"to train on: {', '.join(text_names())} or a text file (default: the "
+        "data set's own train split, or shipped texts that are not evaluated on)")  # fmt: skip
+    add("--batch", type=int, default=default.batch, metavar="ROWS", help="rows of the timed generation")
+    add("-M", type=int, help=f"subspaces of a head: {REPORT_RANGES['M']} (default: 64, or half of the head size where "
+        "64 does not divide it or is more than that)")  # fmt: skip
+    add("--nbits", type=int, default=default.nbits, metavar="BITS", help=f"bits of a code: {REPORT_RANGES['nbits']}")
     add("-m", "--merged", action="store_true", help="one codebook a side for all layers and heads")
     add("--paged", action="store_true", help="the paged cache (default: contiguous PQ, without fused kernels)")
-    add("--page_size", type=int, default=default.page_size, help="tokens of a page, 16 to 512")
-    add("--extended_residual", type=int, default=default.extended_residual, help="exact newest tokens, 32 to 1024")
-    add("--max_pages", type=int, default=default.max_pages, help="pages of the pool, 100 to 10000")
+    add_cache_arguments(
+        parser, "sinks", page_size=default.page_size, residual=default.extended_residual, max_pages=default.max_pages
+    )
     add("--breakdown", action="store_true", help="where the time of a decode step goes, part by part")
-    add("--sinks", type=int, default=default.sinks, help="exact first tokens")
-    add("--windows", type=int, default=default.windows, help="windows of the text for perplexity and KL")
-    add("--length", type=int, default=default.length, help="tokens of a window")
-    add("--context", type=int, default=default.context, help="tokens of the prompt of the timed generation")
-    add("--new_tokens", type=int, default=default.new_tokens, help="tokens that it makes")
-    add("--samples", type=int, default=default.samples, help="tokens that codebooks are trained on")
-    add("--examples", type=int, help="of each LongBench task (default: all)")
-    add("--codebooks", type=Path, help="evaluate this file instead of trained codebooks")
-    add("--seed", type=int, default=default.seed)
-    add("--out", type=Path, default=Path("pqlab-run"), help="folder for results.jsonl, samples and codebooks")
+    add("--windows", type=int, default=default.windows, metavar="COUNT", help="windows of the text for perplexity and "
+        "KL")  # fmt: skip
+    add("--length", type=int, default=default.length, metavar="TOKENS", help="tokens of a window")
+    add("--context", type=int, default=default.context, metavar="TOKENS", help="tokens of the prompt of the timed "
+        "generation")  # fmt: skip
+    add_new_tokens(parser, default.new_tokens)
+    add("--samples", type=int, default=default.samples, metavar="TOKENS", help="tokens that codebooks are trained on")
+    add("--examples", type=int, metavar="COUNT", help="examples of each LongBench task (default: all)")
+    add("--codebooks", type=Path, metavar="FILE", help="evaluate this file of `pqlab plan` or Codebooks.save "
+        "(default: what the stage training made)")  # fmt: skip
+    add("--seed", type=int, default=default.seed, help="of random weights, random text and training")
+    add("--out", type=output_folder, default=Path("pqlab-run"), metavar="FOLDER", help="for results.jsonl, samples and "
+        "codebooks; it is made where it is missing")  # fmt: skip
     add("--force", action="store_true", help="start over, and replace samples and codebooks that are there")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the stages and print what they found; 2 for settings that cannot be run, 1 when a stage broke off."""
+    """Run the stages and print what they found; 1 when a stage broke off. Raises for settings that cannot be run."""
     far_data = args.data is None and (args.dataset in corpora.HUB or args.dataset in (LONGBENCH, *TASKS))
     if not far_data and not named.is_on_hub(args.model, args.random_weights):
         return _run(args)
@@ -66,23 +85,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:
-        job = _job(args)
-    except (ConfigError, UnsupportedModelError, OSError) as error:  # OSError: no such model, text or data set
-        print(f"pqlab run: {error}")
-        return 2
+    job = _job(args)
     for line in _heading(job):
         print(line, flush=True)
     try:
         records = run_stages(job, lambda line: print(f"[run] {line}", flush=True))
-    except ConfigError as error:
-        print(f"pqlab run: {error}")
-        return 2
+    except ConfigError:  # nothing has begun, or not that stage: the setting is wrong
+        raise
     except (PQCacheError, ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
         advice = ""
         if isinstance(error, torch.OutOfMemoryError):
             advice = "Lower --batch, --context, --length or --samples, or add --half. "
-        print(f"pqlab run: {error}\n{advice}The stages before this one are done; the same command goes on from here.")
+        advice += "The stages before this one are done; the same command goes on from here."
+        print(f"pqlab run: {error}\n{advice}", file=sys.stderr)
         return 1
     for part in render(records):
         print(f"\n{part}")
@@ -91,8 +106,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    """Everything that can be checked before a model is loaded."""
-    given = vars(args)
+    """Everything that can be checked before a model is loaded; makes the output folder.
+
+    Raises:
+        ConfigError, UnsupportedModelError: settings that cannot be run. CodebookError: the file of `--codebooks` is
+            none. OSError: no such model, text or data set, or a folder that cannot be made.
+    """
+    given = {**vars(args), "extended_residual": args.residual}
     settings = Settings(
         stages=tuple(args.pipeline), **{k: given[k] for k in Settings.__dataclass_fields__ if k in given}
     )
@@ -103,6 +123,7 @@ def _job(args: argparse.Namespace) -> Job:
     check(settings, found.config, found.random)
     job = Job(settings, found, corpus, args.out, args.force)
     check_inputs(job)
+    job.folder.mkdir(parents=True, exist_ok=True)
     job.read_texts()
     return job
 
@@ -131,7 +152,7 @@ def _heading(job: Job) -> list[str]:
         lines.append(f"[run] codebooks are trained on {job.corpus.train_name}")
     if job.found.random and _random_codebooks(job):
         lines.append("[run] codebooks are random, too: time and memory do not depend on them")
-    own = planned_config(s.codebooks) if s.codebooks and s.codebooks.is_file() else None
+    own = planned_config(s.codebooks) if s.codebooks else None
     if own is not None and (own.num_sinks, own.residual_length) != (s.sinks, s.extended_residual):
         chosen = f"--sinks {own.num_sinks} --extended_residual {own.residual_length}"
         lines.append(f"[run] {s.codebooks.name} was planned with other exact tokens than this run has: {chosen}")

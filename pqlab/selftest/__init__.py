@@ -13,7 +13,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..models.arguments import add_model_name
+from ..arguments import add_json, add_model_name
 from . import backends, compare, environment, integration, pages, performance
 from .session import Console, Disagreement, Phase, Result, Session, expect, record, run_phases, verdict
 
@@ -40,10 +40,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for phase in PHASES.values():
         if phase.name != "environment":
             parser.add_argument(f"--{phase.name}", action="store_true", help=f"only: {phase.title}")
-    parser.add_argument("--debug", metavar="NAME", help="write every detail to NAME.log")
-    parser.add_argument("--seed", type=int, help="the seed of an earlier run, to see it again; default: a new one")
+    parser.add_argument("--debug", metavar="NAME", help="write every detail to NAME.log (default: no log)")
+    parser.add_argument("--seed", type=int, help="the seed of an earlier run, to see it again (default: a new one)")
     add_model_name(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, on the last line")
+    add_json(parser)
 
 
 def chosen_phases(args: argparse.Namespace) -> list[Phase]:

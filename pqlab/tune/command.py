@@ -5,19 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from math import isnan
 from pathlib import Path
 
 import pandas as pd
 
-from ..errors import ConfigError, PQCacheError, UnsupportedModelError
+from ..arguments import (
+    above_zero,
+    add_cache_choices,
+    add_json,
+    add_model_arguments,
+    add_text,
+    load,
+    output_folder,
+    whole,
+)
+from ..errors import ConfigError
+from ..kernels.cuda_config import NBITS as CUDA_NBITS
 from ..memory import readable_bytes
-from ..models.arguments import add_model_arguments, load
+from ..paging.policy import POLICIES
 from ..quantization.defaults import CALIBRATION_TEXT
 from ..results.provenance import commit, today, versions
 from .choice import choose, price, timed_again, with_times
-from .space import Setting, Space
-from .storage import need_optuna
+from .space import NBITS, PAGE_SIZES, TIMES, Setting, Space
+from .storage import need_optuna, open_storage
 from .study import Search
 from .workload import CONTEXT, POSITIONS, Workload, preset_of
 
@@ -36,30 +48,39 @@ With --random-weights there is no KL to speak of: codebooks are random, and time
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = f"{parser.description or ''}.\n\n{HELP}"
+    parser.description = f"{parser.description}.\n\n{HELP}"
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--text", default="pride", help="name of a shipped text or path of a file")
-    add("--calibration", default=CALIBRATION_TEXT, help="text that codebooks are made on")
-    add("--context", type=int, default=CONTEXT, help="tokens of the prompt")
-    add("--positions", type=int, default=POSITIONS, help="tokens behind it that the KL is a mean of")
+    add_text(parser)
+    add_text(parser, CALIBRATION_TEXT, "text that codebooks are made on", "--calibration")
+    add("--context", type=whole(), default=CONTEXT, metavar="TOKENS", help="tokens of the prompt")
+    add("--positions", type=whole(), default=POSITIONS, metavar="TOKENS", help="tokens behind it that the KL is a mean "
+        "of")  # fmt: skip
     add("--memory", type=bytes_of, metavar="SIZE", help="most that a cache may take, e.g. 64MiB (default: no limit)")
-    add("--trials", type=int, default=40, help="measured settings in the study, all runs and processes together")
-    add("--timeout", type=float, metavar="SECONDS", help="begin no trial after this time")
-    add("--page-size", type=int, nargs="+", help="values to try instead of the report's grid")
-    add("--residual", type=int, nargs="+", help="exact newest tokens to try")
-    add("-M", type=int, nargs="+", help="subspaces to try (default: a quarter and half of the head size)")
-    add("--nbits", type=int, nargs="+", help="bits a code to try (default: 4 6 8; on a GPU 4 8)")
-    add("--policy", nargs="+", help="page policies to try (default: all)")
-    add("--storage", default="tune.journal", help="a file (*.db, *.sqlite: SQLite; else a journal, the better one for "
-        "several processes) or any Optuna storage URL")  # fmt: skip
-    add("--study", default="pqlab", help="name in the storage")
-    add("--seed", type=int, help="of the sampler; several processes want none or different ones")
-    add("--max-kl", type=float, help="take the fastest setting with at most this KL (default: the best balance)")
+    add("--trials", type=whole(), default=40, metavar="COUNT", help="measured settings in the study, all runs and "
+        "processes together")  # fmt: skip
+    add("--timeout", type=above_zero, metavar="SECONDS", help="begin no trial after this time (default: no limit)")
+    residuals = sorted({times * page for times in TIMES for page in PAGE_SIZES})
+    add_cache_choices(
+        parser,
+        page_size=f"tokens of a page, values to try (default: the report's, {' '.join(map(str, PAGE_SIZES))})",
+        residual="newest tokens that stay exact, values to try (default: the report's, "
+        f"{' '.join(map(str, residuals))})",
+        M="subspaces of a head, values to try (default: a quarter and half of the head size)",
+        nbits=f"bits of a code, values to try (default: {' '.join(map(str, NBITS))}; on a GPU "
+        f"{' '.join(map(str, CUDA_NBITS))})",
+        policy=f"page policies to try (default: all, {' '.join(sorted(POLICIES))})",
+    )
+    add("--storage", default="tune.journal", metavar="PLACE", help="a file (*.db, *.sqlite: SQLite; else a journal, "
+        "the better one for several processes) or any Optuna storage URL")  # fmt: skip
+    add("--study", default="pqlab", metavar="NAME", help="name in the storage")
+    add("--seed", type=int, help="of the sampler; several processes want none or different ones (default: none)")
+    add("--max-kl", type=above_zero, metavar="NATS", help="take the fastest setting with at most this KL (default: the "
+        "best balance)")  # fmt: skip
     add("--no-confirm", action="store_true", help="choose by the first timings, without timing the best again in turns")
-    add("--out", type=Path, default=Path("."), help="folder for tune-STUDY.html and tune-STUDY.json")
-    add("--json", action="store_true", help="print one JSON object, on the last line")
+    add("--out", type=output_folder, default=Path("."), metavar="FOLDER", help="for tune-STUDY.html and "
+        "tune-STUDY.json; it is made where it is missing")  # fmt: skip
+    add_json(parser)
 
 
 def bytes_of(text: str) -> int:
@@ -73,23 +94,19 @@ def bytes_of(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search and write; 2 for what cannot be searched, 1 when nothing within the limits was found."""
+    """Search and write; 1 when nothing within the limits was found. Raises like `load`, `Workload` and `Search`."""
+    need_optuna()
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
-        need_optuna()
-        if not args.out.is_dir():
-            raise ConfigError(f"there is no folder {args.out}; make it first")
         workload, search = _prepared(args)
         search.run(trials=args.trials, timeout=args.timeout)
-    except (ConfigError, UnsupportedModelError, PQCacheError, ImportError, ValueError, OSError) as error:
-        print(f"tune: {error}")
-        return 2
     except KeyboardInterrupt:
-        print("tune: stopped; the same command goes on from here")
+        print("pqlab tune: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     try:
         finalists = search.finalists(args.max_kl)
     except ConfigError as error:
-        print(f"tune: {error}")
+        print(f"pqlab tune: {error}", file=sys.stderr)
         return 1
     return _finish(args, workload, search, finalists)
 
@@ -97,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
 def _prepared(args: argparse.Namespace) -> tuple[Workload, Search]:
     from ..models import load_text
 
+    storage = open_storage(args.storage)  # raises before a model is loaded
     found, model, tokenizer = load(args)
     if found.random and args.max_kl is not None:
         raise ConfigError("--max-kl asks for what random weights do not have; leave it out, or take real weights")
@@ -109,7 +127,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Workload, Search]:
         calibration=args.calibration, random_weights=found.random, progress=True,
     )  # fmt: skip
     search = Search(
-        workload.measure, space, workload.about(), storage=args.storage, name=args.study, memory=args.memory,
+        workload.measure, space, workload.about(), storage=storage, name=args.study, memory=args.memory,
         needed=workload.bytes, seed=args.seed, say=lambda line: print(line, flush=True),
     )  # fmt: skip
     return workload, search

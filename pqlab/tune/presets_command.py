@@ -9,37 +9,40 @@ from typing import Any
 
 import pandas as pd
 
-from ..errors import ConfigError, PQCacheError, UnsupportedModelError
+from ..arguments import above_zero, add_json, add_model_arguments, add_text, load, whole
+from ..errors import ConfigError
 from ..memory import readable_bytes
 from ..results.provenance import commit, device_name, text_record, today, versions
 from ..shapes import SHAPES
 from .derive import by_context, by_memory, evidence
 
+HELP = """\
+Bytes are those of a shape with fp16 weights; KL and time per token, by page size and residual, are measured on a model
+that is run here. Beside every setting of the report stands ours, and why they differ."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--shape", default="Llama-2-7B", help="whose bytes are counted (the report's: Llama-2-7B)")
-    add("--parameters", type=float, help="of a shape whose number is not known")
-    add("--no-measure", action="store_true", help="bytes alone; nothing is run")
-    add("--model", default="default", help="on which KL and time are measured, as pqlab.load_model takes it")
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--text", default="pride", help="name of a shipped text or path of a file")
-    add("--context", type=int, default=1024, help="tokens of the prompt behind which is measured")
-    add("--json", action="store_true", help="print one JSON object, on the last line")
+    parser.description = f"{parser.description}.\n\n{HELP}"
+    add("--shape", default="Llama-2-7B", metavar="NAME", help=f"whose bytes are counted, of {', '.join(SHAPES)}; the "
+        "report's is Llama-2-7B")  # fmt: skip
+    add("--parameters", type=above_zero, metavar="COUNT", help="weights of the shape, e.g. 7e9 (default: known, of "
+        "most shapes)")  # fmt: skip
+    add("--no-measure", action="store_true", help="derive from bytes alone, and run no model")
+    add_model_arguments(parser, random=False)
+    add_text(parser)
+    add("--context", type=whole(), default=1024, metavar="TOKENS", help="tokens of the prompt behind which is measured")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Derive and print both tables; 2 for what cannot be derived."""
-    try:
-        if args.shape not in SHAPES:
-            raise ConfigError(f"--shape {args.shape} is unknown; there are {', '.join(SHAPES)}")
-        shape = SHAPES[args.shape]
-        memory = by_memory(shape, int(args.parameters) if args.parameters else None)
-        measured, about = (None, {}) if args.no_measure else _evidence(args)
-        context = by_context(shape, measured)
-    except (ConfigError, UnsupportedModelError, PQCacheError, ValueError, OSError) as error:
-        print(f"presets: {error}")
-        return 2
+    """Derive and print both tables. Raises `ConfigError` for a shape that is not known."""
+    if args.shape not in SHAPES:
+        raise ConfigError(f"--shape {args.shape} is unknown; there are {', '.join(SHAPES)}")
+    shape = SHAPES[args.shape]
+    memory = by_memory(shape, int(args.parameters) if args.parameters else None)
+    measured, about = (None, {}) if args.no_measure else _evidence(args)
+    context = by_context(shape, measured)
     if measured is not None:
         print(f"measured on {args.model}, {device_name(args.device)}, behind {args.context} tokens of {args.text}:")
         print(_evidence_table(measured), end="\n\n")
@@ -61,10 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _evidence(args: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Any]]:
     """`evidence`, and what it was measured on."""
-    from ..models import load_model, load_text
+    from ..models import load_text
     from .workload import Workload
 
-    model, tokenizer = load_model(args.model, device=args.device)
+    _, model, tokenizer = load(args)
     workload = Workload(model, tokenizer, load_text(args.text), context=args.context, progress=True)
     return evidence(workload), {**workload.about(), "text": text_record(args.text)}
 
