@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,67 @@ def test_merged_codebooks_are_one_for_all(run):
     assert not books.origin.maps and not books.origin.weighted
     assert torch.equal(books.layer(0).k.centroids[0], books.layer(1).k.centroids[2])
     assert (run.out / merged["file"]).stat().st_size < (run.out / apart["file"]).stat().st_size / 5
+
+
+def test_anchors(run, tmp_path):
+    stages = ["-p", "sampling", "training", "evaluation", "--paged"]
+    assert run(*stages)[0] == 0
+    code, said = run(*stages, "--span", "64")
+    assert code == 0 and "turned back to an anchor every 64 tokens" in said and "kept samples" in said
+    plain, turned = run.records()[:3], run.records()[3:]
+    assert {record["settings"]["span"] for record in turned} == {64} != {record["settings"]["span"] for record in plain}
+    assert len({record["key"] for record in run.records()}) == 2
+    file = run.out / turned[1]["result"]["file"]
+    assert Codebooks.load(file).span == Codebooks.load(file).origin.span == 64 and "-span64-" in file.name
+    kls = [part[2]["result"]["kl"] for part in (plain, turned)]
+    assert kls[0] != kls[1] and [part[1]["result"]["span"] for part in (plain, turned)] == [0, 64]
+    code, _ = run("-p", "evaluation", "--span", "64")
+    assert code == 0 and run.records()[-1]["result"]["kl"] == kls[1], "the contiguous cache has them, too"
+
+    shutil.copy(file, tmp_path / "mine.safetensors")
+    given = ["-p", "evaluation", "--paged", "--codebooks", tmp_path / "mine.safetensors"]
+    for same in ([], ["--span", "64"]):
+        assert run(*given, *same)[0] == 0
+        assert run.records()[-1]["settings"]["span"] == run.records()[-1]["result"]["span"] == 64
+    assert len({record["key"] for record in run.records()[-2:]}) == 1, "the same experiment"
+    for other in ("0", "128"):
+        code, said = run(*given, "--span", other)
+        assert code == 2 and f"--span {other}: mine.safetensors has keys anchored every 64 tokens" in said
+    shutil.copy(run.out / plain[1]["result"]["file"], tmp_path / "mine.safetensors")
+    code, said = run(*given, "--span", "64")
+    assert code == 2 and "mine.safetensors has keys without anchors; leave --span out" in said
+
+
+def test_a_run_with_another_span_is_another_run(run, monkeypatch):
+    def broken(job):
+        raise ValueError("no k-means today")
+
+    monkeypatch.setattr(runner, "STAGES", {**runner.STAGES, "training": broken})
+    stages = ["-p", "baseline", "sampling", "training"]
+    assert run(*stages)[0] == 1
+    monkeypatch.undo()
+    code, said = run(*stages, "--span", "64")
+    assert code == 0 and "done already" not in said
+    assert run.stages() == ["baseline", "sampling", *stages[1:]]
+    code, said = run(*stages)
+    assert code == 0 and "baseline, sampling done already" in said, "its own"
+    assert run.stages()[5:] == ["training"] and run.records()[5]["settings"]["span"] == 0
+
+
+def test_a_model_that_can_have_no_anchors_is_not_sampled(run, tmp_path):
+    from test_model_kinds import make
+
+    from pqlab.models.random_weights import byte_tokenizer
+
+    make("gpt2").save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    code, said = run("-p", "sampling", "training", "--span", "64", "-f", tmp_path / "gpt2")
+    assert code == 2 and "gpt2 has no rotary embedding" in said and not list(run.out.glob("samples-*"))
+
+
+def test_random_codebooks_have_anchors_too(run):
+    code, said = run("-f", "debug-model", "-p", "evaluation", "--paged", "--span", "64")
+    assert code == 0 and run.records()[0]["result"]["span"] == 64, said
 
 
 def test_exact_tokens_that_a_plan_was_made_with_are_named(run, tmp_path):

@@ -22,7 +22,7 @@ from pqlab.evaluation.teacher_forced import from_codebooks
 from pqlab.model_runs import attention
 from pqlab.presets import Preset
 from pqlab.transformers_api import cache_argument
-from pqlab.tune import Measurement, Search, Setting, Space, Workload, command
+from pqlab.tune import Measurement, Search, Setting, Space, Workload, command, preset_of
 from pqlab.tune.choice import choose, finalists, not_beaten, price, with_times
 
 pytest.importorskip("optuna")
@@ -276,11 +276,11 @@ def test_a_setting_that_was_left_is_tried_again_though_another_trial_passed_it_o
 # -- what a setting is measured by -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def text(make_model):
+@pytest.fixture(params=[0, 64], ids=["no anchors", "anchors"])
+def text(make_model, request):
     """A random model, its codebooks, and a continuation of 60 tokens behind 200."""
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=4), maps=True)
+    books = Codebooks.random(model, config=PQConfig(M=8, nbits=4), maps=True, span=request.param)
     ids = torch.randint(0, 256, (1, 260), generator=torch.Generator().manual_seed(3))
     return model, books, Continuation(model, ids, 200)
 
@@ -340,6 +340,27 @@ def test_a_setting_is_measured(kind, make_model, tiny_tokenizer):
     assert list(again.setting) == ["exact", "page 16, R 32, M 8, 4 bits, lifo"]
 
 
+def test_anchors_are_those_of_every_codebook(make_model, tiny_tokenizer, monkeypatch, tmp_path):
+    from test_model_kinds import make
+
+    monkeypatch.setenv("PQLAB_CACHE", str(tmp_path))
+    text, options = "It was a dark and stormy night. " * 40, {"context": 300, "positions": 80, "rounds": 1}
+    plain, found = (Workload(make_model("llama"), tiny_tokenizer, text, span=span, **options) for span in (0, 64))
+    assert found.about() == {**plain.about(), "span": 64}, "studies of before had no span"
+    setting = Setting(16, 32, 8, 4)
+    assert (plain.codebooks(setting).span, found.codebooks(setting).span) == (0, 64)
+    assert found.kl(setting) > 0 and found.kl(setting) != plain.kl(setting)
+    assert found.bytes(setting) - plain.bytes(setting) == 5 * 16 * 4, "a cosine and a sine a pair and span"
+    measured = found.measure(setting)
+    preset = preset_of(found, setting, {"kl": measured.kl})
+    assert preset.measured["span"] == 64 and "anchored every 64 tokens" in preset.about
+    assert preset_of(plain, setting).measured["span"] == 0
+    with pytest.raises(ConfigError, match="gpt2 has no rotary embedding"):
+        Workload(make("gpt2"), tiny_tokenizer, text, span=64, **options)
+    random = Workload(make("gpt2"), tiny_tokenizer, text, span=64, random_weights=True, **options)
+    assert random.codebooks(setting).span == 64, "for time and memory"
+
+
 def test_a_context_that_the_model_has_not(make_model, tiny_tokenizer):
     with pytest.raises(ConfigError, match="context = 4096 and 256 positions are more than the model's 4096"):
         Workload(make_model("llama"), tiny_tokenizer, "x" * 9000, context=4096)
@@ -390,6 +411,15 @@ def test_the_command(folder, tmp_path, capsys):
     assert "no setting was measured" in capsys.readouterr().err
     assert cli.main([*typed, "--context", "300"]) == 2
     assert "context 400 there, 300 here" in capsys.readouterr().err
+    assert cli.main([*typed, "--span", "64"]) == 2
+    assert "span None there, 64 here. Give this one another name (--study)" in capsys.readouterr().err
+    assert cli.main([*typed, "--span", "64", "--study", "turned", "--no-confirm"]) == 0
+    said = capsys.readouterr().out
+    turned = json.loads(said.splitlines()[-1])
+    assert (result["span"], turned["span"], turned["about"]["span"]) == (0, 64, 64)
+    assert "keys anchored every 64 tokens" in said and Preset.load(tmp_path / "tune-turned.json").measured["span"] == 64
+    assert {row["kl"] for row in turned["settings"]}.isdisjoint(row["kl"] for row in result["settings"])
+    assert list((tmp_path / "cache").glob("codebooks/*-span64-*"))
 
 
 def test_random_weights_are_weighed_by_time_and_bytes(tmp_path, capsys):

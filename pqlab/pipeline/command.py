@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ..arguments import (
     add_cache_arguments,
     add_model_arguments,
     add_new_tokens,
+    add_span,
     output_folder,
 )
 from ..config import REPORT_RANGES
@@ -23,6 +25,7 @@ from ..models import named
 from ..models.hub import offline_unless_hub_answers
 from ..models.load import check_device
 from ..models.texts import text_names
+from ..quantization import Codebooks
 from .job import Job
 from .runner import run_stages
 from .settings import LONGBENCH, Settings, check, resolved_m
@@ -52,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "64 does not divide it or is more than that)")  # fmt: skip
     add("--nbits", type=int, default=default.nbits, metavar="BITS", help=f"bits of a code: {REPORT_RANGES['nbits']}")
     add("-m", "--merged", action="store_true", help="one codebook a side for all layers and heads")
+    add_span(parser, None, "0: keys as the model makes them (default: 0, or what the file of --codebooks has)")
     add("--paged", action="store_true", help="the paged cache (default: contiguous PQ, without fused kernels)")
     add_cache_arguments(
         parser, "sinks", page_size=default.page_size, residual=default.extended_residual, max_pages=default.max_pages
@@ -112,7 +116,7 @@ def _job(args: argparse.Namespace) -> Job:
         ConfigError, UnsupportedModelError: settings that cannot be run. CodebookError: the file of `--codebooks` is
             none. OSError: no such model, text or data set, or a folder that cannot be made.
     """
-    given = {**vars(args), "extended_residual": args.residual}
+    given = {**vars(args), "extended_residual": args.residual, "span": args.span or 0}
     settings = Settings(
         stages=tuple(args.pipeline), **{k: given[k] for k in Settings.__dataclass_fields__ if k in given}
     )
@@ -123,9 +127,20 @@ def _job(args: argparse.Namespace) -> Job:
     check(settings, found.config, found.random)
     job = Job(settings, found, corpus, args.out, args.force)
     check_inputs(job)
+    if settings.codebooks:
+        job = replace(job, settings=replace(settings, span=_span_of(settings.codebooks, args.span)))
     job.folder.mkdir(parents=True, exist_ok=True)
     job.read_texts()
     return job
+
+
+def _span_of(path: Path, asked: int | None) -> int:
+    """The span of a codebooks file. Raises `ConfigError` when another one is asked for."""
+    own = Codebooks.load(path).span
+    if asked is not None and asked != own:
+        what = f"keys anchored every {own} tokens" if own else "keys without anchors"
+        raise ConfigError(f"--span {asked}: {path.name} has {what}; leave --span out, or give other --codebooks")
+    return own
 
 
 def _corpus(settings: Settings) -> corpora.Corpus:
@@ -152,6 +167,8 @@ def _heading(job: Job) -> list[str]:
         lines.append(f"[run] codebooks are trained on {job.corpus.train_name}")
     if job.found.random and _random_codebooks(job):
         lines.append("[run] codebooks are random, too: time and memory do not depend on them")
+    if s.span and {"training", "evaluation"} & set(s.stages):
+        lines.append(f"[run] keys are turned back to an anchor every {s.span} tokens before they are coded")
     own = planned_config(s.codebooks) if s.codebooks else None
     if own is not None and (own.num_sinks, own.residual_length) != (s.sinks, s.extended_residual):
         chosen = f"--sinks {own.num_sinks} --extended_residual {own.residual_length}"

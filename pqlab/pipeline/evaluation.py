@@ -21,6 +21,7 @@ def run(job: Job) -> dict[str, Any]:
     books, name = job.codebooks
     method = from_codebooks(job.pq_name, books, Setting(model, tokenizer, job.settings.cache))
     found: dict[str, Any] = {"cache": job.pq_name, "codebooks": name, "token_bits": method.token_bits}
+    found["span"] = books.span
     if job.settings.tasks:
         found["longbench"] = job.answers({EXACT: job.exact_cache(), job.pq_name: job.pq_cache()})
     elif not job.found.random:

@@ -21,7 +21,7 @@ from ..evaluation.longbench.answers import MakeCache, answer_tasks, scores
 from ..evaluation.longbench.examples import read_examples
 from ..models import fingerprint
 from ..models.named import FoundModel
-from ..quantization import CodebookError, Codebooks
+from ..quantization import Anchors, CodebookError, Codebooks, anchors_of
 from .settings import Settings, resolved_m
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ class Job:
     def codebooks_file(self) -> Path:
         """Of the codebooks; named by what they depend on."""
         pq, size = self.pq, "half" if self.pq.M is None else self.pq.M
-        kind = "-merged" if self.settings.merged else ""
-        key = _short({**self._sampled, "M": pq.M, "nbits": pq.nbits, "merged": self.settings.merged})
+        s = self.settings
+        kind = ("-merged" if s.merged else "") + (f"-span{s.span}" if s.span else "")
+        anchored = {"span": s.span} if s.span else {}  # or files of before had another name
+        key = _short({**self._sampled, "M": pq.M, "nbits": pq.nbits, "merged": s.merged, **anchored})
         return self.folder / f"codebooks-{self._train_label}-M{size}-{pq.nbits}bit{kind}-{key}.safetensors"
 
     @property
@@ -103,6 +105,11 @@ class Job:
     def fingerprint(self) -> str:
         return fingerprint(self.loaded[0])
 
+    @cached_property
+    def anchors(self) -> Anchors | None:
+        """What keys are turned back to. Raises `ConfigError` where the model's rotary embedding cannot be undone."""
+        return anchors_of(self.loaded[0], self.settings.span)
+
     # -- caches ---------------------------------------------------------------------------------------------------
 
     @property
@@ -121,7 +128,8 @@ class Job:
         if path.is_file():
             return Codebooks.load(path, model).to(model.device), path.name
         if self.found.random:
-            books = Codebooks.random(model, config=self.pq, seed=self.settings.seed, maps=not self.settings.merged)
+            s = self.settings
+            books = Codebooks.random(model, config=self.pq, seed=s.seed, maps=not s.merged, span=s.span)
             return books.to(model.device), "random"
         raise CodebookError(f"there is no codebooks file {path}; run the training stage")
 

@@ -19,6 +19,8 @@ def run(job: Job) -> dict[str, Any]:
     if path.is_file() and not job.force:
         return {"file": path.name, "kept": True, **kept_samples(job)[1]}
     model, tokenizer = job.loaded
+    if "training" in job.settings.stages:
+        _ = job.anchors  # raises before the long work
     text = job.corpus.train_text
     with tqdm(desc="sampling", unit="token") as bar:
 

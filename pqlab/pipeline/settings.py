@@ -28,6 +28,8 @@ class Settings:
         dataset, data, calibration: see `corpora.Corpus`; LongBench's task names, "longbench" for all of them.
         M: None takes the report's 64 where it suits the heads, see `resolved_m`.
         merged: one codebook a side for all layers and heads.
+        span: tokens whose keys share an anchor (`quantization.anchors`), of the codebooks that are trained or, with
+            `codebooks`, of these; 0: keys are coded as the model makes them.
         paged: the paged cache; otherwise the standard one, contiguous and without fused kernels.
         windows, length: of perplexity and KL. context, new_tokens: of the timed generation.
         samples: tokens that codebooks are trained on. examples: of each LongBench task; None is all.
@@ -44,6 +46,7 @@ class Settings:
     M: int | None = None
     nbits: int = DEFAULTS["nbits"]
     merged: bool = False
+    span: int = 0
     half: bool = False
     paged: bool = False
     page_size: int = DEFAULTS["page_size"]
@@ -156,6 +159,10 @@ def _pages_and_windows(settings: Settings, config: Any, random: bool) -> list[st
             merged_head_dim(attention_geometry(config))
         except ConfigError as error:
             said.append(f"-m: {error}; leave -m out")
+        if settings.span:
+            said.append(
+                f"-m: its codebooks have no maps, and --span {settings.span} needs them; leave -m or --span out"
+            )
     return said
 
 

@@ -28,6 +28,7 @@ def run(job: Job) -> dict[str, Any]:
         "file": path.name,
         "kept": kept,
         "merged": job.settings.merged,
+        "span": books.span,
         "bits_per_element": books.bits_per_element,
         "constant_bytes": books.nbytes,
     }
@@ -43,6 +44,7 @@ def _train(job: Job) -> Codebooks:
         maps=not s.merged,
         weighted=not s.merged and bool(samples.sensitivity),
         iterations=ITERATIONS,
+        span=s.span,
         seed=s.seed,
     )
     return Codebooks(_layers(job, samples), origin)
@@ -61,6 +63,6 @@ def _layers(job: Job, samples: Samples) -> dict[int, LayerCodec]:
             return train_merged(samples, job.pq, seed=s.seed)
         metrics = value_metrics(model)
         return train(
-            samples, job.pq, value_metrics=metrics, seed=s.seed,
+            samples, job.pq, value_metrics=metrics, anchors=job.anchors, seed=s.seed,
             report=lambda stage, done, total: progress(done, total) if stage == "train codebooks" else None,
         )  # fmt: skip

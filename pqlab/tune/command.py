@@ -16,6 +16,7 @@ from ..arguments import (
     add_cache_choices,
     add_json,
     add_model_arguments,
+    add_span,
     add_text,
     load,
     output_folder,
@@ -40,7 +41,8 @@ First the report's grid (page 16 to 256, residual 2x and 4x the page), then sett
 study holds --trials measured ones or --timeout is over. A setting is measured behind a prompt of --context tokens, run
 once: KL over the tokens behind it, on the decode path; time per token by decoding on with the real cache, flushes
 counted in; bytes from the layout. Settings above --memory are told to the sampler and not measured, repeated ones are
-passed over; neither counts as a trial. Codebooks for a new M and nbits are calibrated once (minutes) and kept.
+passed over; neither counts as a trial. Codebooks for a new M and nbits are calibrated once (minutes) and kept; --span
+is the same for all of them.
 The same command goes on where it was stopped. Several processes, or machines of one kind, may share a --storage.
 First timings lie minutes apart, and processes on one machine take each other's cores: at the end the settings that may
 be the best are timed again, all in turns, and one is chosen by that (have the last process run alone).
@@ -71,6 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f"{' '.join(map(str, CUDA_NBITS))})",
         policy=f"page policies to try (default: all, {' '.join(sorted(POLICIES))})",
     )
+    add_span(parser)
     add("--storage", default="tune.journal", metavar="PLACE", help="a file (*.db, *.sqlite: SQLite; else a journal, "
         "the better one for several processes) or any Optuna storage URL")  # fmt: skip
     add("--study", default="pqlab", metavar="NAME", help="name in the storage")
@@ -121,10 +124,11 @@ def _prepared(args: argparse.Namespace) -> tuple[Workload, Search]:
     space = Space.of(
         model, page_size=args.page_size, residual_length=args.residual, M=args.M, nbits=args.nbits, policy=args.policy
     )
-    print(f"{space.size} settings; the prompt of {args.context} tokens is run once", flush=True)
+    turned = f", keys anchored every {args.span} tokens" if args.span else ""
+    print(f"{space.size} settings{turned}; the prompt of {args.context} tokens is run once", flush=True)
     workload = Workload(
         model, tokenizer, load_text(args.text), context=args.context, positions=args.positions,
-        calibration=args.calibration, random_weights=found.random, progress=True,
+        calibration=args.calibration, span=args.span, random_weights=found.random, progress=True,
     )  # fmt: skip
     search = Search(
         workload.measure, space, workload.about(), storage=storage, name=args.study, memory=args.memory,
@@ -154,7 +158,7 @@ def _finish(args: argparse.Namespace, workload: Workload, search: Search, finali
         rows, again = (json.loads(table.to_json(orient="records", double_precision=6)) for table in (frame, timed))
         again = {} if args.no_confirm else {"timed_again": again, "exact_milliseconds": exact}
         about = {"command": "tune", "date": today(), "commit": commit(), "versions": versions("optuna")}
-        about |= {"about": workload.about(), "chosen": str(chosen)}
+        about |= {"about": workload.about(), "span": workload.span, "chosen": str(chosen)}
         print(json.dumps({**about, "settings": rows, **again}))
     return 0
 

@@ -25,7 +25,7 @@ from ..evaluation.fidelity import text_windows
 from ..evaluation.teacher_forced import from_codebooks
 from ..models import fingerprint
 from ..presets import Preset
-from ..quantization import Codebooks, default_codebooks
+from ..quantization import Codebooks, anchors_of, default_codebooks
 from ..results.provenance import commit, device_name, today
 from ..shapes import ModelShape
 from .space import Setting
@@ -61,10 +61,11 @@ class Workload:
         positions: tokens behind it that the KL is a mean of.
         rounds: caches that are made and timed for a setting.
         calibration: text for the codebooks, which are made once for each M and nbits and kept (`default_codebooks`).
+        span: tokens whose keys share an anchor (see `calibrate`), in all codebooks; 0 for none.
         random_weights: the model's; then codebooks are random, too, and no KL is measured, since it means nothing.
 
     Raises:
-        ValueError: the text is too short. ConfigError: the model's context is.
+        ValueError: the text is too short. ConfigError: the model's context is, or the model cannot have the span.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Workload:
         positions: int = POSITIONS,
         rounds: int = ROUNDS,
         calibration: str | None = None,
+        span: int = 0,
         random_weights: bool = False,
         progress: bool = False,
     ) -> None:
@@ -85,7 +87,9 @@ class Workload:
             raise ConfigError(f"context = {context} and {positions} positions are more than the model's {limit}; set "
                               f"context to at most {limit - positions}")  # fmt: skip
         self.model, self.tokenizer, self.context, self.rounds = model, tokenizer, context, rounds
-        self.positions, self.random_weights, self.progress = positions, random_weights, progress
+        self.positions, self.span, self.random_weights, self.progress = positions, span, random_weights, progress
+        if not random_weights:
+            anchors_of(model, span)  # raises before the prompt is run
         self._calibration = {} if calibration is None else {"text": calibration}
         self._shape = ModelShape.from_config(model)
         self._text = sha256(text.encode()).hexdigest()[:16]
@@ -103,6 +107,7 @@ class Workload:
             "context": self.context,
             "positions": self.positions,
             **({"weights": "random"} if self.random_weights else {}),
+            **({"span": self.span} if self.span else {}),  # studies of before had none
             "device": device_name(self.model.device),
             "threads": torch.get_num_threads() if self.model.device.type == "cpu" else 0,
         }
@@ -111,11 +116,10 @@ class Workload:
         key = setting.M, setting.nbits
         if key not in self._books:
             if self.random_weights:
-                made = Codebooks.random(self.model, config=setting.pq(), maps=True)
+                made = Codebooks.random(self.model, config=setting.pq(), maps=True, span=self.span)
             else:
-                made = default_codebooks(
-                    self.model, self.tokenizer, setting.pq(), progress=self.progress, **self._calibration
-                )
+                options = {"span": self.span, "progress": self.progress, **self._calibration}
+                made = default_codebooks(self.model, self.tokenizer, setting.pq(), **options)
             self._books[key] = made.to(self.model.device)
         return self._books[key]
 
@@ -123,7 +127,12 @@ class Workload:
         """Of the cache for `context` tokens, pool, exact tokens and model constants; known without measuring."""
         element = torch.empty(0, dtype=self.model.dtype).element_size()
         cost = CacheCost(self._shape, setting.pq(), setting.cache(), self.context, exact_bytes=element)
-        return cost.reserved_bytes + cost.constant_bytes
+        return cost.reserved_bytes + cost.constant_bytes + self._turns_bytes()
+
+    def _turns_bytes(self) -> int:
+        """Of the anchors' cosines and sines, float32, which all layers share."""
+        spans = -(-self.context // self.span) if self.span else 0
+        return spans * self._shape.head_dim * 4
 
     def kl(self, setting: Setting) -> float:
         """Nats, mean over the positions; NaN where weights are random."""
@@ -256,7 +265,9 @@ def preset_of(workload: Workload, setting: Setting, measured: dict[str, Any] | N
     )
     name = Path(shape.name).name
     about = f"tuned for {name} at {workload.context} tokens on {device_name(workload.model.device)}"
-    made = {"date": today(), "commit": commit(), **workload.about(), "setting": asdict(setting), **(measured or {})}
+    about += f", keys anchored every {workload.span} tokens" if workload.span else ""
+    made = {"date": today(), "commit": commit(), **workload.about(), "span": workload.span, "setting": asdict(setting)}
+    made |= measured or {}
     return Preset(f"tuned:{name}", about, cache, setting.pq(), made)
 
 
