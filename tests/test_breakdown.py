@@ -145,8 +145,12 @@ def test_the_command_compares_kinds_and_contexts(capsys):
     assert runs == {(kind, n) for kind in ("exact", "paged") for n in (64, 200)}
     for line in ("sum of parts", "step by itself", "cost of measuring", "exact tokens"):
         assert line in out
-    assert cli.main(["bench", "breakdown", "--shape", "tiny", "--model", "default"]) == 2
-    assert "not both" in capsys.readouterr().err
+    for named in (["--model", "default"], ["--random-weights"]):
+        assert cli.main(["bench", "breakdown", "--shape", "tiny", *named]) == 2
+        assert "not both" in capsys.readouterr().err
+    named = ["-f", "debug-model", "--context", "64", "--steps", "3", "--kind", "paged", "--device", "cpu"]
+    assert cli.main(["bench", "breakdown", *named]) == 0, "a name that means random weights has random codebooks"
+    assert "debug-model on" in capsys.readouterr().out
 
 
 def test_eager_steps_build_no_cudnn_plans(make_model, cudnn_seen):

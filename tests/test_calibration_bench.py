@@ -73,3 +73,6 @@ def test_commands(make_model, tiny_tokenizer, monkeypatch, capsys):
     assert record["device"] == device_name("cpu")
     assert main(["bench", "texts", "--tokens", "600", "--windows", "99"]) == 2
     assert "not 99" in capsys.readouterr().err
+    for bench in ("texts", "calibration"):
+        assert main(["bench", bench, "--length", "100"]) == 2
+        assert "length = 100 quantizes nothing" in capsys.readouterr().err

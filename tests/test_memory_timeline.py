@@ -100,6 +100,10 @@ def test_the_command(tmp_path, capsys):
     assert len(result["samples_mib"]["data"]) == len(pd.read_csv(tmp_path / "m.csv")) == 2 * (3 + 5)
     assert {row["cache"] for row in result["summary"]} == {EXACT, PAGED} and "resident set size" in said
     assert 'src="http' not in (tmp_path / "m.html").read_text()
+    named = ["--context", "200", "--steps", "8", "--page-size", "16", "--residual", "20", "--device", "cpu", "--half"]
+    assert cli.main(["bench", "memory", "-f", "debug-model", *named, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "--model debug-model --half --context 200" in result["note"] and "float16" in result["measured"]
     assert cli.main([*typed, "--steps", "120"]) == 2
     assert "--steps 120 is out of range; of --context 120 it can be 1 to 119" in capsys.readouterr().err
 

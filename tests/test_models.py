@@ -327,7 +327,9 @@ def test_models_that_are_not_there_say_what_is(tmp_path, monkeypatch):
         load_model(tmp_path)
     with pytest.raises(models.ModelLoadError, match='did you mean "default"'):
         load_model("defualt")
-    with pytest.raises(ConfigError, match="device = tpu cannot be used"):
+    with pytest.raises(ConfigError, match="device = meta cannot be used .its tensors have no values"):
+        load_model("nowhere", device="meta")
+    with pytest.raises(ConfigError, match="device = tpu cannot be used .torch knows no such device"):
         load_model("defualt", device="tpu")
     import huggingface_hub.constants
 

@@ -180,5 +180,7 @@ def test_wrong_budgets_are_refused_before_the_work(tiny, tiny_tokenizer):
             plan(None, None, "", **budget)
     with pytest.raises(ConfigError, match="choices = \\[3\\] are not of"):
         Planner(tiny, tiny_tokenizer, TEXT, choices=[3])
+    with pytest.raises(ConfigError, match="length = 100 quantizes nothing: .* set length to at least 197"):
+        Planner(tiny, tiny_tokenizer, TEXT, length=100)
     with pytest.raises(ValueError, match="windows of 1024, not 4"):
         Planner(tiny, tiny_tokenizer, TEXT[:4000])

@@ -273,6 +273,25 @@ def test_a_setting_that_was_left_is_tried_again_though_another_trial_passed_it_o
     assert setting in {Setting.of_row(row) for row in after.frame().to_dict("records")}
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.db", b"no database" * 50, "file is not a database"),
+        ("a.journal", b"\xff\xfe", "is no journal of Optuna;"),
+        ("a.journal", b'{"a": 1}\n', "is no journal of Optuna .KeyError"),
+        ("folder", None, "is a folder; name a file for the study"),
+    ],
+)
+def test_a_place_that_is_no_storage(name, content, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("pqlab.tune.storage.time.sleep", lambda seconds: None)
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        search(storage=tmp_path / name)
+
+
 # -- what a setting is measured by -----------------------------------------------------------------------------------
 
 

@@ -44,10 +44,14 @@ def open_storage(place: str | Path) -> optuna.storages.BaseStorage:
         raise ConfigError(f"{text} is a folder; name a file for the study")
     if name.suffix in (".db", ".sqlite"):
         return _database(f"sqlite:///{text}")
+    if name.is_file():
+        with name.open("rb") as file:
+            if file.read(1) not in (b"", b"{"):  # Optuna would append to it
+                raise ConfigError(f"{text} is no journal of Optuna; name another file for the study")
     try:
         return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(text))
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{text} is no journal of Optuna ({error}); name another file for the study") from error
+        raise ConfigError(f"{text} is no journal of Optuna ({error!r}); name another file for the study") from error
 
 
 def _database(url: str, attempts: int = 6) -> optuna.storages.RDBStorage:
