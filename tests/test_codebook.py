@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,17 @@ def test_nbytes_counts_centroids_and_maps_once():
     one = PQCodec(torch.randn(1, 4, 16, 2).expand(2, -1, -1, -1))  # one codebook for both heads and both sides
     assert Codebooks({0: LayerCodec(one, one)}).nbytes == 4 * 16 * 2 * 4
     assert Codebooks.identity(3, 2, 8).nbytes == 0
+
+
+def test_codebooks_are_moved_once():
+    """What is moved to a device serves all caches there; a deep copy has memory of its own."""
+    books = Codebooks.random(2, 2, 16, maps=True, span=64)
+    there = books.to("meta")
+    assert there is books.to("meta") is there.to("meta") and there.layer(1).k.centroids.is_meta
+    copied = deepcopy(books)
+    assert copied.to("meta") is not there
+    assert copied.layer(0).k.centroids.data_ptr() != books.layer(0).k.centroids.data_ptr()
+    assert copied.layer(0).k.anchors is copied.layer(1).k.anchors
 
 
 def test_random_and_identity_are_reproducible_and_exact():

@@ -108,22 +108,25 @@ def test_every_pair_is_asked_for_under_every_method(tiny_tokenizer, make_model):
         key_values(model, tiny_tokenizer, "abc " * 200, {}, SMALL, depths=[0.5] * 13)
 
 
-def test_the_prompt_is_quantized_once(make_model):
-    books = Codebooks.random(make_model("llama"), config=PQConfig(M=4, nbits=2))
-    asked = []
+@pytest.mark.parametrize(
+    "options", [{}, {"maps": True}, {"maps": True, "span": 64}], ids=["plain", "fitted", "anchored"]
+)
+def test_the_prompt_is_quantized_once(make_model, options):
+    books = Codebooks.random(make_model("llama"), config=PQConfig(M=4, nbits=2), **options)
+    asked, whole = [], from_codebooks(books)
 
     def quantize(layer, k, v):
         asked.append(k.shape[1])
-        return from_codebooks(books)(layer, k, v)
+        return whole(layer, k, v)
 
-    once = retrieval._once(quantize, 32)
-    k, v = torch.randn(2, 3, 64, 16)
-    for tokens in (32, 64, 32):
+    once = retrieval._once(quantize, 96)
+    k, v = torch.randn(2, 3, 160, 16) * 3
+    for tokens in (96, 160, 96):
         for got, want in zip(
-            once(1, k[:, :tokens], v[:, :tokens]), from_codebooks(books)(1, k[:, :tokens], v[:, :tokens]), strict=True
+            once(1, k[:, :tokens], v[:, :tokens]), whole(1, k[:, :tokens], v[:, :tokens]), strict=True
         ):
             assert torch.equal(got, want)
-    assert asked == [32, 32]
+    assert asked == [96, 160]
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ class PagedPQCache(Cache):
         if static:
             self._quantized[0].follows_exact = quantized[0] > 0
             self._allow_capture(getattr(model, "dtype", torch.float32), text.num_attention_heads)
-        self._warned = False
+        self._warned = static  # of a fallback, which static mode refuses
         super().__init__(layers=layers)
 
     # -- what a user looks at -----------------------------------------------------------------------------------
@@ -183,8 +183,8 @@ class PagedPQCache(Cache):
         """Tell the cache which columns are tokens, [B, columns]; only needed when the attention is not "pqlab".
 
         The "pqlab" attention sees the mask by itself. Another attention does not pass it on, and pads would then be
-        kept as tokens (hidden by the mask, yet among the sinks and the codes). Call it before the prompt, with the rows
-        that the model will get (beams repeat them); rows selected later are selected here, too.
+        kept as tokens (hidden by the mask, yet among the sinks and the codes). Call it before every prompt (`reset`
+        forgets it), with the rows that the model will get (beams repeat them); rows selected later are selected here.
 
         Raises:
             ValueError: not [B, columns]. At the next step: B is not the model's number of rows.
@@ -195,7 +195,7 @@ class PagedPQCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         layer = self.layers[layer_idx]
-        if not self._warned and isinstance(layer, PagedPQLayer):
+        if not self._warned and layer is self._quantized[0]:
             self._say_fallback(layer)
         if layer_idx < self._num_leading:
             self._leading.keep_before_update(layer_idx)
@@ -223,13 +223,14 @@ class PagedPQCache(Cache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     def reset(self) -> None:
-        """Forget everything; the pages go back to the pool, the codebooks stay.
+        """Forget everything, an announced mask too; the pages go back to the pool, the codebooks stay.
 
         In static mode rows keep their pages and the cache its batch, since graphs hold the addresses: to have the pages
         back in a shared pool, or another batch, drop the cache (and its graphs) and make another.
         """
         self.group.reset()
         self._leading.forget()
+        self._warned = self.settings.mode == "static"
         for layer in self.layers:
             layer.reset()
 
@@ -324,11 +325,10 @@ class PagedPQCache(Cache):
                 layer.reorder_cache(rows)  # linear layers have it, and no method for repeated or selected rows
 
     def _say_fallback(self, layer: PagedPQLayer) -> None:
-        self._warned = True
         implementation = layer.config._attn_implementation
-        refused = self.settings.mode == "static" or EXACT in current_setting().forbidden
-        if implementation == "pqlab" or refused:  # what is refused raises
+        if implementation == "pqlab" or EXACT in current_setting().forbidden:  # what is forbidden raises
             return
+        self._warned = True
         pads = ""
         if not self.group.has_announced_mask:
             pads = " A prompt with pads also needs cache.announce_mask(attention_mask) before generation."

@@ -167,18 +167,21 @@ def _sign_test(lost: int, won: int) -> float:
 
 
 def _once(quantize: Quantize, coded: int) -> Quantize:
-    """The same, but the first `coded` tokens, which are the prompt's under every question, are quantized once."""
+    """The same, but the first `coded` tokens, which are the prompt's under every question, are quantized once.
+
+    Where a question fills a page, all are quantized anew: what comes back for a token may depend on those before it
+    (anchors, and what keys are fitted by).
+    """
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def quantize_rest(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_prompt(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if k.shape[1] != coded:
+            return quantize(layer, k, v)
         if layer not in kept:
-            kept[layer] = quantize(layer, k[:, :coded], v[:, :coded])
-        if k.shape[1] == coded:
-            return kept[layer]
-        rest = quantize(layer, k[:, coded:], v[:, coded:])
-        return tuple(torch.cat(parts, 1) for parts in zip(kept[layer], rest, strict=True))
+            kept[layer] = quantize(layer, k, v)
+        return kept[layer]
 
-    return quantize_rest if coded else quantize
+    return quantize_prompt
 
 
 def _unchanged(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

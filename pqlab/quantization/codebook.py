@@ -7,6 +7,7 @@ named `layers.<layer>.<k|v>.<centroids|forward|backward|mean|spread|frequencies>
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -78,6 +79,7 @@ class Codebooks:
     layers: Mapping[int, LayerCodec]
     origin: Origin = field(default_factory=Origin)
     exact: Geometry = field(default_factory=dict)
+    _moved: dict[torch.device, Codebooks] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
@@ -185,6 +187,17 @@ class Codebooks:
         return replace(self, layers=layers)
 
     def to(self, device: torch.device | str) -> Codebooks:
+        """The same on a device, made once: all caches there share its constants, and what kernels prepare of them."""
+        device = torch.empty(0, device=device).device  # with its number
+        if device not in self._moved:
+            moved = self._moved[device] = self._to(device)
+            moved._moved[device] = moved
+        return self._moved[device]
+
+    def __deepcopy__(self, memo: dict) -> Codebooks:
+        return replace(self, layers=deepcopy(self.layers, memo))
+
+    def _to(self, device: torch.device) -> Codebooks:
         layers = {i: layer.to(device) for i, layer in self.layers.items()}
         anchors = {id(layer.k.anchors): layer.k.anchors for layer in self.layers.values() if layer.k.anchors}
         moved = {key: one.to(device) for key, one in anchors.items()}  # one table of turns for all layers again
