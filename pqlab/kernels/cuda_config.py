@@ -154,8 +154,6 @@ class DecodeConfig:
             few, names = ((2, 4, 8), "2, 4") if self.in_halves else ((1, 2, 4, 8), "1, 2, 4")
             if self.head_dim % m or self.head_dim // m not in few:
                 return f"M = {m} at head size {self.head_dim}: the kernel takes {names} or 8 dimensions a subspace"
-        if self.anchored and self.in_halves:
-            return "anchored keys with heads of 256 (calibrate without a span)"
         if self.shape() is None:
             return "the codebooks do not fit into this GPU's shared memory"
         return None

@@ -73,7 +73,7 @@ PQ_API const char* pqlab_append(const pqlab::AppendParams* params, void* stream)
   p.query_blocks = p.maps && p.q_map ? queries * p.H * (p.D / pqlab::kTransposedSlice) : 0;
   p.span_inverse = 1.f / (p.B * p.G * p.S);
   if (p.maps && p.turns) {
-    if (!p.q_map || p.D > pqlab::kAskedMost) return "keys with anchors have a map, and heads up to 128";
+    if (!p.q_map || p.D > pqlab::kAskedMost) return "keys with anchors have a map, and heads up to 256";
     if (static_cast<int64_t>(p.spans) * p.B * p.G * p.S >= 1 << 21) return "too many queries for one launch";
     p.query_blocks = pqlab::asked_blocks(p);
   }
