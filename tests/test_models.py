@@ -62,6 +62,17 @@ def test_a_model_writes_by_itself(tiny_model, tiny_tokenizer):
         sampled_text(tiny_model, tiny_tokenizer, count=3, length=1)
 
 
+def test_a_model_goes_on_from_given_openings(tiny_model, tiny_tokenizer):
+    """Beginnings of several lengths side by side: a row goes on as it would alone, whatever pads stand before it."""
+    options = {"count": 3, "length": 40, "openings": ["abc", "a longer one "]}
+    texts = sampled_text(tiny_model, tiny_tokenizer, **options)
+    assert [text.startswith(x) for text, x in zip(texts, ("abc", "a longer one", "abc"), strict=True)] == [True] * 3
+    assert texts[0] != texts[2] and texts == sampled_text(tiny_model, tiny_tokenizer, **options)
+    for bad in ("", "abc" * 40):
+        with pytest.raises(ValueError, match="set one of 1 to 39"):
+            sampled_text(tiny_model, tiny_tokenizer, length=40, openings=[bad])
+
+
 def test_a_text_of_ones_own(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("Où est la page ?", encoding="utf-8")
