@@ -1,4 +1,4 @@
-"""A panel as one HTML file: the figure for every value of one setting, a slider, the table (`figures.page`).
+"""A panel as one HTML file: the figure for every value of one setting, a slider, the table (`figures.html_file`).
 
 Each position of the slider holds the traces that the panel drew for it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..figures import page
+from ..figures import html_file
 
 if TYPE_CHECKING:
     from .base import Panel
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def write_html(panel: Panel, path: Path, sweep: str) -> Path:
     """Write the file and return its path; see `Panel.to_html`."""
-    return page.write_page(path, panel.title or type(panel).__name__, fragment(panel, sweep))
+    return html_file.write_page(path, panel.title or type(panel).__name__, fragment(panel, sweep))
 
 
 def fragment(panel: Panel, sweep: str, plotlyjs: bool = True) -> str:
@@ -25,7 +25,7 @@ def fragment(panel: Panel, sweep: str, plotlyjs: bool = True) -> str:
         raise ValueError(f"sweep = {sweep!r} is no state of {type(panel).__name__}: {', '.join(panel.state_names())}")
     frames, at = _frames(panel, sweep)
     settings = {key: value for key, value in panel.state.items() if key != sweep}
-    return page.fragment(panel.title, frames, slider=sweep, at=at, settings=settings, plotlyjs=plotlyjs)
+    return html_file.fragment(panel.title, frames, slider=sweep, at=at, settings=settings, plotlyjs=plotlyjs)
 
 
 def _frames(panel: Panel, sweep: str) -> tuple[list[dict[str, Any]], int]:
@@ -45,4 +45,4 @@ def _frames(panel: Panel, sweep: str) -> tuple[list[dict[str, Any]], int]:
 
 
 def _frame(panel: Panel, label: str) -> dict[str, Any]:
-    return page.frame_of(panel.draw(), panel.frame(), text=panel.text(), label=label)
+    return html_file.frame_of(panel.draw(), panel.frame(), text=panel.text(), label=label)
