@@ -195,6 +195,17 @@ def test_decode_figure_without_capture(trace):
     assert any("not captured" in note.text for note in figure.layout.annotations)
 
 
+def test_tokens_are_text_in_every_hover_box(trace):
+    from dataclasses import replace
+
+    steps = trace.steps.assign(token="<b>", next_token="<i>", exact_token="a&b")
+    figure = decode_figure(replace(trace, steps=steps, tokens=["<b>"] * len(trace.tokens)), 3)
+    boxes = [np.asarray(shown.customdata, object).ravel() for shown in figure.data if shown.customdata is not None]
+    said = [text for box in boxes for text in box if isinstance(text, str)]
+    assert {"&lt;b&gt;", "&lt;i&gt;", "a&amp;b"} <= set(said)
+    assert not any("<" in text for text in said)
+
+
 def test_strip_follows_pages_and_window(trace):
     for step in (1, 20, 40):
         sinks, coded, window = trace.lengths(step)
@@ -272,9 +283,9 @@ def test_divergence_marks_the_worst_positions_with_their_text():
     frame = pd.DataFrame({"method": "m", "window": 0, "position": range(200), "kl": [0.0] * 50 + [0.01] * 150})
     frame["agree"] = True
     frame.loc[120, ["kl", "agree"]] = 2.0, False
-    figure = divergence_figure(frame, {0: [f"<w{i}>\n" for i in range(200)]})
+    figure = divergence_figure(frame, {0: [f"<w{i}>&lt;\n" for i in range(200)]})
     line, worst = figure.data
     assert min(line.x) == 50 and list(worst.x) == [120] and list(worst.marker.symbol) == ["x"]
-    assert worst.text[0].endswith("‹w119>⏎‹w120>⏎”")
+    assert worst.text[0].endswith("&lt;w119&gt;&amp;lt;⏎&lt;w120&gt;&amp;lt;⏎”"), "as in the text, entities too"
     with pytest.raises(ValueError, match="choose one"):
         divergence_figure(pd.concat([frame, frame.assign(window=1)]))

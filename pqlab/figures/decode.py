@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -81,13 +82,14 @@ def _draw_timeline(sheet: Sheet, trace: DecodeTrace, step: int) -> None:
         x={"range": [-0.7, trace.num_steps - 0.3], "title": {"text": ""}},
         y={"title": {"text": "KL"}, "range": [0, highest * 1.25], "nticks": 4},
     )
+    tokens = [_texts(column) for column in (steps.token, steps.next_token, steps.exact_token)]
     agree = ["same likeliest token" if same else "another likeliest token" for same in steps.agree]
     sheet.add(
         plot,
         "bar",
         x=steps.step,
         y=steps.kl,
-        customdata=np.stack([steps.token, steps.next_token, steps.exact_token, agree], axis=-1).tolist(),
+        customdata=np.stack([*tokens, agree], axis=-1).tolist(),
         marker={
             "color": [GOOD if same else BAD for same in steps.agree],
             "opacity": [1.0 if i == step else 0.5 for i in range(len(steps))],
@@ -149,7 +151,7 @@ def _draw_cache(sheet: Sheet, trace: DecodeTrace, step: int) -> None:
         "heatmap",
         z=region[None],
         text=[place],
-        customdata=[[html.escape(token, quote=False) for token in trace.tokens]],
+        customdata=[_texts(trace.tokens)],
         hovertemplate="token %{x} “%{customdata}”<br>%{text}<extra></extra>",
         zmin=-0.5,
         zmax=3.5,
@@ -190,11 +192,10 @@ def _draw_attention(
     for run, (name, colour) in _NAMES.items():
         values = {"x": [], "y": [], "customdata": []}
         if weights is not None:
-            tokens = [html.escape(token, quote=False) for token in weights.token]
             values = {
                 "x": weights.position,
                 "y": weights[run].clip(lower=_FLOOR),
-                "customdata": np.stack([tokens, weights.region], axis=-1).tolist(),
+                "customdata": np.stack([_texts(weights.token), weights.region], axis=-1).tolist(),
             }
         sheet.add(
             plot,
@@ -269,6 +270,11 @@ def _draw_next(sheet: Sheet, trace: DecodeTrace, step: int, num_tokens: int) -> 
             showlegend=False,
             hovertemplate=f"{name}: %{{customdata}} %{{x:.2%}}<extra></extra>",
         )
+
+
+def _texts(tokens: Iterable[str]) -> list[str]:
+    """Tokens as they are read in a hover box, without markup."""
+    return [html.escape(token, quote=False) for token in tokens]
 
 
 def _visible(token: str) -> str:
