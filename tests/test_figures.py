@@ -65,12 +65,12 @@ def test_unknown_theme_is_refused():
         theme.template("sepia")
 
 
-def test_retheme_changes_nothing_but_the_template():
-    figure = settings_figure(CacheCost(SMOL, PQConfig(), CacheConfig(), 4096), theme="light")
-    before = figure.to_plotly_json()
-    after = theme.retheme(figure, "dark").to_plotly_json()
-    assert before["layout"].pop("template") != after["layout"].pop("template")
-    assert repr(before) == repr(after)
+def test_a_theme_is_the_template_alone():
+    """Panels and files change themes by it."""
+    cost = CacheCost(SMOL, PQConfig(), CacheConfig(), 4096)
+    light, dark = (settings_figure(cost, theme=name).to_plotly_json() for name in ("light", "dark"))
+    assert light["layout"].pop("template") != dark["layout"].pop("template")
+    assert repr(light) == repr(dark)
 
 
 def test_sheet_places_plots_on_a_grid():
@@ -84,7 +84,7 @@ def test_sheet_places_plots_on_a_grid():
     assert layout.yaxis.domain == pytest.approx((0.8, 1)) and layout.yaxis2.domain == pytest.approx((0, 0.6))
     assert (figure.data[0].xaxis, figure.data[1].yaxis) == ("x", "y2")
     assert layout.annotations[0].text == "top right" and layout.height == 300
-    assert layout.template.layout.font.color == theme.ink("dark")
+    assert layout.template.layout.font.color == theme.template("dark").layout.font.color
 
 
 # -- page settings ------------------------------------------------------------------------------------------------
@@ -266,9 +266,8 @@ def test_labels_keep_off_each_other_and_off_points():
 
 def test_a_plain_figure_brings_its_background_for_a_page_of_the_other_theme():
     for name in theme.THEMES:
-        paper = Sheet().figure(name).layout.template.layout.paper_bgcolor
-        assert _contrast(theme.ink(name), paper) > 10
-        assert theme.retheme(go.Figure(), name).layout.template.layout.paper_bgcolor == paper
+        look = Sheet().figure(name).layout.template.layout
+        assert _contrast(look.font.color, look.paper_bgcolor) > 10
 
 
 def test_plan_shows_what_was_chosen_and_what_is_left():
