@@ -46,12 +46,16 @@ def decode_figure(
         scale: of the attention weights.
         errors: `error_grid(trace, kind)`, when it is at hand.
         num_tokens: next tokens shown.
+
+    Raises:
+        IndexError: the trace has no such step.
     """
+    lengths = trace.lengths(step)
     captured = bool(trace.layers)
     layer = trace.layers[0] if layer is None and captured else layer
     sheet = Sheet([1.25, 1], [0.15, 0.06, 0.36, 0.43], gap_x=0.24, gap_y=0.085)
     _draw_timeline(sheet, trace, step)
-    _draw_cache(sheet, trace, step)
+    _draw_cache(sheet, trace, step, lengths)
     _draw_attention(sheet, trace.attention(step, layer, head, kind) if captured else None, layer, head, kind, scale)
     if captured and errors is None:
         errors = error_grid(trace, kind)
@@ -123,8 +127,8 @@ def _draw_timeline(sheet: Sheet, trace: DecodeTrace, step: int) -> None:
     )
 
 
-def _draw_cache(sheet: Sheet, trace: DecodeTrace, step: int) -> None:
-    sinks, coded, window = trace.lengths(step)
+def _draw_cache(sheet: Sheet, trace: DecodeTrace, step: int, lengths: tuple[int, int, int]) -> None:
+    sinks, coded, window = lengths
     size, total = trace.meta["page_size"], len(trace.tokens)
     pages = [page for page in trace.tables[step].tolist() if page >= 0]
     region = np.full(total, np.nan, np.float32)

@@ -133,7 +133,7 @@ class MemoryLayout(Panel):
             return found.assign(gb_per_s=float("nan"))
         return found.merge(self.measured[["order", "gb_per_s", "device"]], on="order")
 
-    def sweep_values(self, name: str) -> list[Any]:
+    def sweep_values(self) -> dict[str, list[Any]]:
         return {
             "slot": list(range(0, self.page_size, 4)),
             "subspace": list(range(self.num_subspaces)),
@@ -141,7 +141,7 @@ class MemoryLayout(Panel):
             "pattern": list(PATTERNS),
             "load": list(LOADS),
             "colour_by": list(COLOUR_BY),
-        }[name]
+        }
 
     @property
     def _measured_key(self) -> tuple[Any, ...]:
