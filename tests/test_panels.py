@@ -11,14 +11,18 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 import traitlets
+from conftest import make_tiny_model
 from tiny_trace import tiny_cache_and_trace
 
+from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig
 from pqlab.cost import ModelShape
 from pqlab.errors import ConfigError
 from pqlab.panels import Panel, controls, decode_stepper, memory_layout, page_allocation, page_settings
 from pqlab.panels.latest import Latest
 from pqlab.panels.view import FigureView, changes, plain
+from pqlab.transformers_api import cache_argument
 
 
 class Wave(Panel):
@@ -544,6 +548,9 @@ def test_layout_panel_says_that_codes_are_random():
     assert find(panel, "pqlab-slot").max == 31
     panel.page_size = 16
     assert panel.slot == 15, "a slot stays inside the page"
+    panel.head = 2
+    panel.num_heads = 2
+    assert panel.head == find(panel, "pqlab-head").max == 1 and panel.error is None
     panel.set(page_size=0)
     assert "page_size must be a positive multiple of 16" in panel.status and panel.page_size == 16
     panel.close()
@@ -557,6 +564,90 @@ def test_layout_panel_shows_codes_of_a_cache(tiny):
     assert panel.figure.layout.title.text == f"codes of the cache: layer 0, V, page {cache.table.pages(0)[0]}, head 2"
     find(panel, "pqlab-page-entry").value = 777
     assert "page 777 is outside [0, 60)" in panel.status
+    panel.close()
+
+
+SHAPES_OF_PLAN = {(0, "K"): (16, 8), (0, "V"): (8, 4), (1, "K"): (32, 8), (1, "V"): (16, 8)}
+"""(layer, side) -> (M, nbits)"""
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A cache whose layers and sides have codebooks of their own, as those of a plan do."""
+    model = make_tiny_model("llama", head_dim=32)
+    spec = {layer: tuple(PQConfig(*SHAPES_OF_PLAN[layer, side]) for side in "KV") for layer in (0, 1)}
+    settings = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=9)
+    cache = PagedPQCache(model, Codebooks.random(model, config=spec), settings)
+    model.set_attn_implementation("pqlab")
+    ids = torch.randint(0, 256, (1, 120), generator=torch.Generator().manual_seed(0))
+    model(ids, **cache_argument(model, cache))
+    return cache
+
+
+def shows_its_page(panel: Panel, cache: PagedPQCache) -> bool:
+    """Whether every byte of the tiled picture lies where the pool has it, with the code that the cache has there."""
+    side = "KV".index(panel.side)
+    layout = cache.pool.layout.layers[panel.layer][side]
+    codes = cache.page_codes(panel.layer, side, panel.page, panel.head).numpy()
+    drawn = next(trace for trace in panel.figure.data if trace.name == "tiled (pqlab)")
+    rows = np.asarray(drawn.customdata).reshape(-1, 6)[: layout.head_bytes]
+    places = [layout.locate(int(byte)) for byte in rows[:, 0]]
+    return (
+        rows[0, 0] == panel.head * layout.head_bytes
+        and [(slot, head, m) for slot, head, m in rows[:, 1:4].tolist()] == places
+        and rows[:, 4].tolist() == [codes[slot, m] for slot, _, m in places]
+    )
+
+
+def test_layout_panel_follows_the_codebooks_of_a_plan(planned):
+    panel = memory_layout(planned, subspace=12, head=1)
+    assert panel.widget is not None
+    for layer, side in [(1, "K"), (0, "V"), (1, "V"), (0, "K"), (1, "K")]:
+        panel.set(layer=layer, side=side)
+        assert (panel.layer, panel.side, panel.error) == (layer, side, None)
+        assert (panel.num_subspaces, panel.nbits) == SHAPES_OF_PLAN[layer, side]
+        assert panel.codes.shape == (16, panel.num_subspaces) and shows_its_page(panel, planned)
+        assert find(panel, "pqlab-subspace").max == panel.num_subspaces - 1
+    assert panel.subspace == 7, "it stays inside the fewest that were seen"
+    panel.side = "V"
+    panel.layer = 0
+    assert panel.num_subspaces == 8 and panel.error is None and shows_its_page(panel, planned)
+    other = memory_layout(planned, layer=1, subspace=5)
+    other.state = panel.state
+    assert other.state == panel.state and shows_its_page(other, planned)
+    for one in (panel, other):
+        one.close()
+
+
+@pytest.mark.parametrize(("layer", "side"), SHAPES_OF_PLAN)
+def test_layout_panel_begins_with_the_shape_of_its_page(planned, layer, side):
+    m, nbits = SHAPES_OF_PLAN[layer, side]
+    panel = memory_layout(planned, layer=layer, side=side, head=2, subspace=m - 1, slot=15, num_subspaces=m)
+    wanted = {"page_size": 16, "num_subspaces": m, "nbits": nbits, "head": 2, "subspace": m - 1, "slot": 15}
+    assert wanted.items() <= panel.state.items() and shows_its_page(panel, planned)
+    panel.close()
+
+
+def test_layout_panel_refuses_another_shape_than_the_caches(planned):
+    panel = memory_layout(planned)
+    for wrong, message in (
+        ({"num_subspaces": 32}, "num_subspaces = 32, but layer 0, K of the cache has 16; choose by layer and side"),
+        ({"layer": 1, "num_subspaces": 16}, "num_subspaces = 16, but layer 1, K of the cache has 32"),
+        ({"layer": 1, "nbits": 7}, "nbits = 7, but layer 1, K of the cache has 8"),
+        ({"page_size": 32, "layer": 5}, "layer 5 is not quantized in this cache; quantized are 0, 1"),
+    ):
+        panel.set(**wrong)
+        assert message in panel.status
+        assert (panel.layer, panel.num_subspaces, panel.nbits) == (0, 16, 8) and shows_its_page(panel, planned)
+        with pytest.raises(traitlets.TraitError, match=message):
+            memory_layout(planned, **wrong)
+    panel.close()
+
+
+@pytest.mark.parametrize("sweep", ["layer", "side", "head"])
+def test_layout_file_is_the_panel(planned, sweep, tmp_path):
+    panel = memory_layout(planned, layer=1, subspace=30)
+    assert_file_is_panel(panel, sweep, tmp_path / "layout.html")
     panel.close()
 
 
