@@ -304,8 +304,18 @@ def test_the_panel_follows_its_sliders(seen):
 def test_the_panel_takes_what_it_can_draw(seen):
     model, samples = seen
     panel = key_anchors(model, samples)
-    panel.set(span=100)
+    slider, entry = panel.widget.children[1].children[0].children
+    entry.value = 100
     assert "span = 100 is none of" in panel.status and panel.span == 256
+    assert (slider.value, entry.value) == (256, 256), "controls show what is in force"
+    fewer = key_anchors(model, Samples({0: samples.keys[0], 1: samples.keys[1][:2]}, {}, positions=samples.positions))
+    heads = fewer.widget.children[1].children[3].children[0]
+    assert heads.max == 2
+    fewer.layer = 1
+    assert heads.max == 1 and fewer.error is None
+    fewer.close()
+    panel.set(layer=9)
+    assert "layer = 9 has no samples; there are some of 0, 1" in panel.status and panel.layer == 0
     panel.close()
     short = Samples({0: samples.keys[0][:, :9]}, {}, positions=samples.positions)
     with pytest.raises(ValueError, match="keys of 392 positions"):

@@ -196,8 +196,8 @@ def run(args: argparse.Namespace) -> int:
     if args.csv:
         frame.to_csv(args.csv, index=False)
     if args.html:
+        from ..figures.html_file import write_figure
         from ..figures.memory import memory_figure
-        from ..figures.page import write_figure
 
         write_figure(memory_figure(frame), args.html, "Memory over the time of a generation", found)
     if args.json:
