@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pqlab.config import PQConfig
+from pqlab.config import CacheConfig, PQConfig
 from pqlab.errors import ConfigError, UnsupportedModelError
 from pqlab.models import fingerprint
-from pqlab.quantization import Codebooks, Samples, calibrate, collect_kv, record_kv
+from pqlab.quantization import Codebooks, Samples, calibrate, collect_kv, default_codebooks, record_kv
 from pqlab.quantization.calibrate import SCOPES, STAGES
 from pqlab.quantization.samples import split_text
 from pqlab.transformers_api import cache_argument
@@ -162,9 +162,9 @@ def test_calibrated_codebooks_fit_the_model_and_its_vectors(tiny_model, tiny_tok
 
 def test_settings_by_side_and_layer(make_model, tiny_tokenizer, tmp_path):
     model = make_model("llama")
-    config = {0: (PQConfig(4, 5), PQConfig(16, 2)), 1: (PQConfig(8, 3), PQConfig(4, 5))}
+    pq = {0: (PQConfig(4, 5), PQConfig(16, 2)), 1: (PQConfig(8, 3), PQConfig(4, 5))}
     options = {"num_tokens": 400, "window": 200, "progress": False}
-    books = calibrate(model, tiny_tokenizer, TEXT, config, **options)
+    books = calibrate(model, tiny_tokenizer, TEXT, pq, **options)
     assert [(r.M, r.nbits) for r in books.summary().itertuples()] == [(4, 5), (16, 2), (8, 3), (4, 5)]
     books.save(tmp_path / "books")
     Codebooks.load(tmp_path / "books", model)
@@ -232,6 +232,9 @@ def test_what_cannot_be_calibrated_is_refused(make_model, tiny_tokenizer):
     seen = []
     with pytest.raises(ConfigError, match="M = 5 does not divide the head size 16"):
         calibrate(model, tiny_tokenizer, TEXT, PQConfig(5), num_tokens=50, progress=lambda *x: seen.append(x))
+    for call in (calibrate, default_codebooks):
+        with pytest.raises(ConfigError, match=r"pq takes PQConfig\(M, nbits\).* was given a CacheConfig"):
+            call(model, tiny_tokenizer, *([TEXT] if call is calibrate else []), pq=CacheConfig())
     assert not seen  # said before the text was read
     with pytest.warns(UserWarning, match="46 samples cannot fill 256 centroids"):
         calibrate(model, tiny_tokenizer, TEXT, PQConfig(4, 8), num_tokens=50, progress=False)

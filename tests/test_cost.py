@@ -164,7 +164,7 @@ def test_codebooks_of_that_shape_have_these_bytes():
     from pqlab.quantization import Codebooks
 
     for maps in (False, True):
-        books = Codebooks.random(2, 3, 16, config=PQConfig(M=4, nbits=5), maps=maps)
+        books = Codebooks.random(2, 3, 16, pq=PQConfig(M=4, nbits=5), maps=maps)
         cost = CacheCost(TINY, PQConfig(M=4, nbits=5), CacheConfig(page_size=32), 500, maps=maps)
         assert books.nbytes == cost.constant_bytes
         assert books.layouts(32) == cost.layout.layers
@@ -179,7 +179,7 @@ def test_a_running_cache_has_these_bytes(make_model, context):
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
     settings, pq = CacheConfig(page_size=16, residual_length=20, num_sinks=4, max_pages=20), PQConfig(M=4, nbits=5)
-    cache = PagedPQCache(model, Codebooks.random(model, config=pq, maps=True), settings)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=pq, maps=True), settings)
     model(torch.arange(2 * context).view(2, context) % 250, **cache_argument(model, cache))
     cost = CacheCost(ModelShape.from_config(model), pq, settings, context, batch=2, exact_bytes=4)
     held = cache.nbytes()

@@ -21,7 +21,7 @@ def setting(request, tiny_tokenizer):
 
     model = make_tiny_model("llama")
     span = 64 if request.param == "anchored" else 0
-    return model, tiny_tokenizer, Codebooks.random(model, config=PQConfig(M=8, nbits=5), maps=True, span=span)
+    return model, tiny_tokenizer, Codebooks.random(model, pq=PQConfig(M=8, nbits=5), maps=True, span=span)
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ class Codebooks:
         num_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        config: PQSpec = _DEFAULT,
+        pq: PQSpec = _DEFAULT,
         seed: int = 0,
         maps: bool = False,
         span: int = 0,
@@ -123,9 +123,9 @@ class Codebooks:
             d: Anchors(span, 10000 ** -torch.linspace(0, 1, d // 2)) for _, d in geometry.values() if span
         }  # one table of turns for all layers
 
-        def codec(pq: PQConfig, heads: int, d: int, side: str) -> PQCodec:
-            m = pq.num_subspaces(d)
-            centroids = torch.randn(heads, m, 2**pq.nbits, d // m, generator=generator)
+        def codec(one: PQConfig, heads: int, d: int, side: str) -> PQCodec:
+            m = one.num_subspaces(d)
+            centroids = torch.randn(heads, m, 2**one.nbits, d // m, generator=generator)
             if not maps:
                 return PQCodec(centroids).half()
             rotation = torch.linalg.qr(torch.randn(heads, d, d, generator=generator)).Q
@@ -139,7 +139,7 @@ class Codebooks:
 
         layers = {}
         for i, (heads, d) in geometry.items():
-            k, v = setting(config, i)
+            k, v = setting(pq, i)
             layers[i] = LayerCodec(codec(k, heads, d, "k"), codec(v, heads, d, "v"))
         return cls(layers, replace(origin, seed=seed, span=span))
 

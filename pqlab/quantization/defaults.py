@@ -13,7 +13,7 @@ from ..store import build_once, cache_dir, remove
 from .calibrate import calibrate
 from .codebook import Codebooks
 from .codebook_file import CodebookError
-from .geometry import attention_geometry
+from .geometry import attention_geometry, one_setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +67,7 @@ def default_codebooks_path(
     span: int = 0,
 ) -> Path:
     """The file that `default_codebooks` keeps; it need not exist yet."""
+    pq = one_setting(pq)
     subspaces = sorted({pq.num_subspaces(head_dim) for _, head_dim in attention_geometry(model).values()})
     key = hashlib.sha256(_quantizer_version().encode() + load_text(text).encode()).hexdigest()[:8]
     size = f"M{'-'.join(map(str, subspaces))}-{pq.nbits}bit" + ("" if scope == "head" else f"-per-{scope}")
