@@ -112,6 +112,24 @@ def test_windows_are_spread_over_the_text(tiny_tokenizer, num_tokens, window, le
             assert windows[-1] == whole[-window:][: lengths[-1]]
 
 
+def test_windows_reach_the_end_of_a_text_that_is_too_long_to_be_tokenized(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("pqlab.quantization.samples._MAX_CHARS", 2000)
+    text = "".join(letter * 5000 for letter in "abcdefg")
+    read = []
+
+    class Counting:
+        bos_token_id = None
+
+        def __call__(self, text, **_):
+            read.append(len(text))
+            return tiny_tokenizer(text)
+
+    windows = split_text(Counting(), text, 80, 20)
+    assert windows == [tiny_tokenizer(letter * 20)["input_ids"] for letter in "aceg"] and sum(read) < 2100
+    tail = text[:-9] + "the end!!"
+    assert split_text(tiny_tokenizer, tail, 80, 20)[-1] == tiny_tokenizer(tail[-20:])["input_ids"]
+
+
 def test_several_texts_share_the_tokens_and_take_turns(tiny_tokenizer):
     a, b, c = (tiny_tokenizer(letter)["input_ids"] for letter in "abc")
     windows = split_text(tiny_tokenizer, ["a" * 300, "b" * 300, "c" * 300], 75, 20)
