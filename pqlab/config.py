@@ -156,31 +156,6 @@ def check_report_ranges(*, head_dim: int | None = None, **params: int | None) ->
     return problems
 
 
-def report_params(cache: CacheConfig, pq: PQConfig) -> dict[str, int | None]:
-    """The settings under the report's names."""
-    return {
-        "page_size": cache.page_size,
-        "extended_residual": cache.residual_length,
-        "max_pages": cache.max_pages,
-        "M": pq.M,
-        "nbits": pq.nbits,
-    }
-
-
-def from_report(**params: int | None) -> tuple[CacheConfig, PQConfig]:
-    """Configs from settings under the report's names; what is not given (or None) keeps the report's default.
-
-    Raises:
-        ConfigError: everything that `check_report_ranges` finds, one line each.
-    """
-    problems = check_report_ranges(**params)
-    if problems:
-        raise ConfigError("\n".join(problem.message for problem in problems))
-    p = {**DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
-    cache = CacheConfig(page_size=p["page_size"], residual_length=p["extended_residual"], max_pages=p["max_pages"])
-    return cache, PQConfig(M=p["M"], nbits=p["nbits"])
-
-
 def _require_int(config: object, name: str, low: int, high: int | None, step: int = 1) -> None:
     """Check a field and make it an int: numpy's whole numbers are taken, too, and None where it is the default."""
     value = getattr(config, name)

@@ -164,7 +164,7 @@ def test_calibrated_codebooks_fit_the_model_and_its_vectors(tiny_model, tiny_tok
     books = calibrate(
         tiny_model, tiny_tokenizer, TEXT, PQConfig(8, 6), num_tokens=1500, window=512, progress=False, text_name="whale"
     )
-    assert books.fits(tiny_model)
+    books.check_fits(tiny_model)
     origin = books.origin
     assert (origin.text, origin.num_sinks, origin.window, origin.seed) == ("whale", 4, 512, 0)
     assert origin.fingerprint == fingerprint(tiny_model) and origin.num_samples == 1500 - 3 * 4

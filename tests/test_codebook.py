@@ -170,8 +170,9 @@ def test_what_does_not_fit_is_refused_naming_both_sides(tmp_path, other, names):
     with pytest.raises(CodebookError, match=names):
         Codebooks.load(tmp_path / "books", other)
     if not isinstance(other, str):
-        assert not made().fits(other)
-    assert made().fits(llama())
+        with pytest.raises(CodebookError, match=names):
+            made().check_fits(other)
+    made().check_fits(llama())
 
 
 def damage(path, kind: str) -> None:

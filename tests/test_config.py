@@ -14,8 +14,6 @@ from pqlab.config import (
     PQConfig,
     Range,
     check_report_ranges,
-    from_report,
-    report_params,
 )
 from pqlab.errors import ConfigError
 from pqlab.presets import PRESETS, preset, preset_for
@@ -102,19 +100,13 @@ def test_unknown_parameter():
         check_report_ranges(pagesize=3)
 
 
-def test_report_names_go_to_configs_and_back():
-    cache, pq = from_report(page_size=32, M=None)
-    assert report_params(cache, pq) == {**DEFAULTS, "page_size": 32}
-    assert (cache.residual_length, cache.window_length) == (128, 160)
-    with pytest.raises(ConfigError, match="(?s)page_size = 8 .*max_pages = 5 "):
-        from_report(page_size=8, max_pages=5)
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_hold_to_the_ranges(name):
     chosen = preset(name)
     assert chosen.name == name
-    assert check_report_ranges(**report_params(chosen.cache, chosen.pq)) == []
+    cache, pq = chosen.cache, chosen.pq
+    params = {"page_size": cache.page_size, "extended_residual": cache.residual_length, "max_pages": cache.max_pages}
+    assert check_report_ranges(**params, M=pq.M, nbits=pq.nbits) == []
     assert chosen.capacity == chosen.cache.page_size * chosen.cache.max_pages
 
 

@@ -84,7 +84,7 @@ def test_events_explain_the_page_tables(trace):
         assert so_far[so_far.kind == "flush"]["count"].sum() == trace.lengths(step)[1]
     pages = trace.pages(STEPS)
     assert trace.text[3:19] == pages.text[0], "one byte a token: page 0 holds the 16 characters behind 3 sinks"
-    assert trace.text_until(0) == PROMPT
+    assert "".join(trace.tokens[: trace.steps.num_tokens[0]]) == PROMPT
 
 
 def test_distributions(trace):
@@ -149,4 +149,4 @@ def test_characters_of_several_tokens_stay_whole(setting):
     model, tokenizer, books = setting
     prompt = "caf\u00e9 \u2014 na\u00efve " * 5
     trace = trace_decode(model, tokenizer, prompt, 1, codebooks=books, config=SMALL, capture=False)
-    assert trace.text_until(0) == prompt
+    assert "".join(trace.tokens[: trace.steps.num_tokens[0]]) == prompt

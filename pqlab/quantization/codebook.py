@@ -209,14 +209,6 @@ class Codebooks:
                 found |= {f"layers.{i}.{side}.{name}": tensor for name, tensor in _parts(codec).items()}
         return found
 
-    def fits(self, model_or_config: Any) -> bool:
-        """Whether these are codebooks for the layers and heads of a model or config; `check_fits` says why not."""
-        try:
-            self.check_fits(model_or_config)
-        except CodebookError:
-            return False
-        return True
-
     def check_fits(self, model_or_config: Any, name: str = "codebooks") -> None:
         """Raise `CodebookError`, naming both sides, unless layers, kv heads and head size are those of the model."""
         wanted = attention_geometry(model_or_config)
