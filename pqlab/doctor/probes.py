@@ -11,20 +11,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..compiler import compiler_command
 from .cache_memory import cache_memory
 from .chromium import find_chromium
 from .finding import Finding, Probe
 
 
-def _output(*command: str, timeout: float = 20) -> str:
-    """First line of what a command prints; raises when it cannot run."""
+def _run(command: Sequence[str], timeout: float = 20) -> tuple[int, str]:
+    """Exit code of a command and the first line of what it prints; raises when it cannot run."""
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", timeout=timeout, stdin=subprocess.DEVNULL
     )
     text = (done.stdout or done.stderr).strip()
-    return text.splitlines()[0] if text else f"exit code {done.returncode}"
+    return done.returncode, text.splitlines()[0] if text else f"exit code {done.returncode}"
+
+
+def _output(*command: str, timeout: float = 20) -> str:
+    return _run(command, timeout)[1]
 
 
 def pqlab_itself() -> Finding:
@@ -130,15 +136,16 @@ def torch_build() -> Finding:
 
 
 def compiler() -> Finding:
-    name = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
-    path = shutil.which(name)
+    command = compiler_command()
+    path = shutil.which(command[0])
+    problem = "without a C++ compiler the slow plain torch backend runs"
+    remedy = "Install one (Debian: apt-get install g++; conda: cxx-compiler), or set CXX"
     if path is None:
-        return Finding(
-            f"{name} not found",
-            "without a C++ compiler the slow plain torch backend runs",
-            "Install one (Debian: apt-get install g++; conda: cxx-compiler), or set CXX",
-        )
-    return Finding(f"{_output(path, '--version')}, {path}")
+        return Finding(f"{command[0]} not found", problem, remedy)
+    asked = [path, *command[1:], "--version"]  # of a wrapper with its compiler: that of the compiler
+    status, said = _run(asked)
+    value = f"{said}, {shlex.join(asked[:-1])}"
+    return Finding(value, f"{shlex.join(asked)} fails; {problem}" if status else "", remedy)
 
 
 def ninja() -> Finding:
