@@ -196,14 +196,14 @@ def _toolkit_beside_torch(value: str, release: re.Match[str] | None) -> Finding:
 
 
 def host_compiler() -> Finding:
-    """Whether nvcc takes this C++ compiler: a toolkit knows compilers up to some version. Tried on an empty file."""
+    """Whether nvcc takes the C++ compiler that torch hands it, which is $CC, else its own choice: a toolkit knows
+    compilers up to some version. Tried on an empty file."""
     import torch
 
     path = _find_nvcc()
     if path is None or not torch.cuda.is_available():
         return Finding("nvcc is not used here")
-    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
-    host = shutil.which(chosen[0]) if chosen else None
+    host = os.environ.get("CC")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
         source.touch()
@@ -215,7 +215,7 @@ def host_compiler() -> Finding:
     return Finding(
         f"{host or 'the default one'} does not fit {path}",
         f"nvcc refuses it: {errors[0].strip()[:300]}",
-        "Install a C++ compiler that this toolkit takes (its message names the versions) and set CXX to it",
+        "Install a C++ compiler that this toolkit takes (its message names the versions) and set CC to it",
     )
 
 
