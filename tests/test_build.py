@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -268,6 +269,35 @@ def test_a_fallback_folder_of_somebody_else_is_not_trusted(folders, monkeypatch)
     extension.start("eager")
     assert (extension.status.state, answers) == ("failed", [])
     assert "belongs to somebody else" in extension.status.detail
+
+
+class Slow:
+    """A build that ends a twentieth of a second after it is waited for."""
+
+    def __init__(self) -> None:
+        self.given: list[float] = []
+
+    def wait(self, timeout: float) -> bool:
+        self.given.append(timeout)
+        time.sleep(min(timeout, 0.05))
+        return timeout >= 0.05
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_all_builds_of_a_backend_share_one_time(name):
+    """Each kernel of a GPU was waited for as long as all together might take."""
+    from pqlab.kernels.cpu import CpuBackend
+    from pqlab.kernels.cuda import CudaBackend
+
+    builds = [Slow(), Slow()]
+    backend = {"cpu": CpuBackend, "cuda": CudaBackend}[name]()
+    if name == "cuda":
+        backend._kernels = {build: SimpleNamespace(extension=build) for build in builds}
+    else:
+        backend.extension, backend.caller = builds[0], SimpleNamespace(extension=builds[1])
+    assert backend.wait(10)
+    assert builds[0].given[0] <= 10 and builds[1].given[0] <= 10 - 0.05
+    assert not backend.wait(0.07), "enough for either of them, not for both"
 
 
 def test_without_ninja(folders, monkeypatch):

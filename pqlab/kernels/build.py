@@ -23,7 +23,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,12 @@ class Extension:
         for name, value in changes.items():
             setattr(self.status, name, value)
         self.status.state = state
+
+
+def wait_for_all(extensions: Iterable[Extension], timeout: float | None = None) -> bool:
+    """Block until all builds have ended, well or badly; False when `timeout` seconds for all together ran out."""
+    end = None if timeout is None else time.monotonic() + timeout
+    return all(one.wait(None if end is None else max(0.0, end - time.monotonic())) for one in extensions)
 
 
 def _read_build(folder: Path) -> tuple[Path | None, dict[str, Any]]:
