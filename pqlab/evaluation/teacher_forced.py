@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from ..attention import handed_over
 from ..cache.key_fit import KeyFit, fit_tokens
 from ..config import CacheConfig
 from ..quantization import Codebooks, Codec
@@ -177,9 +178,7 @@ class _Layer(CacheLayerMixin):
         self.pending = key_states, value_states
         if self.prefix is not None:
             self.pending = tuple(torch.cat(both, 2) for both in zip(self.prefix, self.pending, strict=True))
-        marked = key_states.view_as(key_states)
-        marked.pqlab_layer = self
-        return marked, value_states
+        return handed_over(key_states, self), value_states
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """[1, Hq, S, d]: every position's attention over what it would see at its own decode step."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..attention import NAME, handed_over
 from ..errors import ConfigError, UnsupportedModelError
 from ..transformers_api import cache_argument
 from .geometry import attention_geometry, describe, text_config
@@ -174,7 +175,7 @@ def _observed(model: PreTrainedModel) -> Iterator[None]:
     model.eval()
     try:
         if model.base_model._supports_attention_backend:
-            model.set_attn_implementation("pqlab")
+            model.set_attn_implementation(NAME)
         yield
     finally:
         if model.config._attn_implementation != attention:
@@ -200,9 +201,8 @@ class _Recorder(DynamicCache):
         chosen = self.chosen.to(key_states.device)
         for kept, states in ((self.samples.keys, key_states), (self.samples.values, value_states)):
             kept[layer_idx] = states.movedim(1, 0)[:, chosen]  # [H, chosen, d]
-        marked = key_states.view_as(key_states)
-        marked.pqlab_layer = _Observed(self.samples.sensitivity, layer_idx, key_states, value_states, chosen)
-        return marked, value_states
+        observed = _Observed(self.samples.sensitivity, layer_idx, key_states, value_states, chosen)
+        return handed_over(key_states, observed), value_states
 
 
 @dataclass(frozen=True, eq=False)

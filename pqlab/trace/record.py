@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..attention import NAME
+from ..attention import NAME, handed_over
 from ..cache import PagedPQCache
 from ..config import CacheConfig
 from ..kernels import dispatch
@@ -195,9 +195,7 @@ class _ProbedLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        marked = keys.view_as(keys)
-        marked.pqlab_layer = self
-        return marked, values
+        return handed_over(keys, self), values
 
     def attend(self, query, mask, scaling):
         groups = query.shape[1] // self.keys.shape[1]
