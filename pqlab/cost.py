@@ -168,7 +168,7 @@ class CacheCost:
 
     @property
     def wasted_slots(self) -> int:
-        """Slots that a sequence has for itself and does not fill: in its pages, its window and its sinks."""
+        """Slots that the batch's sequences have for themselves and do not fill: of pages, windows and sinks."""
         sinks, coded, window = self.lengths
         in_pages = self.pages_used * self.cache.page_size - self.batch * coded
         exact = self.cache.num_sinks - sinks + self.cache.window_length - window
