@@ -114,6 +114,14 @@ class CacheConfig:
         """Tokens the window's buffer holds: R plus the page that waits to be flushed."""
         return self.residual_length + self.page_size
 
+    def flush_count(self, coded: int, window: int) -> int:
+        """How many of the oldest of `window` tokens leave it for pages, which hold `coded` tokens of the sequence: none
+        while the buffer is not full, else the most that end on a page's edge and leave R or more."""
+        if window < self.window_length:
+            return 0
+        spare = window - self.residual_length
+        return spare - (coded + spare) % self.page_size
+
 
 @dataclass(frozen=True)
 class RangeProblem:

@@ -33,8 +33,8 @@ INT32 = FLOAT32 = 4
 
 
 def coded_tokens(context: int, cache: CacheConfig) -> int:
-    """Tokens of a sequence of `context` tokens that lie in pages: whole pages, at least R exact tokens stay."""
-    return max(0, (context - cache.num_sinks - cache.residual_length) // cache.page_size) * cache.page_size
+    """Tokens of a sequence of `context` tokens that lie in pages, however they came."""
+    return cache.flush_count(0, max(0, context - cache.num_sinks))
 
 
 def max_pages_for(context: int, batch: int, cache: CacheConfig) -> int:

@@ -68,6 +68,20 @@ def test_nearest_is_in_range_and_none_is_nearer(value):
     assert "64" not in bounds
 
 
+@pytest.mark.parametrize("residual", [1, 32, 40])
+def test_what_leaves_a_window(residual):
+    """Only of a full buffer; then the pages end full, R tokens stay, and no further page could leave."""
+    config = CacheConfig(page_size=16, residual_length=residual)
+    for coded in range(40):
+        for window in range(200):
+            leaving = config.flush_count(coded, window)
+            if window < residual + 16:
+                assert leaving == 0
+            else:
+                assert leaving > 0 and (coded + leaving) % 16 == 0
+                assert residual <= window - leaving < residual + 16
+
+
 def test_defaults_are_the_reports_and_in_range():
     assert DEFAULTS == {"page_size": 64, "extended_residual": 128, "max_pages": 1000, "M": 64, "nbits": 8}
     assert set(DEFAULTS) == set(REPORT_RANGES)

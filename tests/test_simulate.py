@@ -12,7 +12,6 @@ from pqlab.paging import PagePool, PageTable
 from pqlab.paging.contiguous import Arena
 from pqlab.paging.scenario import SCENARIOS, Event, requests
 from pqlab.paging.simulate import (
-    flush_count,
     pages_frame,
     sequences_frame,
     simulate,
@@ -84,15 +83,6 @@ def test_a_forked_sequence_says_the_same_until_it_grows():
         a2, b2 = texts_by_pages(last)
         assert a2 != b2 and a2.startswith(a) and b2.startswith(a)
         assert a.startswith("w4 w5 " if whole else "w0 w1 ")  # sinks are not in pages
-
-
-def test_the_window_is_the_caches_own():
-    from pqlab.cache import SequenceGroup
-
-    group = SequenceGroup(PagePool(4), CACHE)
-    for coded in range(40):
-        for window in range(200):
-            assert flush_count(coded, window, CACHE) == group.flush_count(coded, window)
 
 
 def test_running_out_is_refused_and_the_sequence_goes_on():

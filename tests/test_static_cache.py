@@ -58,7 +58,7 @@ def test_advance_is_the_host_s_rule():
     for n in range(1, 200):
         lengths = advance(lengths, EAGER)
         sinks, coded, window = group.split(n, coded)
-        coded += group.flush_count(coded, window)
+        coded += EAGER.flush_count(coded, window)
         assert lengths[0].tolist() == list(group.split(n, coded))
 
 

@@ -50,9 +50,7 @@ def schedule(length: int, prompt: int, config: CacheConfig) -> list[Segment]:
     coded = 0
     for position in range(prompt - 1, length):
         window = position + 1 - min(position + 1, config.num_sinks) - coded
-        if window >= config.window_length:
-            spare = window - config.residual_length
-            coded += spare - (coded + spare) % config.page_size
+        coded += config.flush_count(coded, window)
         if position < prompt:  # the state the prompt leaves; the next token is the first to see it
             continue
         if segments[-1].stop == position and segments[-1].coded == coded and segments[-1].start >= prompt:
