@@ -9,7 +9,7 @@ import pytest
 from pqlab.config import CacheConfig
 from pqlab.errors import ConfigError
 from pqlab.paging import PagePool, PageTable
-from pqlab.paging.contiguous import Arena
+from pqlab.paging.arena import Arena
 from pqlab.paging.scenario import SCENARIOS, Event, requests
 from pqlab.paging.simulate import (
     pages_frame,

@@ -1,6 +1,6 @@
 """One quantized layer as transformers sees it: tokens are handed over, planned for, attended to, and stored.
 
-What it keeps, and how that is written and read, is `storage.LayerStorage`.
+What it keeps, and how that is written and read, is `layer_storage.LayerStorage`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .exact_attention import attend_exactly, chunk_mask
 from .exact_buffers import ExactBuffers
 from .gradients import no_gradients
 from .layer_states import LayerStates
+from .layer_storage import LayerStorage
 from .sequences import SequenceGroup, StepPlan, plain_state
-from .storage import LayerStorage
 
 if TYPE_CHECKING:
     from ..quantization import LayerCodec

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..config import CacheConfig
 from ..errors import ConfigError, PageAllocationError
-from .contiguous import Arena, ArenaState
+from .arena import Arena, ArenaState
 from .pool import PagePool
 from .scenario import Event
 from .state import PoolState, pool_state, sequence_name
