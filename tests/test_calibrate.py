@@ -126,6 +126,7 @@ def test_windows_reach_the_end_of_a_text_that_is_too_long_to_be_tokenized(tiny_t
 
     windows = split_text(Counting(), text, 80, 20)
     assert windows == [tiny_tokenizer(letter * 20)["input_ids"] for letter in "aceg"] and sum(read) < 2100
+    assert split_text(tiny_tokenizer, text, 0, 20) == []
     tail = text[:-9] + "the end!!"
     assert split_text(tiny_tokenizer, tail, 80, 20)[-1] == tiny_tokenizer(tail[-20:])["input_ids"]
 

@@ -14,6 +14,9 @@ Geometry = dict[int, tuple[int, int]]
 PQSpec = PQConfig | tuple[PQConfig, PQConfig] | Mapping[int, tuple[PQConfig, PQConfig]]
 """One setting for all, one for K and one for V, or such a pair for every layer index."""
 
+_ONE = "PQConfig(M, nbits)"
+_SPEC = f"{_ONE}, a pair of them for K and V, or such a pair for every layer"
+
 
 def text_config(model_or_config: Any) -> Any:
     """The decoder's configuration of a transformers model or configuration."""
@@ -71,10 +74,6 @@ def one_setting(pq: PQConfig) -> PQConfig:
     if not isinstance(pq, PQConfig):
         raise ConfigError(_no_setting(pq, _ONE))
     return pq
-
-
-_ONE = "PQConfig(M, nbits)"
-_SPEC = f"{_ONE}, a pair of them for K and V, or such a pair for every layer"
 
 
 def _no_setting(given: object, wanted: str = _SPEC) -> str:

@@ -257,16 +257,16 @@ def split_text(
     prefix = first if first == [tokenizer.bos_token_id] else []
     size = window - len(prefix)
     count = -(-num_tokens // window)
-    parts = [
+    read = [
         tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         for part in _parts(text, num_tokens, count)
     ]
-    if len(parts) == 1 and len(parts[0]) <= count * size:  # all of it
-        pieces = [parts[0][start : start + size] for start in range(0, len(parts[0]), size)]
+    if len(read) == 1 and len(read[0]) <= count * size:  # all of it
+        pieces = [read[0][start : start + size] for start in range(0, len(read[0]), size)]
     else:  # evenly: the first at the very beginning, the last up to the very end
-        parts = parts * count if len(parts) == 1 else parts
-        starts = [i * max(0, len(ids) - size) // max(1, count - 1) for i, ids in enumerate(parts)]
-        pieces = [ids[start : start + size] for start, ids in zip(starts, parts, strict=True)]
+        read = read * count if len(read) == 1 else read
+        starts = [i * max(0, len(ids) - size) // max(1, count - 1) for i, ids in enumerate(read)]
+        pieces = [ids[start : start + size] for start, ids in zip(starts, read, strict=True)]
     out, left = [], num_tokens
     for piece in pieces:
         if left <= len(prefix):
@@ -281,6 +281,6 @@ def _parts(text: str, num_tokens: int, count: int) -> list[str]:
     limit = max(_MAX_CHARS, _CHARS_PER_TOKEN * num_tokens)
     if len(text) <= limit:
         return [text]
-    length = limit // count
+    length = limit // max(1, count)
     starts = [i * (len(text) - length) // max(1, count - 1) for i in range(count)]
     return [text[start : start + length] for start in starts]
