@@ -38,7 +38,7 @@ SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=200
 
 
 def books_for(model, **options) -> Codebooks:
-    return Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=True, **{"span": 64, **options})
+    return Codebooks.random(model, pq=PQConfig(M=8, nbits=6), maps=True, **{"span": 64, **options})
 
 
 def anchors_for(model, span: int = 64) -> Anchors:
@@ -90,7 +90,7 @@ def test_codebooks_have_one_span(make_model, tmp_path):
     with pytest.raises(ValueError, match="values are not turned"):
         replace(books, layers={**books.layers, 0: LayerCodec(turned, turned)})
     with pytest.raises(ConfigError, match="goes with maps only"):
-        Codebooks.random(make_model("llama"), config=PQConfig(M=8, nbits=6), span=64)
+        Codebooks.random(make_model("llama"), pq=PQConfig(M=8, nbits=6), span=64)
     assert "anchored every 64 tokens" in repr(books) and books.origin.span == 64
     without = {name: tensor for name, tensor in books.tensors().items() if "frequencies" not in name}
     codebook_file.write(tmp_path / "books", books.header(), without)

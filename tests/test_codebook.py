@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from pqlab.config import PQConfig
-from pqlab.errors import UnsupportedModelError
+from pqlab.config import CacheConfig, PQConfig
+from pqlab.errors import ConfigError, UnsupportedModelError
 from pqlab.paging.layout import PageLayout, PoolLayout
 from pqlab.quantization import CodebookError, Codebooks, LayerCodec, Origin, PQCodec, attention_geometry
 
@@ -45,7 +45,7 @@ def mixed_spec() -> dict[int, tuple[PQConfig, PQConfig]]:
 
 
 def made(**origin) -> Codebooks:
-    books = Codebooks.random(llama(), config=mixed_spec(), seed=3, maps=True)
+    books = Codebooks.random(llama(), pq=mixed_spec(), seed=3, maps=True)
     return Codebooks(books.layers, replace(books.origin, model="tiny", fingerprint="abc", text="pride", **origin))
 
 
@@ -72,14 +72,31 @@ def test_k_and_v_and_layers_may_differ():
     )
     assert PoolLayout(books.layouts(32), 5).page_bytes == 32 * 2 * (24 + 16 + 24 + 16) // 8
     assert books.bits_per_element == (24 + 16 + 24 + 16) / (4 * 8)
-    with pytest.raises(KeyError, match="no PQConfig for layer 1"):
-        Codebooks.random(llama(), config={0: (PQConfig(), PQConfig())})
+    with pytest.raises(ConfigError, match="no PQConfig for layer 1"):
+        Codebooks.random(llama(), pq={0: (PQConfig(), PQConfig())})
+
+
+@pytest.mark.parametrize(
+    ("pq", "message"),
+    [
+        (CacheConfig(), r"was given a CacheConfig.* give that one to PagedPQCache\("),
+        ((PQConfig(), CacheConfig()), r"no setting of a quantizer; give PQConfig\(M, nbits\), a pair of them"),
+        (
+            {0: PQConfig(), 1: PQConfig()},
+            r"pq = PQConfig\(.*a pair of them for K and V, or such a pair for every layer",
+        ),
+        (8, "pq = 8 is no setting of a quantizer"),
+    ],
+)
+def test_what_is_no_setting_of_a_quantizer_is_refused(pq, message):
+    with pytest.raises(ConfigError, match=message):
+        Codebooks.random(llama(), pq=pq)
 
 
 def test_nbytes_counts_centroids_and_maps_once():
-    books = Codebooks.random(1, 2, 8, config=PQConfig(4, 8))
+    books = Codebooks.random(1, 2, 8, pq=PQConfig(4, 8))
     assert books.nbytes == 2 * (2 * 4 * 256 * 2 * 2)
-    mapped = Codebooks.random(1, 2, 8, config=PQConfig(4, 8), maps=True)
+    mapped = Codebooks.random(1, 2, 8, pq=PQConfig(4, 8), maps=True)
     assert mapped.nbytes - books.nbytes == 2 * 2 * (3 * 8 * 8) + 2 * (2 * 8 * 2)  # maps, mean and spread of the keys
     one = PQCodec(torch.randn(1, 4, 16, 2).expand(2, -1, -1, -1))  # one codebook for both heads and both sides
     assert Codebooks({0: LayerCodec(one, one)}).nbytes == 4 * 16 * 2 * 4
@@ -165,8 +182,9 @@ def test_what_does_not_fit_is_refused_naming_both_sides(tmp_path, other, names):
     with pytest.raises(CodebookError, match=names):
         Codebooks.load(tmp_path / "books", other)
     if not isinstance(other, str):
-        assert not made().fits(other)
-    assert made().fits(llama())
+        with pytest.raises(CodebookError, match=names):
+            made().check_fits(other)
+    made().check_fits(llama())
 
 
 def damage(path, kind: str) -> None:

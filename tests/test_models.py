@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -393,8 +394,8 @@ def test_the_second_model_reads_english(all_threads):
 # --- codebooks -------------------------------------------------------------------------------------------------------
 
 
-def test_default_codebooks_are_calibrated_once(make_model, tiny_tokenizer, tmp_path, monkeypatch):
-    from pqlab.quantization import default_codebooks, default_codebooks_path, defaults
+def test_default_codebooks_are_calibrated_once(make_model, tiny_tokenizer, tmp_path, monkeypatch, caplog):
+    from pqlab.quantization import CodebookError, Codebooks, default_codebooks, default_codebooks_path, defaults
 
     monkeypatch.setenv("PQLAB_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "short.txt"
@@ -416,11 +417,32 @@ def test_default_codebooks_are_calibrated_once(make_model, tiny_tokenizer, tmp_p
     books(model=make_model("llama", seed=1))
     assert len(calls) == 3, "another setting and another model need codebooks of their own"
 
-    content = bytearray(path.read_bytes())
+    whole = path.read_bytes()
+    content = bytearray(whole)
     content[-5] ^= 255
     path.write_bytes(content)
-    books()
+    with caplog.at_level(logging.WARNING, logger="pqlab"):
+        books()
     assert len(calls) == 4, "a damaged file has to be made again"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"calibrating the codebooks {path.name} anew, which takes minutes: {path.name} is damaged: its checksum is not "
+        "that of its content; calibrate again"
+    ]
+
+    class Late(Codebooks):  # finds the file damaged just before another process has made it anew
+        @classmethod
+        def load(cls, *args):
+            try:
+                return Codebooks.load(*args)
+            except CodebookError:
+                path.write_bytes(whole)
+                raise
+
+    path.write_bytes(content)
+    monkeypatch.setattr(defaults, "Codebooks", Late)
+    books()
+    assert len(calls) == 4 and path.read_bytes() == whole, "what another process has made anew stays"
+    assert [entry.suffix for entry in sorted(path.parent.glob(f"{path.stem}*"))] == [".safetensors", ".lock"]
 
 
 # --- the report's model names ----------------------------------------------------------------------------------------

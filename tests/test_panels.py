@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -577,7 +578,7 @@ def planned():
     model = make_tiny_model("llama", head_dim=32)
     spec = {layer: tuple(PQConfig(*SHAPES_OF_PLAN[layer, side]) for side in "KV") for layer in (0, 1)}
     settings = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=9)
-    cache = PagedPQCache(model, Codebooks.random(model, config=spec), settings)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=spec), settings)
     model.set_attn_implementation("pqlab")
     ids = torch.randint(0, 256, (1, 120), generator=torch.Generator().manual_seed(0))
     model(ids, **cache_argument(model, cache))
@@ -591,7 +592,11 @@ def shows_its_page(panel: Panel, cache: PagedPQCache) -> bool:
     codes = cache.page_codes(panel.layer, side, panel.page, panel.head).numpy()
     drawn = next(trace for trace in panel.figure.data if trace.name == "tiled (pqlab)")
     rows = np.asarray(drawn.customdata).reshape(-1, 6)[: layout.head_bytes]
-    places = [layout.locate(int(byte)) for byte in rows[:, 0]]
+    lies = {}  # the first code of every byte
+    for slot, m in itertools.product(range(layout.page_size), range(layout.num_subspaces)):
+        byte, bit = layout.address(slot, panel.head, m)
+        lies[byte] = min(lies.get(byte, (8,)), (bit, slot, panel.head, m))
+    places = [lies[int(byte)][1:] for byte in rows[:, 0]]
     return (
         rows[0, 0] == panel.head * layout.head_bytes
         and [(slot, head, m) for slot, head, m in rows[:, 1:4].tolist()] == places

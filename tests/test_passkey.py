@@ -75,7 +75,7 @@ def test_a_length_that_cannot_be_is_refused(tiny_tokenizer, make_model):
 
 def test_exact_storage_is_exact_and_codes_are_not(tiny_tokenizer, make_model):
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
+    books = Codebooks.random(model, pq=PQConfig(M=4, nbits=2))
     methods = {"same": from_codebooks(Codebooks.identity(model)), "codes": from_codebooks(books)}
     frame = passkey(model, tiny_tokenizer, "abc " * 200, methods, SMALL, lengths=[250, 300], depths=[0.2, 0.8])
     assert list(frame.method) == ["exact", "same", "codes"] * 4
@@ -86,7 +86,7 @@ def test_exact_storage_is_exact_and_codes_are_not(tiny_tokenizer, make_model):
 
 def test_a_method_with_a_window_of_its_own(tiny_tokenizer, make_model):
     model = make_model("llama")
-    codes = from_codebooks(Codebooks.random(model, config=PQConfig(M=4, nbits=2)))
+    codes = from_codebooks(Codebooks.random(model, pq=PQConfig(M=4, nbits=2)))
     own = {"wide": CacheConfig(page_size=16, residual_length=250)}
     options = {"lengths": [250], "depths": [0.5], "own_configs": own}
     frame = passkey(model, tiny_tokenizer, "abc " * 200, {"wide": codes, "small": codes}, SMALL, **options)
@@ -97,7 +97,7 @@ def test_a_method_with_a_window_of_its_own(tiny_tokenizer, make_model):
 def test_every_pair_is_asked_for_under_every_method(tiny_tokenizer, make_model):
     """Continuations share the prefill: a question must not see another one's tokens, whatever was flushed meanwhile."""
     model = make_model("gemma3")
-    books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
+    books = Codebooks.random(model, pq=PQConfig(M=4, nbits=2))
     methods = {"same": from_codebooks(Codebooks.identity(model)), "codes": from_codebooks(books)}
     options = {"lengths": [400], "depths": [0.1, 0.5, 0.9]}
     frame = key_values(model, tiny_tokenizer, "abc " * 200, methods, SMALL, **options)
@@ -112,7 +112,7 @@ def test_every_pair_is_asked_for_under_every_method(tiny_tokenizer, make_model):
     "options", [{}, {"maps": True}, {"maps": True, "span": 64}], ids=["plain", "fitted", "anchored"]
 )
 def test_the_prompt_is_quantized_once(make_model, options):
-    books = Codebooks.random(make_model("llama"), config=PQConfig(M=4, nbits=2), **options)
+    books = Codebooks.random(make_model("llama"), pq=PQConfig(M=4, nbits=2), **options)
     asked, whole = [], from_codebooks(books)
 
     def quantize(layer, k, v):
@@ -150,7 +150,7 @@ def test_what_counts_is_what_generate_says(default_model):
 def test_commands(make_model, tiny_tokenizer, monkeypatch, tmp_path, capsys):
     model = make_model("llama")
     monkeypatch.setattr(retrieval, "load_model", lambda name, device: (model, tiny_tokenizer))
-    books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
+    books = Codebooks.random(model, pq=PQConfig(M=4, nbits=2))
     Codebooks(books.layers, Origin(fingerprint=fingerprint(model))).save(tmp_path / "two.safetensors")
     options = ["--codebooks", str(tmp_path / "two.safetensors"), "--depths", "0.2", "0.7", "--residual", "32"]
     for name in ("passkey", "kv"):

@@ -280,7 +280,7 @@ def test_a_setting_that_was_left_is_tried_again_though_another_trial_passed_it_o
 def text(make_model):
     """A random model, its codebooks, and a continuation of 60 tokens behind 200."""
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=4), maps=True)
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=4), maps=True)
     ids = torch.randint(0, 256, (1, 260), generator=torch.Generator().manual_seed(3))
     return model, books, Continuation(model, ids, 200)
 
@@ -317,7 +317,7 @@ def workload(make_model, tiny_tokenizer, kind="llama", **options) -> Workload:
     model = make_model(kind)
     found = Workload(model, tiny_tokenizer, "It was a dark and stormy night. " * 40, **options)
     for m, nbits in ((4, 4), (8, 4), (8, 8)):
-        found._books[m, nbits] = Codebooks.random(model, config=PQConfig(M=m, nbits=nbits))
+        found._books[m, nbits] = Codebooks.random(model, pq=PQConfig(M=m, nbits=nbits))
     return found
 
 
@@ -350,7 +350,7 @@ def test_a_setting_is_measured_on_a_gpu(make_model, tiny_tokenizer):
     model = make_model("llama", head_dim=64, hidden_size=384).to("cuda", torch.float16)
     found = Workload(model, tiny_tokenizer, "It was a dark and stormy night. " * 60, context=600, positions=80)
     for m, nbits in ((32, 8),):
-        found._books[m, nbits] = Codebooks.random(model, config=PQConfig(M=m, nbits=nbits)).to("cuda")
+        found._books[m, nbits] = Codebooks.random(model, pq=PQConfig(M=m, nbits=nbits)).to("cuda")
     one = found.measure(Setting(64, 128, 32, 8))
     assert one.milliseconds > 0 and one.kl > 0
     assert found.in_turns([Setting(64, 128, 32, 8)], rounds=2).milliseconds.min() > 0

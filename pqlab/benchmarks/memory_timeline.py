@@ -213,7 +213,7 @@ def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
     if args.shape:
         dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
         model = random_model(args.shape, args.context, dtype, args.device)
-        codebooks = Codebooks.random(model.config, config=PQConfig())
+        codebooks = Codebooks.random(model.config, pq=PQConfig())
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, model.config.vocab_size, (1, args.context), generator=generator).to(args.device)
     else:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from ..attention import handed_over
 from ..cache.key_fit import KeyFit, fit_tokens
 from ..config import CacheConfig
 from ..quantization import Codebooks, Codec
@@ -49,9 +50,7 @@ def schedule(length: int, prompt: int, config: CacheConfig) -> list[Segment]:
     coded = 0
     for position in range(prompt - 1, length):
         window = position + 1 - min(position + 1, config.num_sinks) - coded
-        if window >= config.window_length:
-            spare = window - config.residual_length
-            coded += spare - (coded + spare) % config.page_size
+        coded += config.flush_count(coded, window)
         if position < prompt:  # the state the prompt leaves; the next token is the first to see it
             continue
         if segments[-1].stop == position and segments[-1].coded == coded and segments[-1].start >= prompt:
@@ -177,9 +176,7 @@ class _Layer(CacheLayerMixin):
         self.pending = key_states, value_states
         if self.prefix is not None:
             self.pending = tuple(torch.cat(both, 2) for both in zip(self.prefix, self.pending, strict=True))
-        marked = key_states.view_as(key_states)
-        marked.pqlab_layer = self
-        return marked, value_states
+        return handed_over(key_states, self), value_states
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """[1, Hq, S, d]: every position's attention over what it would see at its own decode step."""

@@ -1,7 +1,7 @@
 """Which CUDA kernel fits a call: configurations as values, what they are compiled with, and why one cannot be.
 
 A configuration names everything that is a template parameter of the kernels in `csrc/cuda`. It is hashable, knows its
-macros and flags, and needs neither a GPU nor a compiler to be made; `Configuration.extension` is what builds it.
+macros and flags, and needs neither a GPU nor a compiler to be made; `cuda.CudaBackend.kernel` has it built.
 """
 
 from __future__ import annotations

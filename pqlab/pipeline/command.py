@@ -30,8 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--dataset", default=default.dataset, help=f"{', '.join(corpora.names())}, a text file, {LONGBENCH}, or of its "
         f"tasks: {', '.join(TASKS)}")  # fmt: skip
     add("--data", type=Path, help="folder with a data set's files, instead of the hub")
-    add("--calibration", help="text for training: a shipped novel or a file (default: the data set's own train split, "
-        "or a novel that is not evaluated on)")  # fmt: skip
+    add("--calibration", help="text for training: a shipped text or mix, or a file (default: the data set's own train "
+        "split, else the mix of four texts, or one that is not evaluated on)")  # fmt: skip
     add("--batch", type=int, default=default.batch, help="rows of the timed generation")
     add("-M", type=int, help="subspaces, 16 to 128 (default: 64, or half of a head size below 128)")
     add("--nbits", type=int, default=default.nbits, help="bits of a code, 4 to 8")

@@ -121,7 +121,7 @@ class Job:
         if path.is_file():
             return Codebooks.load(path, model).to(model.device), path.name
         if self.found.random:
-            books = Codebooks.random(model, config=self.pq, seed=self.settings.seed, maps=not self.settings.merged)
+            books = Codebooks.random(model, pq=self.pq, seed=self.settings.seed, maps=not self.settings.merged)
             return books.to(model.device), "random"
         raise CodebookError(f"there is no codebooks file {path}; run the training stage")
 

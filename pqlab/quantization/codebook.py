@@ -110,7 +110,7 @@ class Codebooks:
         num_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        config: PQSpec = _DEFAULT,
+        pq: PQSpec = _DEFAULT,
         seed: int = 0,
         maps: bool = False,
         span: int = 0,
@@ -125,9 +125,9 @@ class Codebooks:
             d: Anchors(span, 10000 ** -torch.linspace(0, 1, d // 2)) for _, d in geometry.values() if span
         }  # one table of turns for all layers
 
-        def codec(pq: PQConfig, heads: int, d: int, side: str) -> PQCodec:
-            m = pq.num_subspaces(d)
-            centroids = torch.randn(heads, m, 2**pq.nbits, d // m, generator=generator)
+        def codec(one: PQConfig, heads: int, d: int, side: str) -> PQCodec:
+            m = one.num_subspaces(d)
+            centroids = torch.randn(heads, m, 2**one.nbits, d // m, generator=generator)
             if not maps:
                 return PQCodec(centroids).half()
             rotation = torch.linalg.qr(torch.randn(heads, d, d, generator=generator)).Q
@@ -141,7 +141,7 @@ class Codebooks:
 
         layers = {}
         for i, (heads, d) in geometry.items():
-            k, v = setting(config, i)
+            k, v = setting(pq, i)
             layers[i] = LayerCodec(codec(k, heads, d, "k"), codec(v, heads, d, "v"))
         return cls(layers, replace(origin, seed=seed, span=span))
 
@@ -221,14 +221,6 @@ class Codebooks:
             for side, codec in zip(SIDES, (layer.k, layer.v), strict=True):
                 found |= {f"layers.{i}.{side}.{name}": tensor for name, tensor in _parts(codec).items()}
         return found
-
-    def fits(self, model_or_config: Any) -> bool:
-        """Whether these are codebooks for the layers and heads of a model or config; `check_fits` says why not."""
-        try:
-            self.check_fits(model_or_config)
-        except CodebookError:
-            return False
-        return True
 
     def check_fits(self, model_or_config: Any, name: str = "codebooks") -> None:
         """Raise `CodebookError`, naming both sides, unless layers, kv heads and head size are those of the model."""

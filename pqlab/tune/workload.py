@@ -111,7 +111,7 @@ class Workload:
         key = setting.M, setting.nbits
         if key not in self._books:
             if self.random_weights:
-                made = Codebooks.random(self.model, config=setting.pq(), maps=True)
+                made = Codebooks.random(self.model, pq=setting.pq(), maps=True)
             else:
                 made = default_codebooks(
                     self.model, self.tokenizer, setting.pq(), progress=self.progress, **self._calibration

@@ -1,4 +1,4 @@
-// Launchers of pq_encode and pq_append for one configuration, given by macros (pqlab/kernels/cuda.py sets them):
+// Launchers of pq_encode and pq_append for one configuration, given by macros (pqlab/kernels/cuda_config.py sets them):
 //   PQ_DM dimensions a subspace | PQ_NBITS bits a code (8 or 4) | PQ_T element type of the vectors
 // Every function returns null, or a message that stays valid for the life of the process.
 #include "pq_append.cuh"
