@@ -395,8 +395,9 @@ def test_bytes_add_up(model, books):
     assert (
         held["codes"] == pages * 16 * (8 * 4 // 8) * 3 * 2 * 2
     )  # tokens x bytes of 8 4-bit codes x heads x K,V x layers
-    assert held["pool"] == 60 * 16 * 4 * 3 * 2 * 2
+    assert held["free_pages"] == (60 - pages) * 16 * 4 * 3 * 2 * 2
     assert held["exact_tokens"] == (3 + 36) * 16 * 3 * 2 * 2 * 4  # (sinks + W) x d x heads x K,V x layers x fp32
+    assert cache.stored_bytes + held["free_pages"] == cache.reserved_bytes == sum(held.values()) - books.nbytes
     assert list(cache.as_frame().page) == list(cache.table.pages(0))
 
 

@@ -332,7 +332,7 @@ def test_a_setting_is_measured(kind, make_model, tiny_tokenizer):
     assert near.bytes - found.bytes(Setting(16, 32, 4, 4)) > 0
     if kind == "llama":
         cost = CacheCost(found._shape, PQConfig(M=8, nbits=4), CacheConfig(16, 32), 300)
-        held = parts["pool"] + parts["exact_tokens"] + parts["page_table"]
+        held = parts["codes"] + parts["free_pages"] + parts["exact_tokens"] + parts["page_table"]
         made = cost.constant_bytes + cost.fit_bytes
         assert abs(near.bytes - held - made) < 64, "and the centroids, maps and fits that calibration makes"
     assert found.measure(Setting(256, 1024, 8, 4)).kl == 0, "such a window holds the whole text"

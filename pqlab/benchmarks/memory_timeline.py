@@ -137,9 +137,7 @@ def _warm_up(model, cache: Cache, ids: Tensor) -> None:
 def held_bytes(cache: Cache) -> tuple[int, int]:
     """(what the tokens occupy, what the cache has allocated), model constants left out."""
     if isinstance(cache, PagedPQCache):
-        parts = cache.nbytes()
-        around = sum(parts[name] for name in ("exact_tokens", "key_fits", "turns", "exact_layers", "page_table"))
-        return parts["codes"] + around, parts["pool"] + around
+        return cache.stored_bytes, cache.reserved_bytes
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     return held, held
 

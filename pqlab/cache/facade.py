@@ -164,13 +164,13 @@ class PagedPQCache(Cache):
         return read_pages(self.pool.view(position, side), torch.tensor([page]), nbits)[head].cpu()
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: codes in used pages, the whole pool, exact buffers, what keys are fitted with, turns of anchors
-        (one table for all layers), exact layers, page table, constants."""
+        """Bytes by what they are for, nothing twice: codes (used pages), free pages of the pool, exact buffers, what
+        keys are fitted with, turns of anchors (one table for all layers), exact layers, page table, model constants."""
         turns = {layer.turns.data_ptr(): layer.turns.nbytes for layer in self._quantized if layer.turns is not None}
         exact = [x for x in self.layers if not isinstance(x, PagedPQLayer)]
         return {
             "codes": self.pool.num_used * self.pool.layout.page_bytes,
-            "pool": self.pool.layout.num_bytes,
+            "free_pages": self.pool.layout.num_bytes - self.pool.num_used * self.pool.layout.page_bytes,
             "exact_tokens": sum(layer.exact_nbytes for layer in self._quantized),
             "key_fits": sum(layer.fit.nbytes for layer in self._quantized if layer.fit is not None),
             "turns": sum(turns.values()),
@@ -178,6 +178,17 @@ class PagedPQCache(Cache):
             "page_table": self.group.page_table().nbytes,
             "model_constants": self.codebooks.nbytes,
         }
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the tokens take: all of `nbytes()` but free pages and model constants."""
+        return self.reserved_bytes - self.nbytes()["free_pages"]
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What is allocated for sequences: all of `nbytes()` but the model constants, which all caches share."""
+        parts = self.nbytes()
+        return sum(parts.values()) - parts["model_constants"]
 
     def announce_mask(self, attention_mask: torch.Tensor) -> None:
         """Tell the cache which columns are tokens, [B, columns]; only needed when the attention is not "pqlab".
