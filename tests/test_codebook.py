@@ -269,3 +269,5 @@ def test_summary_has_a_row_per_layer_and_side():
     ]
     assert frame["bytes"].sum() == made().nbytes and frame["map"].all()
     assert "2 kv heads x 8" in repr(made()) and made().origin != Origin()
+    anchored = Codebooks.random(3, 2, 16, maps=True, span=64)  # with frequencies that all layers share
+    assert anchored.summary()["bytes"].sum() == anchored.nbytes

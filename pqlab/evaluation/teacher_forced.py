@@ -8,7 +8,8 @@ every query reads, for every earlier token, the exact or the quantized vector as
 
 f changes once a page, so the rows of one page's worth of positions are one attention call. Hidden states see the
 quantized attention of their own position, and the vectors that are quantized come from these hidden states: this is
-the real decode, not an exact run with noise added. It agrees with stepping to float rounding (tests).
+the real decode, not an exact run with noise added. It agrees with stepping up to rounding (tests): of floats, and where
+codecs have maps, of exact tokens, which the cache keeps behind the map and this keeps as they are.
 """
 
 from __future__ import annotations

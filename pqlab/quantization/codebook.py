@@ -294,13 +294,16 @@ class Codebooks:
             )
 
     def summary(self) -> pd.DataFrame:
-        """One row per (layer, side): heads, head_dim, M, nbits, bits per element, map, bytes of model constants."""
+        """One row per (layer, side): heads, head_dim, M, nbits, bits per element, map, bytes of model constants (what
+        several share counts with the first of them)."""
         import pandas as pd
 
-        rows = []
+        rows, counted = [], set()
         for i, layer in self.layers.items():
             for side, codec in zip(SIDES, (layer.k, layer.v), strict=True):
                 parts = _parts(codec)
+                own = {t.data_ptr(): _stored_bytes(t) for t in parts.values() if t.data_ptr() not in counted}
+                counted |= own.keys()
                 rows.append(
                     {
                         "layer": i,
@@ -311,7 +314,7 @@ class Codebooks:
                         "nbits": codec.nbits,
                         "bits_per_element": codec.num_subspaces * codec.nbits / codec.head_dim,
                         "map": "forward" in parts,
-                        "bytes": sum(_stored_bytes(t) for t in parts.values()),
+                        "bytes": sum(own.values()),
                     }
                 )
         return pd.DataFrame(rows)
