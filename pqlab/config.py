@@ -114,6 +114,14 @@ class CacheConfig:
         """Tokens the window's buffer holds: R plus the page that waits to be flushed."""
         return self.residual_length + self.page_size
 
+    def flush_count(self, coded: int, window: int) -> int:
+        """How many of the oldest of `window` tokens leave it for pages, which hold `coded` tokens of the sequence: none
+        while the buffer is not full, else the most that end on a page's edge and leave R or more."""
+        if window < self.window_length:
+            return 0
+        spare = window - self.residual_length
+        return spare - (coded + spare) % self.page_size
+
 
 @dataclass(frozen=True)
 class RangeProblem:
@@ -165,20 +173,6 @@ def report_params(cache: CacheConfig, pq: PQConfig) -> dict[str, int | None]:
         "M": pq.M,
         "nbits": pq.nbits,
     }
-
-
-def from_report(**params: int | None) -> tuple[CacheConfig, PQConfig]:
-    """Configs from settings under the report's names; what is not given (or None) keeps the report's default.
-
-    Raises:
-        ConfigError: everything that `check_report_ranges` finds, one line each.
-    """
-    problems = check_report_ranges(**params)
-    if problems:
-        raise ConfigError("\n".join(problem.message for problem in problems))
-    p = {**DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
-    cache = CacheConfig(page_size=p["page_size"], residual_length=p["extended_residual"], max_pages=p["max_pages"])
-    return cache, PQConfig(M=p["M"], nbits=p["nbits"])
 
 
 def _require_int(config: object, name: str, low: int, high: int | None, step: int = 1) -> None:

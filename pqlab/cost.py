@@ -33,8 +33,8 @@ INT32 = FLOAT32 = 4
 
 
 def coded_tokens(context: int, cache: CacheConfig) -> int:
-    """Tokens of a sequence of `context` tokens that lie in pages: whole pages, at least R exact tokens stay."""
-    return max(0, (context - cache.num_sinks - cache.residual_length) // cache.page_size) * cache.page_size
+    """Tokens of a sequence of `context` tokens that lie in pages, however they came."""
+    return cache.flush_count(0, max(0, context - cache.num_sinks))
 
 
 def max_pages_for(context: int, batch: int, cache: CacheConfig) -> int:
@@ -168,7 +168,7 @@ class CacheCost:
 
     @property
     def wasted_slots(self) -> int:
-        """Slots that a sequence has for itself and does not fill: in its pages, its window and its sinks."""
+        """Slots that the batch's sequences have for themselves and do not fill: of pages, windows and sinks."""
         sinks, coded, window = self.lengths
         in_pages = self.pages_used * self.cache.page_size - self.batch * coded
         exact = self.cache.num_sinks - sinks + self.cache.window_length - window

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ENVIRONMENT = "PQLAB_CACHE"
@@ -44,6 +45,27 @@ def build_once(target: Path, build: Callable[[Path], None], what: str) -> Path:
     """
     if target.exists():
         return target
+    with _locked(target, what):
+        if not target.exists():
+            _build(target, build, what)
+    return target
+
+
+def build_again(target: Path, build: Callable[[Path], None], what: str, is_sound: Callable[[], bool]) -> Path:
+    """Return `target`, a file that was found damaged, built anew; it lies there until the new one takes its place.
+
+    Args:
+        target, build, what: see `build_once`.
+        is_sound: asked under the lock: another process may have built it anew since. Then it stays.
+    """
+    with _locked(target, what):
+        if not (target.exists() and is_sound()):
+            _build(target, build, what)
+    return target
+
+
+@contextmanager
+def _locked(target: Path, what: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     try:
@@ -57,11 +79,9 @@ def build_once(target: Path, build: Callable[[Path], None], what: str) -> Path:
     except OSError as error:
         raise _unusable(target.parent, what, error) from error
     try:
-        if not target.exists():
-            _build(target, build, what)
+        yield
     finally:
         lock.release()
-    return target
 
 
 def _build(target: Path, build: Callable[[Path], None], what: str) -> None:

@@ -99,7 +99,7 @@ def books(model):
     """Lossy codebooks of `model`, without maps."""
     from pqlab import Codebooks, PQConfig
 
-    return Codebooks.random(model, config=PQConfig(M=8, nbits=4))
+    return Codebooks.random(model, pq=PQConfig(M=8, nbits=4))
 
 
 @pytest.fixture(params=MODEL_KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -176,6 +177,15 @@ def test_it_plays(panel):
     assert player.value == 4
     panel.set(scenario="requests")
     assert (player.value, player.max) == (4, 40)
+
+
+def test_a_file_of_scenarios_shows_the_event_that_the_panel_would(panel, tmp_path):
+    """One with fewer events shows its last; the next one begins again with the panel's own."""
+    panel.state = {"scenario": "requests", "event": 37}
+    text = panel.to_html(tmp_path / "pages.html", sweep="scenario").read_text(encoding="utf-8")
+    shown = [int(event) for event in re.findall(r"<dt>event<.{1,2}dt><dd>(\d+)<", text)]
+    assert shown == [min(37, len(make())) for make in SCENARIOS.values()]
+    assert (panel.scenario, panel.event) == ("requests", 37)
 
 
 def test_one_file_shows_every_event(panel, tmp_path):

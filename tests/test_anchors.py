@@ -38,7 +38,7 @@ SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=200
 
 
 def books_for(model, **options) -> Codebooks:
-    return Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=True, **{"span": 64, **options})
+    return Codebooks.random(model, pq=PQConfig(M=8, nbits=6), maps=True, **{"span": 64, **options})
 
 
 def anchors_for(model, span: int = 64) -> Anchors:
@@ -90,7 +90,7 @@ def test_codebooks_have_one_span(make_model, tmp_path):
     with pytest.raises(ValueError, match="values are not turned"):
         replace(books, layers={**books.layers, 0: LayerCodec(turned, turned)})
     with pytest.raises(ConfigError, match="goes with maps only"):
-        Codebooks.random(make_model("llama"), config=PQConfig(M=8, nbits=6), span=64)
+        Codebooks.random(make_model("llama"), pq=PQConfig(M=8, nbits=6), span=64)
     assert "anchored every 64 tokens" in repr(books) and books.origin.span == 64
     without = {name: tensor for name, tensor in books.tensors().items() if "frequencies" not in name}
     codebook_file.write(tmp_path / "books", books.header(), without)
@@ -304,8 +304,18 @@ def test_the_panel_follows_its_sliders(seen):
 def test_the_panel_takes_what_it_can_draw(seen):
     model, samples = seen
     panel = key_anchors(model, samples)
-    panel.set(span=100)
+    slider, entry = panel.widget.children[1].children[0].children
+    entry.value = 100
     assert "span = 100 is none of" in panel.status and panel.span == 256
+    assert (slider.value, entry.value) == (256, 256), "controls show what is in force"
+    fewer = key_anchors(model, Samples({0: samples.keys[0], 1: samples.keys[1][:2]}, {}, positions=samples.positions))
+    heads = fewer.widget.children[1].children[3].children[0]
+    assert heads.max == 2
+    fewer.layer = 1
+    assert heads.max == 1 and fewer.error is None
+    fewer.close()
+    panel.set(layer=9)
+    assert "layer = 9 has no samples; there are some of 0, 1" in panel.status and panel.layer == 0
     panel.close()
     short = Samples({0: samples.keys[0][:, :9]}, {}, positions=samples.positions)
     with pytest.raises(ValueError, match="keys of 392 positions"):

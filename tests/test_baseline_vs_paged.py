@@ -22,7 +22,7 @@ from pqlab.results.shipped import shipped_like
 
 def test_a_row_per_context_and_cache(make_model, tiny_tokenizer):
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=8))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=8))
     config = CacheConfig(page_size=16, residual_length=32)
     frame = baseline_vs_paged(model, tiny_tokenizer, [100, 400], codebooks=books, config=config, batch=2, new_tokens=3)
     assert list(zip(frame.context, frame.cache, strict=True)) == [
@@ -42,7 +42,7 @@ def test_a_row_per_context_and_cache(make_model, tiny_tokenizer):
 
 def test_static_caches_are_emptied_and_used_again(make_model, tiny_tokenizer):
     model = make_model("llama")
-    options = {"codebooks": Codebooks.random(model, config=PQConfig(M=8, nbits=8)), "new_tokens": 9}
+    options = {"codebooks": Codebooks.random(model, pq=PQConfig(M=8, nbits=8)), "new_tokens": 9}
     static = baseline_vs_paged(model, tiny_tokenizer, [100], static=True, **options)
     eager = baseline_vs_paged(model, tiny_tokenizer, [100], **options)
     assert list(static.cache) == ["exact", "paged"] and (static.token_ms > 0).all()
@@ -79,7 +79,7 @@ def test_ratios_are_of_the_faster_exact_row():
 
 def test_on_a_gpu_the_eager_exact_cache_is_measured_twice(make_model, tiny_tokenizer, monkeypatch):
     model = make_model("llama")
-    options = {"codebooks": Codebooks.random(model, config=PQConfig(M=8, nbits=8)), "new_tokens": 3}
+    options = {"codebooks": Codebooks.random(model, pq=PQConfig(M=8, nbits=8)), "new_tokens": 3}
     timed, real, allowed = module.time_generation, [], []
     monkeypatch.setattr(module, "time_generation", lambda *args, **kw: real.append(timed(*args, **kw)) or real[-1])
     baseline_vs_paged(model, tiny_tokenizer, [100], **options)
@@ -114,7 +114,7 @@ def test_shipped_tables_are_read(name):
 @pytest.mark.filterwarnings("default")
 def test_rows_of_a_gpu(make_model, tiny_tokenizer):
     model = make_model("llama", head_dim=64).to("cuda", torch.float16)
-    books = Codebooks.random(model, config=PQConfig(M=32, nbits=8))
+    books = Codebooks.random(model, pq=PQConfig(M=32, nbits=8))
     frame = baseline_vs_paged(model, tiny_tokenizer, [300], codebooks=books, new_tokens=12)
     assert list(frame.cache) == [EXACT, NO_CUDNN, PAGED] and (frame.token_ms > 0).all()
     assert torch.backends.cuda.cudnn_sdp_enabled()

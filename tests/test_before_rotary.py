@@ -152,7 +152,7 @@ def test_rows_of_the_harness(make_model, tiny_tokenizer, monkeypatch):
 
     monkeypatch.setattr(before_rotary, "collect_kv", less)
     monkeypatch.setattr(
-        before_rotary, "default_codebooks", lambda model, tokenizer, pq, **_: Codebooks.random(model, config=pq)
+        before_rotary, "default_codebooks", lambda model, tokenizer, pq, **_: Codebooks.random(model, pq=pq)
     )
     assert set(NAMES) < set(methods.names()) and not set(NAMES) & set(methods.default_names())
     options = {"text": "moby-dick", "calibration": "emma", "windows": 1, "length": 150, "config": SMALL}

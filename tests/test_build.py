@@ -15,16 +15,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pqlab.compiler import compiler_command
 from pqlab.kernels import build
 from pqlab.kernels.build import Extension
 from pqlab.kernels.progress import ProgressLine
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler to build with"
+    shutil.which(compiler_command()[0]) is None, reason="there is no C++ compiler to build with"
 )
 
 
@@ -269,6 +271,35 @@ def test_a_fallback_folder_of_somebody_else_is_not_trusted(folders, monkeypatch)
     assert "belongs to somebody else" in extension.status.detail
 
 
+class Slow:
+    """A build that ends a twentieth of a second after it is waited for."""
+
+    def __init__(self) -> None:
+        self.given: list[float] = []
+
+    def wait(self, timeout: float) -> bool:
+        self.given.append(timeout)
+        time.sleep(min(timeout, 0.05))
+        return timeout >= 0.05
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_all_builds_of_a_backend_share_one_time(name):
+    """Each kernel of a GPU was waited for as long as all together might take."""
+    from pqlab.kernels.cpu import CpuBackend
+    from pqlab.kernels.cuda import CudaBackend
+
+    builds = [Slow(), Slow()]
+    backend = {"cpu": CpuBackend, "cuda": CudaBackend}[name]()
+    if name == "cuda":
+        backend._kernels = {build: SimpleNamespace(extension=build) for build in builds}
+    else:
+        backend.extension, backend.caller = builds[0], SimpleNamespace(extension=builds[1])
+    assert backend.wait(10)
+    assert builds[0].given[0] <= 10 and builds[1].given[0] <= 10 - 0.05
+    assert not backend.wait(0.07), "enough for either of them, not for both"
+
+
 def test_without_ninja(folders, monkeypatch):
     tools = folders / "tools"
     tools.mkdir()
@@ -306,6 +337,72 @@ def test_without_a_compiler(folders, monkeypatch):
     extension.start()
     assert extension.status.state == "failed"
     assert extension.status.detail == "no C++ compiler (no-such-compiler) was found; install g++ or set CXX"
+
+
+@needs_compiler
+def test_a_compiler_behind_a_wrapper_with_options(folders, monkeypatch):
+    """What the doctor calls a compiler is one; torch's cpp_extension takes the name of one program only."""
+    from pqlab.doctor import PROBES
+
+    log, wrapper = folders / "log", folders / "my wrapper"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    command = f"'{wrapper}' {shutil.which('c++')} -DANSWER=43"
+    monkeypatch.setenv("CXX", command)
+    assert not PROBES["compiler"]().problem
+    (folders / "source" / "trial.cpp").write_text('extern "C" int answer() { return ANSWER; }\n')
+    extension, answers = trial(folders)
+    extension.start("eager")
+    assert (extension.status.state, answers) == ("ready", [43]), extension.status.error
+    assert "-DANSWER=43" in log.read_text() and "trial.cpp" in log.read_text()
+    assert os.environ["CXX"] == command and "TORCH_NO_COMPILER_WRAPPER" not in os.environ
+    key = trial(folders)[0]._key()
+    monkeypatch.setenv("CXX", command.replace("43", "44"))
+    assert trial(folders)[0]._key() != key, "another option is another library"
+
+
+@needs_compiler
+def test_an_empty_name_is_the_default_compiler(folders, monkeypatch):
+    from pqlab.doctor import PROBES
+
+    monkeypatch.setenv("CXX", "")
+    assert compiler_command() == ["c++"] and not PROBES["compiler"]().problem
+    extension, answers = trial(folders)
+    extension.start("eager")
+    assert (extension.status.state, answers) == ("ready", [42]), extension.status.error
+    assert os.environ["CXX"] == ""
+
+
+@needs_compiler
+def test_builds_side_by_side_give_the_environment_back(folders, monkeypatch):
+    """The first to end must not take away what the other one still needs, and no key is that of the script."""
+    switch = slow_compiler(folders, monkeypatch)
+    command = f"env {os.environ['CXX']}"
+    monkeypatch.setenv("CXX", command)
+    path = os.environ["PATH"]
+    key = trial(folders)[0]._key()
+    slow, answers = trial(folders)
+    slow.start("background")
+    deadline = time.monotonic() + 60
+    while os.environ["CXX"] == command and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert os.environ["CXX"] != command and trial(folders)[0]._key() == key
+    (folders / "quick").mkdir()
+    (folders / "quick" / "other.cpp").write_text('extern "C" int answer() { return 41; }\n')
+    quick = Extension("other", [folders / "quick" / "other.cpp"], lambda path: None)
+    quick.start("eager")
+    assert quick.status.state == "ready", quick.status.error
+    assert os.environ["CXX"] != command, "the slow one still builds"
+    switch.unlink()
+    assert slow.wait(60) and (slow.status.state, answers) == ("ready", [42]), slow.status.error
+    assert (os.environ["CXX"], os.environ["PATH"]) == (command, path)
+
+
+def test_a_wrapper_without_its_compiler_is_a_problem(folders, monkeypatch):
+    from pqlab.doctor import PROBES
+
+    monkeypatch.setenv("CXX", "env no-such-compiler")
+    assert "env no-such-compiler --version fails" in PROBES["compiler"]().problem
 
 
 @needs_compiler

@@ -257,6 +257,30 @@ def test_the_fallback_says_that_it_happens_and_why(model, books):
     assert any(op == "attention" and "sdpa" in reason for op, _, reason in dispatch.runs())
 
 
+def test_a_fallback_that_begins_later_is_said_too(model, books):
+    cache = PagedPQCache(model, books, SMALL)
+    model.set_attn_implementation("pqlab")
+    feed(model, cache, tokens(40))
+    model.set_attn_implementation("sdpa")
+    with pytest.warns(UserWarning, match="Falling back"):
+        feed(model, cache, tokens(1))
+
+
+def test_a_reset_forgets_the_announced_mask_and_asks_for_it_again(model):
+    ids, mask = tokens(70, rows=2), torch.ones(2, 70, dtype=torch.long)
+    mask[0, :40] = 0
+    model.set_attn_implementation("sdpa")
+    cache = PagedPQCache(model, Codebooks.identity(model), SMALL)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="announce_mask"):
+            feed(model, cache, ids)
+        cache.reset()
+    cache.announce_mask(mask)
+    with pytest.warns(UserWarning, match="reads the codes directly.$"):
+        model(ids, attention_mask=mask, **cache_argument(model, cache))
+    assert cache.lengths.sum(1).tolist() == [30, 70]
+
+
 def test_the_fallback_asks_for_the_mask_of_a_single_padded_row_too(model):
     mask = torch.ones(1, 100, dtype=torch.long)
     mask[:, :60] = 0
@@ -371,8 +395,9 @@ def test_bytes_add_up(model, books):
     assert (
         held["codes"] == pages * 16 * (8 * 4 // 8) * 3 * 2 * 2
     )  # tokens x bytes of 8 4-bit codes x heads x K,V x layers
-    assert held["pool"] == 60 * 16 * 4 * 3 * 2 * 2
+    assert held["free_pages"] == (60 - pages) * 16 * 4 * 3 * 2 * 2
     assert held["exact_tokens"] == (3 + 36) * 16 * 3 * 2 * 2 * 4  # (sinks + W) x d x heads x K,V x layers x fp32
+    assert cache.stored_bytes + held["free_pages"] == cache.reserved_bytes == sum(held.values()) - books.nbytes
     assert list(cache.as_frame().page) == list(cache.table.pages(0))
 
 

@@ -80,7 +80,7 @@ def test_exact_storage_gives_the_tokens_of_dynamic_cache(tiny_model, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_lossy_storage_gives_the_tokens_of_a_plain_contiguous_model(tiny_model, way, maps):
     span = 64 if maps == "anchored" else 0
-    books = Codebooks.random(tiny_model, config=PQConfig(M=8, nbits=6), maps=bool(maps), span=span)
+    books = Codebooks.random(tiny_model, pq=PQConfig(M=8, nbits=6), maps=bool(maps), span=span)
     mask = inputs_for(way)["attention_mask"].repeat_interleave(WAYS[way].get("num_beams", 1), 0)
     plain, logits = generate(tiny_model, plain_pq_cache(tiny_model, books, SMALL, mask), way, "sdpa")
     cache = PagedPQCache(tiny_model, books, SMALL)
@@ -97,7 +97,7 @@ def test_lossy_storage_gives_the_tokens_of_a_plain_contiguous_model(tiny_model, 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_dequantizing_fallback_gives_the_same_tokens(make_model, way, attention):
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     inputs = inputs_for(way)
     mask = inputs["attention_mask"].repeat_interleave(WAYS[way].get("num_beams", 1), 0)
     plain, logits = generate(model, plain_pq_cache(model, books, SMALL, mask), way, attention)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pqlab.config import PQConfig
+from pqlab.config import CacheConfig, PQConfig
 from pqlab.errors import ConfigError, UnsupportedModelError
 from pqlab.models import fingerprint
-from pqlab.quantization import Codebooks, Samples, calibrate, collect_kv, record_kv
+from pqlab.quantization import Codebooks, Samples, calibrate, collect_kv, default_codebooks, record_kv
 from pqlab.quantization.calibrate import SCOPES, STAGES
 from pqlab.quantization.samples import split_text
 from pqlab.transformers_api import cache_argument
@@ -112,6 +112,25 @@ def test_windows_are_spread_over_the_text(tiny_tokenizer, num_tokens, window, le
             assert windows[-1] == whole[-window:][: lengths[-1]]
 
 
+def test_windows_reach_the_end_of_a_text_that_is_too_long_to_be_tokenized(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("pqlab.quantization.samples._MAX_CHARS", 2000)
+    text = "".join(letter * 5000 for letter in "abcdefg")
+    read = []
+
+    class Counting:
+        bos_token_id = None
+
+        def __call__(self, text, **_):
+            read.append(len(text))
+            return tiny_tokenizer(text)
+
+    windows = split_text(Counting(), text, 80, 20)
+    assert windows == [tiny_tokenizer(letter * 20)["input_ids"] for letter in "aceg"] and sum(read) < 2100
+    assert split_text(tiny_tokenizer, text, 0, 20) == []
+    tail = text[:-9] + "the end!!"
+    assert split_text(tiny_tokenizer, tail, 80, 20)[-1] == tiny_tokenizer(tail[-20:])["input_ids"]
+
+
 def test_several_texts_share_the_tokens_and_take_turns(tiny_tokenizer):
     a, b, c = (tiny_tokenizer(letter)["input_ids"] for letter in "abc")
     windows = split_text(tiny_tokenizer, ["a" * 300, "b" * 300, "c" * 300], 75, 20)
@@ -146,7 +165,7 @@ def test_calibrated_codebooks_fit_the_model_and_its_vectors(tiny_model, tiny_tok
     books = calibrate(
         tiny_model, tiny_tokenizer, TEXT, PQConfig(8, 6), num_tokens=1500, window=512, progress=False, text_name="whale"
     )
-    assert books.fits(tiny_model)
+    books.check_fits(tiny_model)
     origin = books.origin
     assert (origin.text, origin.num_sinks, origin.window, origin.seed) == ("whale", 4, 512, 0)
     assert origin.fingerprint == fingerprint(tiny_model) and origin.num_samples == 1500 - 3 * 4
@@ -162,9 +181,9 @@ def test_calibrated_codebooks_fit_the_model_and_its_vectors(tiny_model, tiny_tok
 
 def test_settings_by_side_and_layer(make_model, tiny_tokenizer, tmp_path):
     model = make_model("llama")
-    config = {0: (PQConfig(4, 5), PQConfig(16, 2)), 1: (PQConfig(8, 3), PQConfig(4, 5))}
+    pq = {0: (PQConfig(4, 5), PQConfig(16, 2)), 1: (PQConfig(8, 3), PQConfig(4, 5))}
     options = {"num_tokens": 400, "window": 200, "progress": False}
-    books = calibrate(model, tiny_tokenizer, TEXT, config, **options)
+    books = calibrate(model, tiny_tokenizer, TEXT, pq, **options)
     assert [(r.M, r.nbits) for r in books.summary().itertuples()] == [(4, 5), (16, 2), (8, 3), (4, 5)]
     books.save(tmp_path / "books")
     Codebooks.load(tmp_path / "books", model)
@@ -232,6 +251,9 @@ def test_what_cannot_be_calibrated_is_refused(make_model, tiny_tokenizer):
     seen = []
     with pytest.raises(ConfigError, match="M = 5 does not divide the head size 16"):
         calibrate(model, tiny_tokenizer, TEXT, PQConfig(5), num_tokens=50, progress=lambda *x: seen.append(x))
+    for call in (calibrate, default_codebooks):
+        with pytest.raises(ConfigError, match=r"pq takes PQConfig\(M, nbits\).* was given a CacheConfig"):
+            call(model, tiny_tokenizer, *([TEXT] if call is calibrate else []), pq=CacheConfig())
     assert not seen  # said before the text was read
     with pytest.warns(UserWarning, match="46 samples cannot fill 256 centroids"):
         calibrate(model, tiny_tokenizer, TEXT, PQConfig(4, 8), num_tokens=50, progress=False)

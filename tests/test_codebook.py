@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from pqlab.config import PQConfig
-from pqlab.errors import UnsupportedModelError
+from pqlab.config import CacheConfig, PQConfig
+from pqlab.errors import ConfigError, UnsupportedModelError
 from pqlab.paging.layout import PageLayout, PoolLayout
 from pqlab.quantization import CodebookError, Codebooks, LayerCodec, Origin, PQCodec, attention_geometry
 
@@ -44,7 +45,7 @@ def mixed_spec() -> dict[int, tuple[PQConfig, PQConfig]]:
 
 
 def made(**origin) -> Codebooks:
-    books = Codebooks.random(llama(), config=mixed_spec(), seed=3, maps=True)
+    books = Codebooks.random(llama(), pq=mixed_spec(), seed=3, maps=True)
     return Codebooks(books.layers, replace(books.origin, model="tiny", fingerprint="abc", text="pride", **origin))
 
 
@@ -71,18 +72,46 @@ def test_k_and_v_and_layers_may_differ():
     )
     assert PoolLayout(books.layouts(32), 5).page_bytes == 32 * 2 * (24 + 16 + 24 + 16) // 8
     assert books.bits_per_element == (24 + 16 + 24 + 16) / (4 * 8)
-    with pytest.raises(KeyError, match="no PQConfig for layer 1"):
-        Codebooks.random(llama(), config={0: (PQConfig(), PQConfig())})
+    with pytest.raises(ConfigError, match="no PQConfig for layer 1"):
+        Codebooks.random(llama(), pq={0: (PQConfig(), PQConfig())})
+
+
+@pytest.mark.parametrize(
+    ("pq", "message"),
+    [
+        (CacheConfig(), r"was given a CacheConfig.* give that one to PagedPQCache\("),
+        ((PQConfig(), CacheConfig()), r"no setting of a quantizer; give PQConfig\(M, nbits\), a pair of them"),
+        (
+            {0: PQConfig(), 1: PQConfig()},
+            r"pq = PQConfig\(.*a pair of them for K and V, or such a pair for every layer",
+        ),
+        (8, "pq = 8 is no setting of a quantizer"),
+    ],
+)
+def test_what_is_no_setting_of_a_quantizer_is_refused(pq, message):
+    with pytest.raises(ConfigError, match=message):
+        Codebooks.random(llama(), pq=pq)
 
 
 def test_nbytes_counts_centroids_and_maps_once():
-    books = Codebooks.random(1, 2, 8, config=PQConfig(4, 8))
+    books = Codebooks.random(1, 2, 8, pq=PQConfig(4, 8))
     assert books.nbytes == 2 * (2 * 4 * 256 * 2 * 2)
-    mapped = Codebooks.random(1, 2, 8, config=PQConfig(4, 8), maps=True)
+    mapped = Codebooks.random(1, 2, 8, pq=PQConfig(4, 8), maps=True)
     assert mapped.nbytes - books.nbytes == 2 * 2 * (3 * 8 * 8) + 2 * (2 * 8 * 2)  # maps, mean and spread of the keys
     one = PQCodec(torch.randn(1, 4, 16, 2).expand(2, -1, -1, -1))  # one codebook for both heads and both sides
     assert Codebooks({0: LayerCodec(one, one)}).nbytes == 4 * 16 * 2 * 4
     assert Codebooks.identity(3, 2, 8).nbytes == 0
+
+
+def test_codebooks_are_moved_once():
+    """What is moved to a device serves all caches there; a deep copy has memory of its own."""
+    books = Codebooks.random(2, 2, 16, maps=True, span=64)
+    there = books.to("meta")
+    assert there is books.to("meta") is there.to("meta") and there.layer(1).k.centroids.is_meta
+    copied = deepcopy(books)
+    assert copied.to("meta") is not there
+    assert copied.layer(0).k.centroids.data_ptr() != books.layer(0).k.centroids.data_ptr()
+    assert copied.layer(0).k.anchors is copied.layer(1).k.anchors
 
 
 def test_random_and_identity_are_reproducible_and_exact():
@@ -153,8 +182,9 @@ def test_what_does_not_fit_is_refused_naming_both_sides(tmp_path, other, names):
     with pytest.raises(CodebookError, match=names):
         Codebooks.load(tmp_path / "books", other)
     if not isinstance(other, str):
-        assert not made().fits(other)
-    assert made().fits(llama())
+        with pytest.raises(CodebookError, match=names):
+            made().check_fits(other)
+    made().check_fits(llama())
 
 
 def damage(path, kind: str) -> None:
@@ -239,3 +269,5 @@ def test_summary_has_a_row_per_layer_and_side():
     ]
     assert frame["bytes"].sum() == made().nbytes and frame["map"].all()
     assert "2 kv heads x 8" in repr(made()) and made().origin != Origin()
+    anchored = Codebooks.random(3, 2, 16, maps=True, span=64)  # with frequencies that all layers share
+    assert anchored.summary()["bytes"].sum() == anchored.nbytes

@@ -14,8 +14,6 @@ from pqlab.config import (
     PQConfig,
     Range,
     check_report_ranges,
-    from_report,
-    report_params,
 )
 from pqlab.errors import ConfigError
 from pqlab.presets import PRESETS, preset, preset_for
@@ -70,6 +68,20 @@ def test_nearest_is_in_range_and_none_is_nearer(value):
     assert "64" not in bounds
 
 
+@pytest.mark.parametrize("residual", [1, 32, 40])
+def test_what_leaves_a_window(residual):
+    """Only of a full buffer; then the pages end full, R tokens stay, and no further page could leave."""
+    config = CacheConfig(page_size=16, residual_length=residual)
+    for coded in range(40):
+        for window in range(200):
+            leaving = config.flush_count(coded, window)
+            if window < residual + 16:
+                assert leaving == 0
+            else:
+                assert leaving > 0 and (coded + leaving) % 16 == 0
+                assert residual <= window - leaving < residual + 16
+
+
 def test_defaults_are_the_reports_and_in_range():
     assert DEFAULTS == {"page_size": 64, "extended_residual": 128, "max_pages": 1000, "M": 64, "nbits": 8}
     assert set(DEFAULTS) == set(REPORT_RANGES)
@@ -102,19 +114,13 @@ def test_unknown_parameter():
         check_report_ranges(pagesize=3)
 
 
-def test_report_names_go_to_configs_and_back():
-    cache, pq = from_report(page_size=32, M=None)
-    assert report_params(cache, pq) == {**DEFAULTS, "page_size": 32}
-    assert (cache.residual_length, cache.window_length) == (128, 160)
-    with pytest.raises(ConfigError, match="(?s)page_size = 8 .*max_pages = 5 "):
-        from_report(page_size=8, max_pages=5)
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_hold_to_the_ranges(name):
     chosen = preset(name)
     assert chosen.name == name
-    assert check_report_ranges(**report_params(chosen.cache, chosen.pq)) == []
+    cache, pq = chosen.cache, chosen.pq
+    params = {"page_size": cache.page_size, "extended_residual": cache.residual_length, "max_pages": cache.max_pages}
+    assert check_report_ranges(**params, M=pq.M, nbits=pq.nbits) == []
     assert chosen.capacity == chosen.cache.page_size * chosen.cache.max_pages
 
 

@@ -27,7 +27,7 @@ def no_hub(monkeypatch):
 
 def test_rows_with_numbers_and_a_row_that_says_why(make_model, tiny_tokenizer, no_hub, tmp_path):
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=8))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=8))
     own = tmp_path / "own.txt"
     own.write_text("It is a truth universally acknowledged. " * 20)
     began = time.perf_counter()
@@ -45,7 +45,7 @@ def test_rows_with_numbers_and_a_row_that_says_why(make_model, tiny_tokenizer, n
 
 def test_longbench_from_a_folder_and_without_one(make_model, tiny_tokenizer, no_hub, tmp_path):
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=8))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=8))
     fields = '"context": "Where is it?", "input": "Here.", "answers": ["x"], "all_classes": ["x", "y"], "length": 3'
     (tmp_path / "trec.jsonl").write_text(f'{{{fields}, "dataset": "trec", "language": "en", "_id": "1"}}\n')
     table = longbench_table(model, tiny_tokenizer, ["trec", "qasper"], codebooks=books, config=CONFIG, data=tmp_path)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+from pqlab import memory
 from pqlab.config import CacheConfig, PQConfig
 from pqlab.cost import SHAPES, CacheCost, ModelShape, coded_tokens, fit_max_pages, max_context_for, max_pages_for
 from pqlab.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
-from pqlab.memory import free_memory
+from pqlab.memory import MIB, free_memory
 from pqlab.paging import PageLayout, PagePool, PageTable
 from pqlab.transformers_api import cache_argument
 
@@ -132,6 +134,52 @@ def test_free_memory_is_what_this_machine_has():
     assert fit_max_pages(layers(), CacheConfig(page_size=16), context=1000) == 54
 
 
+def group(folder: Path, limit: object, used: int, cached: int = 0, *, v1: bool = False) -> None:
+    """The files of a control group; limit "max" is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(f"{limit}\n")
+    (folder / ("memory.usage_in_bytes" if v1 else "memory.current")).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{'total_' * v1}inactive_file {cached}\n")
+
+
+V2, V1 = "0::/job/step/task\n", "9:cpu,cpuacct:/elsewhere\n4:memory:/job/step\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("membership", "groups", "left"),
+    [
+        # a container, whose group is its root
+        ("0::/\n", [(".", 50 * MIB, 20 * MIB, 5 * MIB)], 35 * MIB),
+        # Slurm: the limit is on the job, above the task's own group; the root has no such files
+        (V2, [("job", 50 * MIB, 20 * MIB), ("job/step", "max", MIB), ("job/step/task", "max", MIB)], 30 * MIB),
+        # several limits: the one that leaves least, which need not be the lowest
+        (V2, [("job", 50 * MIB, 45 * MIB), ("job/step/task", 20 * MIB, MIB)], 5 * MIB),
+        (V2, [("job", 50 * MIB, 20 * MIB), ("job/step/task", 20 * MIB, MIB, MIB)], 20 * MIB),
+        # a task over its limit, and a group of somebody else
+        (V2, [("job/step/task", MIB, 2 * MIB)], 0),
+        (V2, [("other", MIB, MIB)], None),
+        # cgroup v1: its memory controller has a tree and a way of its own
+        (V1, [("memory", 2**63 - 4096, MIB), ("memory/job", 9 * MIB, MIB), ("memory/elsewhere", MIB, MIB)], 8 * MIB),
+        # v1 in a container without a namespace: the way is that of the host, the group is at the root
+        ("4:memory:/docker/0a1b\n", [("memory", 9 * MIB, MIB, 2 * MIB)], 10 * MIB),
+        # a process outside of its namespace's root; and a system that tells nothing
+        ("0::/../other\n", [(".", 9 * MIB, MIB), ("other", MIB, MIB)], 8 * MIB),
+        (None, [(".", 9 * MIB, MIB)], 8 * MIB),
+    ],
+)
+def test_memory_is_what_every_group_on_the_way_leaves(membership, groups, left, tmp_path, monkeypatch):
+    root, own = tmp_path / "cgroup", tmp_path / "self"
+    root.mkdir()
+    for name, *numbers in groups:
+        group(root / name, *numbers, v1=name.startswith("memory"))
+    if membership is not None:
+        own.write_text(membership)
+    monkeypatch.setattr(memory, "_CGROUPS", root)
+    monkeypatch.setattr(memory, "_MEMBERSHIP", own)
+    monkeypatch.setattr(memory, "_meminfo_available", lambda: 10**9)
+    assert free_memory() == (10**9 if left is None else left)
+
+
 def test_shapes_are_read_from_configurations(make_model):
     shape = ModelShape.from_config(make_model("llama"), name="tiny llama")
     assert shape == ModelShape(2, 6, 3, 16, "tiny llama", 4096)
@@ -164,7 +212,7 @@ def test_codebooks_of_that_shape_have_these_bytes():
     from pqlab.quantization import Codebooks
 
     for maps in (False, True):
-        books = Codebooks.random(2, 3, 16, config=PQConfig(M=4, nbits=5), maps=maps)
+        books = Codebooks.random(2, 3, 16, pq=PQConfig(M=4, nbits=5), maps=maps)
         cost = CacheCost(TINY, PQConfig(M=4, nbits=5), CacheConfig(page_size=32), 500, maps=maps)
         assert books.nbytes == cost.constant_bytes
         assert books.layouts(32) == cost.layout.layers
@@ -179,12 +227,13 @@ def test_a_running_cache_has_these_bytes(make_model, context):
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
     settings, pq = CacheConfig(page_size=16, residual_length=20, num_sinks=4, max_pages=20), PQConfig(M=4, nbits=5)
-    cache = PagedPQCache(model, Codebooks.random(model, config=pq, maps=True), settings)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=pq, maps=True), settings)
     model(torch.arange(2 * context).view(2, context) % 250, **cache_argument(model, cache))
     cost = CacheCost(ModelShape.from_config(model), pq, settings, context, batch=2, exact_bytes=4)
     held = cache.nbytes()
     assert [tuple(row) for row in cache.lengths.tolist()] == [cost.lengths] * 2
-    assert held["codes"] == cost.code_bytes and held["pool"] == cost.pool_bytes
+    assert held["codes"] == cost.code_bytes and held["codes"] + held["free_pages"] == cost.pool_bytes
+    assert abs(cache.reserved_bytes - cost.reserved_bytes) < 64, "the table of pages has places to spare"
     assert held["exact_tokens"] == cost.sink_bytes + cost.window_bytes
     assert held["key_fits"] == cost.fit_bytes
     assert held["model_constants"] == cost.constant_bytes

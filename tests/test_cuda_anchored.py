@@ -25,8 +25,11 @@ KINDS = [
     (4, 2, 128, (32, 8), (32, 8), F16), (4, 2, 128, (64, 4), (32, 4), F16), (4, 2, 128, (128, 8), (64, 8), F16),
     (9, 3, *OF_64, F16), (9, 3, *OF_64, BF16), (4, 4, 64, (16, 8), (32, 4), F16), (4, 2, 96, (48, 8), (24, 8), F16),
     (2, 2, 96, (24, 4), (48, 4), F16), (6, 2, 32, (16, 8), (8, 8), F16), (6, 2, 64, (32, 8), (16, 8), F16),
+    (4, 1, 256, (128, 8), (128, 8), F16), (16, 8, 256, (128, 8), (128, 8), BF16), (2, 2, 256, (64, 4), (128, 8), F32),
+    (3, 1, 256, (32, 8), (64, 4), F16),
 ]  # fmt: skip
 """Query heads, kv heads, head size, codecs of keys and values (M, nbits), element type."""
+IN_HALVES = KINDS[-4]
 LIMITS = {F16: 2e-3, BF16: 5e-3, F32: 2e-3}
 
 
@@ -118,18 +121,21 @@ def test_kinds(kind):
 @pytest.mark.parametrize("window", [0, 1, 130])
 def test_lengths(length, window):
     """Of one row: within the first span, at its border, more spans than a block meets."""
-    for span, rows in ((64, ((4, length, window),)), (1024, ((0, length, window),))):
-        check(call_of(KINDS[5], span, rows=rows))
+    for kind in (KINDS[5], IN_HALVES):
+        for span, rows in ((64, ((4, length, window),)), (1024, ((0, length, window),))):
+            check(call_of(kind, span, rows=rows))
 
 
-def test_many_rows():
+@pytest.mark.parametrize("kind", [KINDS[2], IN_HALVES], ids=name)
+def test_many_rows(kind):
     rows = [(i % 5, i * 97 % 900, i * 31 % 193) for i in range(70)]
-    check(call_of(KINDS[2], rows=rows))
+    check(call_of(kind, rows=rows))
 
 
-def test_several_new_tokens():
+@pytest.mark.parametrize("kind", [KINDS[2], IN_HALVES], ids=name)
+def test_several_new_tokens(kind):
     for rows in (RAGGED, ((4, 3000, 100),)):
-        check(call_of(KINDS[2], rows=rows, steps=2))
+        check(call_of(kind, rows=rows, steps=2))
 
 
 def test_strided_queries():
@@ -155,9 +161,10 @@ def test_spans_as_one_row_of_queries_are_plain_decode():
     torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [KINDS[5], IN_HALVES], ids=name)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_graph_replay_reads_new_lengths(batch):
-    call = call_of(KINDS[5], rows=((4, 2000, 100), (4, 700, 0))[:batch], spare=0)
+def test_graph_replay_reads_new_lengths(batch, kind):
+    call = call_of(kind, rows=((4, 2000, 100), (4, 700, 0))[:batch], spare=0)
     call[0].nan_to_num_(), call[-1].nan_to_num_()
     with use_backend("cuda"):
         ops.decode(*call)
@@ -180,8 +187,9 @@ def test_code_for_older_gpus(arch, monkeypatch):
     monkeypatch.setenv("PQLAB_NVCC_FLAGS", f"-gencode=arch=compute_{arch},code=compute_{arch}")
     backend = CudaBackend()
     monkeypatch.setattr(backend, "_device", lambda x: (arch, SHARED_MEMORY[arch], 108))
-    for rows in (RAGGED, ((4, 9000, 130),)):
-        check(call_of(KINDS[12], rows=rows), backend=backend)
+    for kind in (KINDS[12], IN_HALVES):
+        for rows in (RAGGED, ((4, 9000, 130),)):
+            check(call_of(kind, rows=rows), backend=backend)
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -356,6 +364,8 @@ def check_few_blocks():
         patch.setattr(backend, "_device", lambda x: (*device[:2], 2))
         for rows in (((4, 2600, 30),), ((4, 1900, 30), (0, 33, 0), (2, 0, 5), (4, 500, 9))):
             check(call_of(KINDS[3], rows=rows), backend=backend)
+        for rows in (((4, 40_000, 30),), ((4, 9000, 30), (0, 33, 0), (2, 0, 5), (4, 20_000, 9))):  # several segments
+            check(call_of(IN_HALVES, rows=rows), backend=backend)
 
 
 def test_few_blocks():
@@ -372,6 +382,8 @@ def test_sanitizer(tool):
         "t.check(t.call_of(t.KINDS[12], rows=((4, 2600, 100),)))\n"
         "t.check_few_blocks()\n"
         "t.check_steps(False, (16, 8), True, steps=80)\n"
-        "for rows in ('one', 'many'):\n"
-        "    t.test_a_step(t.KINDS[5], rows, True)\n",
+        "t.check(t.call_of(t.IN_HALVES, rows=((4, 2600, 100), (0, 33, 0))))\n"
+        "for kind in (t.KINDS[5], t.IN_HALVES):\n"
+        "    for rows in ('one', 'many'):\n"
+        "        t.test_a_step(kind, rows, True)\n",
     )

@@ -32,7 +32,7 @@ def generate(model, cache, attention: str, **settings):
 def setting(make_model, request):
     model = make_model("llama", head_dim=64).cuda().half()
     span = 64 if request.param == "anchored" else 0
-    books = Codebooks.random(model, config=PQConfig(M=32, nbits=8), maps=bool(request.param), span=span)
+    books = Codebooks.random(model, pq=PQConfig(M=32, nbits=8), maps=bool(request.param), span=span)
     mask = torch.ones(2, 90, dtype=torch.bool)
     mask[1, :25] = False
     plain = generate(model, plain_pq_cache(model, books.to("cuda"), EAGER, mask), "sdpa")
@@ -62,7 +62,7 @@ def test_generation_on_the_kernels(setting, config):
 def test_static_generation_without_kernels(make_model, caplog):
     """Codes that the CUDA kernels do not read: `generate` makes no graph of what the reference does, and goes on."""
     model = make_model("llama", head_dim=64).cuda().half()
-    books = Codebooks.random(model, config=PQConfig(M=32, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=32, nbits=6))
     eager, static = (PagedPQCache(model, books, c, context=200, max_batch=2) for c in (EAGER, STATIC))
     assert not static.is_compileable and "6-bit codes" in caplog.text
     assert_same(generate(model, static, "pqlab"), generate(model, eager, "pqlab"))
@@ -71,7 +71,7 @@ def test_static_generation_without_kernels(make_model, caplog):
 @pytest.mark.filterwarnings("default")
 def test_the_first_static_generation_waits_for_its_kernels(make_model):
     model = make_model("llama", head_dim=64).cuda().half()
-    books = Codebooks.random(model, config=PQConfig(M=16, nbits=4))  # of no other test
+    books = Codebooks.random(model, pq=PQConfig(M=16, nbits=4))  # of no other test
     cache = PagedPQCache(model, books, STATIC, context=200, max_batch=2)
     assert cache.is_compileable
     before = dispatch.runs()

@@ -59,6 +59,8 @@ DECODE = [
     DecodeConfig(256, 128, 8, 32, 8, torch.float16, 3, 80),
     DecodeConfig(256, 64, 8, 64, 8, torch.float16, 2, 80),
     DecodeConfig(256, 128, 8, 128, 8, torch.float16, 2, 89),  # 99 KiB
+    DecodeConfig(256, 128, 8, 128, 8, torch.bfloat16, 4, 90, anchored=True),
+    DecodeConfig(256, 64, 8, 64, 8, torch.float16, 2, 80, anchored=True),
 ]
 ENCODE = [
     EncodeConfig(2, 8, torch.float16, 90),
@@ -119,7 +121,6 @@ def test_encode_compiles(config, tmp_path):
         (DecodeConfig(128, 64, 8, 64, 8, torch.float64, 1, 90), "float64"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 75), "older"),
         (DecodeConfig(128, 64, 8, 64, 8, torch.float16, 1, 89), "shared memory"),
-        (DecodeConfig(256, 128, 8, 128, 8, torch.float16, 1, 90, anchored=True), "anchored keys"),
         (EncodeConfig(3, 8, torch.float16, 90), "3 dimensions"),
     ],
 )

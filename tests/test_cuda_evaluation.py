@@ -33,7 +33,7 @@ def models(make_model):
 
 @pytest.mark.parametrize("task", [passkey, key_values])
 def test_retrieval(models, tiny_tokenizer, task):
-    books = Codebooks.random(models[0], config=PQConfig(M=8, nbits=8), maps=True)
+    books = Codebooks.random(models[0], pq=PQConfig(M=8, nbits=8), maps=True)
     found = [
         task(
             model, tiny_tokenizer, TEXT, {"pq": from_codebooks(books.to(model.device))}, SMALL, lengths=[300],
@@ -79,7 +79,7 @@ def test_a_plan_made_on_a_gpu_holds_on_the_cpu(models, tiny_tokenizer, tmp_path)
 
 def test_a_peak_awaits_the_kernels_that_it_needs(make_model):
     model = make_model("llama", head_dim=64).cuda()
-    books = Codebooks.random(model, config=PQConfig(M=32, nbits=8))
+    books = Codebooks.random(model, pq=PQConfig(M=32, nbits=8))
     ids = torch.randint(0, 200, (1, 300), generator=torch.Generator().manual_seed(0))
     runs = {"mine": (lambda context: PagedPQCache(model, deepcopy(books), SMALL, context=context), "pqlab")}
     peaks, errors = cache_peaks(model, ids, runs)

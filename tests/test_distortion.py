@@ -15,7 +15,7 @@ from pqlab.quantization import Codebooks, Samples
 
 @pytest.fixture
 def books() -> Codebooks:
-    return Codebooks.random(2, 3, 16, config=PQConfig(8, 6), maps=True)
+    return Codebooks.random(2, 3, 16, pq=PQConfig(8, 6), maps=True)
 
 
 def test_distortion_is_the_share_of_the_variance(books):

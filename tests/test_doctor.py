@@ -187,15 +187,25 @@ def test_a_compiler_that_nvcc_refuses_is_named(a_gpu, monkeypatch, tmp_path):
     program(tmp_path, "nvcc", refuses)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     finding = PROBES["host compiler"]()
-    assert "gcc versions later than 12" in finding.problem and "CXX" in finding.remedy
+    assert "gcc versions later than 12" in finding.problem and "set CC to it" in finding.remedy
     program(tmp_path, "nvcc", "exit 0")
     assert not PROBES["host compiler"]().problem
+
+
+def test_nvcc_is_asked_about_the_compiler_that_torch_hands_it(a_gpu, monkeypatch, tmp_path):
+    """Builds of kernels pass $CC as nvcc's host compiler, not $CXX."""
+    program(tmp_path, "nvcc", 'case "$*" in *"-ccbin my-gcc"*) exit 0;; esac; echo "error: $*" >&2; exit 1')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CXX", "my-g++")
+    monkeypatch.setenv("CC", "my-gcc")
+    finding = PROBES["host compiler"]()
+    assert not finding.problem and finding.value.startswith("my-gcc fits")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_a_real_nvcc_is_really_asked(a_gpu, monkeypatch, tmp_path):
     assert not PROBES["host compiler"]().problem
-    monkeypatch.setenv("CXX", str(program(tmp_path, "c++", "echo 'error: broken on purpose' >&2; exit 1")))
+    monkeypatch.setenv("CC", str(program(tmp_path, "cc", "echo 'error: broken on purpose' >&2; exit 1")))
     assert PROBES["host compiler"]().problem
 
 

@@ -34,7 +34,7 @@ def tiny(make_model, tiny_tokenizer):
 def test_bytes_are_those_of_the_cost_model(tiny, maps):
     model, tokenizer = tiny
     pq = PQConfig(M=16, nbits=6)
-    books = Codebooks.random(model, config=pq, maps=maps)
+    books = Codebooks.random(model, pq=pq, maps=maps)
     method = methods.from_codebooks("pq", books, Setting(model, tokenizer, SMALL))
     for context in (40, 2048, 8192):
         cost = CacheCost(ModelShape.from_config(model), pq, SMALL, context, maps=maps)
@@ -47,7 +47,7 @@ def test_a_row_for_every_method_and_a_reason_where_there_are_no_numbers(tiny, mo
     monkeypatch.setitem(methods._MAKERS, "breaks late", lambda setting: _broken(setting))
     foreign = Codebooks.random(5, 1, 16)
     names = ["kivi-4", "breaks late", "per-token-2"]
-    books = {"mine": Codebooks.random(model, config=PQConfig(M=16, nbits=4)), "foreign": foreign}
+    books = {"mine": Codebooks.random(model, pq=PQConfig(M=16, nbits=4)), "foreign": foreign}
     result = evaluate(model, tokenizer, names, codebooks=books, windows=2, length=150, config=SMALL)
     table = result.table().set_index("method")
     assert list(table.index) == ["exact", *names, "mine", "foreign"]
@@ -185,7 +185,7 @@ def test_command(tiny, monkeypatch, tmp_path, capsys):
     model, tokenizer = tiny
     monkeypatch.setattr(eval_command, "load", lambda args: (None, model, tokenizer))
     monkeypatch.setattr("pqlab.quantization.codebook.fingerprint", lambda model: "tiny")
-    books = Codebooks.random(model, config=PQConfig(M=16, nbits=4))
+    books = Codebooks.random(model, pq=PQConfig(M=16, nbits=4))
     Codebooks(books.layers, Origin(fingerprint="tiny", num_layers=2)).save(tmp_path / "small.safetensors")
     common = ["--windows", "1", "--length", "120", "--page-size", "32", "--residual", "20", "--sinks", "3"]
     out = tmp_path / "out.json"
@@ -238,7 +238,7 @@ def test_a_run_without_numbers_still_prints(tiny, capsys):
 def test_peaks_are_those_of_real_caches(make_model, tiny_tokenizer, monkeypatch):
     """A token takes 24 KiB in float32: the exact cache and what its copies leave, and the paged one's window."""
     model = make_model("llama", head_dim=128, num_key_value_heads=6)
-    books = {"mine": Codebooks.random(model, config=PQConfig(M=32, nbits=4))}
+    books = {"mine": Codebooks.random(model, pq=PQConfig(M=32, nbits=4))}
     broken = methods.from_codebooks("broken", books["mine"], Setting(model, tiny_tokenizer, SMALL))
     monkeypatch.setitem(methods._MAKERS, "broken", lambda setting: replace(broken, cache=_no_cache))
     options = {"codebooks": books, "windows": 1, "length": 1200, "config": SMALL}
@@ -262,7 +262,7 @@ def _no_cache(context: int):
 def test_a_peak_begins_beside_the_run_before(make_model, monkeypatch):
     """Builds that the first tokens have begun are awaited, and its copies of codebooks cannot go while others come."""
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=4))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=4))
     made, seen = [], []
 
     def make(context: int):
@@ -287,7 +287,7 @@ def test_a_peak_begins_beside_the_run_before(make_model, monkeypatch):
 
 def test_a_peak_of_another_backend_says_so(make_model, tiny_tokenizer, monkeypatch):
     model = make_model("llama")
-    books = {"mine": Codebooks.random(model, config=PQConfig(M=8, nbits=4))}
+    books = {"mine": Codebooks.random(model, pq=PQConfig(M=8, nbits=4))}
     with use_backend("-cpu"):
         result = evaluate(model, tiny_tokenizer, [], codebooks=books, windows=1, length=100, config=SMALL)
     note = result.table().set_index("method").note["mine"]

@@ -65,12 +65,12 @@ def test_unknown_theme_is_refused():
         theme.template("sepia")
 
 
-def test_retheme_changes_nothing_but_the_template():
-    figure = settings_figure(CacheCost(SMOL, PQConfig(), CacheConfig(), 4096), theme="light")
-    before = figure.to_plotly_json()
-    after = theme.retheme(figure, "dark").to_plotly_json()
-    assert before["layout"].pop("template") != after["layout"].pop("template")
-    assert repr(before) == repr(after)
+def test_a_theme_is_the_template_alone():
+    """Panels and files change themes by it."""
+    cost = CacheCost(SMOL, PQConfig(), CacheConfig(), 4096)
+    light, dark = (settings_figure(cost, theme=name).to_plotly_json() for name in ("light", "dark"))
+    assert light["layout"].pop("template") != dark["layout"].pop("template")
+    assert repr(light) == repr(dark)
 
 
 def test_sheet_places_plots_on_a_grid():
@@ -84,7 +84,7 @@ def test_sheet_places_plots_on_a_grid():
     assert layout.yaxis.domain == pytest.approx((0.8, 1)) and layout.yaxis2.domain == pytest.approx((0, 0.6))
     assert (figure.data[0].xaxis, figure.data[1].yaxis) == ("x", "y2")
     assert layout.annotations[0].text == "top right" and layout.height == 300
-    assert layout.template.layout.font.color == theme.ink("dark")
+    assert layout.template.layout.font.color == theme.template("dark").layout.font.color
 
 
 # -- page settings ------------------------------------------------------------------------------------------------
@@ -195,6 +195,17 @@ def test_decode_figure_without_capture(trace):
     assert any("not captured" in note.text for note in figure.layout.annotations)
 
 
+def test_tokens_are_text_in_every_hover_box(trace):
+    from dataclasses import replace
+
+    steps = trace.steps.assign(token="<b>", next_token="<i>", exact_token="a&b")
+    figure = decode_figure(replace(trace, steps=steps, tokens=["<b>"] * len(trace.tokens)), 3)
+    boxes = [np.asarray(shown.customdata, object).ravel() for shown in figure.data if shown.customdata is not None]
+    said = [text for box in boxes for text in box if isinstance(text, str)]
+    assert {"&lt;b&gt;", "&lt;i&gt;", "a&amp;b"} <= set(said)
+    assert not any("<" in text for text in said)
+
+
 def test_strip_follows_pages_and_window(trace):
     for step in (1, 20, 40):
         sinks, coded, window = trace.lengths(step)
@@ -255,9 +266,8 @@ def test_labels_keep_off_each_other_and_off_points():
 
 def test_a_plain_figure_brings_its_background_for_a_page_of_the_other_theme():
     for name in theme.THEMES:
-        paper = Sheet().figure(name).layout.template.layout.paper_bgcolor
-        assert _contrast(theme.ink(name), paper) > 10
-        assert theme.retheme(go.Figure(), name).layout.template.layout.paper_bgcolor == paper
+        look = Sheet().figure(name).layout.template.layout
+        assert _contrast(look.font.color, look.paper_bgcolor) > 10
 
 
 def test_plan_shows_what_was_chosen_and_what_is_left():
@@ -272,9 +282,9 @@ def test_divergence_marks_the_worst_positions_with_their_text():
     frame = pd.DataFrame({"method": "m", "window": 0, "position": range(200), "kl": [0.0] * 50 + [0.01] * 150})
     frame["agree"] = True
     frame.loc[120, ["kl", "agree"]] = 2.0, False
-    figure = divergence_figure(frame, {0: [f"<w{i}>\n" for i in range(200)]})
+    figure = divergence_figure(frame, {0: [f"<w{i}>&lt;\n" for i in range(200)]})
     line, worst = figure.data
     assert min(line.x) == 50 and list(worst.x) == [120] and list(worst.marker.symbol) == ["x"]
-    assert worst.text[0].endswith("‹w119>⏎‹w120>⏎”")
+    assert worst.text[0].endswith("&lt;w119&gt;&amp;lt;⏎&lt;w120&gt;&amp;lt;⏎”"), "as in the text, entities too"
     with pytest.raises(ValueError, match="choose one"):
         divergence_figure(pd.concat([frame, frame.assign(window=1)]))

@@ -17,7 +17,7 @@ SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
 
 
 def random(model, **options) -> Codebooks:
-    return Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=True, **options)
+    return Codebooks.random(model, pq=PQConfig(M=8, nbits=6), maps=True, **options)
 
 
 def ids(rows: int, tokens: int) -> torch.Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pqlab.quantization.kmeans import distortion, kmeans, product_kmeans
+from pqlab.quantization.kmeans import distortion, product_kmeans
 
 
 def correlated(groups, n, d, seed=0) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_every_iteration_count_is_within_two_percent_of_faiss():
 def test_well_separated_clusters_are_found():
     centres = torch.tensor([[-9.0, 0], [9, 0], [0, 9], [0, -9], [9, 9], [-9, -9], [9, -9], [-9, 9]])
     x = (centres.repeat_interleave(50, 0) + 0.1 * torch.randn(400, 2))[None]
-    found = kmeans(x, 8)[0]
+    found = product_kmeans(x, 1, 8)[0, 0]
     assert found.shape == (8, 2)
     assert torch.cdist(centres, found).amin(1).max() < 0.2
 
@@ -93,7 +93,7 @@ def test_groups_are_independent_problems(monkeypatch):
     alone = distortion(x[2:], product_kmeans(x[2:], 4, 32))
     together = distortion(x, product_kmeans(x, 4, 32))
     assert abs(float(together[2] / alone[0]) - 1) < 0.05
-    monkeypatch.setitem(kmeans.__globals__["_CHUNK_ELEMENTS"], "cpu", 800 * 8)  # one group at a time
+    monkeypatch.setitem(product_kmeans.__globals__["_CHUNK_ELEMENTS"], "cpu", 800 * 8)  # one group at a time
     split = distortion(x, product_kmeans(x, 4, 32))
     assert (split / together - 1).abs().max() < 0.05
 

@@ -15,7 +15,6 @@ from pqlab.paging.access import (
     byte_owners,
     code_addresses,
     compare_orders,
-    page_bytes,
     random_codes,
 )
 from pqlab.paging.layout import ORDERS, PageLayout, write_pages
@@ -37,9 +36,18 @@ def test_addresses_and_owners_are_those_of_the_layout(layout):
         for slot in range(layout.page_size)
         for m in range(layout.num_subspaces)
     )
-    first = head * layout.head_bytes
     for byte, (slot, subspace) in enumerate(byte_owners(layout, head).tolist()):
-        assert (slot, head, subspace) == layout.locate(first + byte)
+        first_bit = (head * layout.head_bytes + byte) * 8
+        assert 0 <= first_bit - layout.bit_address(slot, head, subspace) < layout.nbits
+
+
+def page_bytes(codes: np.ndarray, layout: PageLayout, head: int = 0) -> np.ndarray:
+    """uint8 [head_bytes]: codes [page_size, M] of a head, written where `code_addresses` says."""
+    bits = np.zeros(layout.head_bytes * 8, np.uint8)
+    first = code_addresses(layout, head) - head * layout.head_bytes * 8
+    for bit in range(layout.nbits):
+        bits[first + bit] = (codes >> bit) & 1
+    return np.packbits(bits, bitorder="little")
 
 
 def test_tiled_bytes_are_what_the_pool_holds():

@@ -18,7 +18,7 @@ CONFIG = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
 
 @pytest.fixture
 def books(model):
-    return Codebooks.random(model, config=PQConfig(M=8, nbits=4), maps=True)
+    return Codebooks.random(model, pq=PQConfig(M=8, nbits=4), maps=True)
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ def test_caches_answer_side_by_side(make_model, tiny_tokenizer, data):
     caches = {
         "exact": lambda tokens: (DynamicCache(config=model.config), "sdpa"),
         "same": paged(Codebooks.identity(model)),
-        "codes": paged(Codebooks.random(model, config=PQConfig(M=8, nbits=1))),
+        "codes": paged(Codebooks.random(model, pq=PQConfig(M=8, nbits=1))),
     }
     answers = answer_tasks(model, tiny_tokenizer, FAMILIES, caches, data=data, limit=1)
     assert len(answers) == len(FAMILIES) * 3 and model.config._attn_implementation == "sdpa"

@@ -33,7 +33,9 @@ def test_what_the_caches_hold(model, books):
     token = 2 * 2 * 3 * 16 * 4  # layers, sides, heads, elements, bytes
     assert list(exact.used) == list(exact.reserved) == [token * n for n in exact.tokens]
     whole = PagedPQCache(model, books, SMALL, context=150)
-    assert paged.reserved[1] >= whole.nbytes()["pool"] > 0 and paged.reserved[0] == 0, "reserved before the first token"
+    assert paged.reserved[1] >= whole.nbytes()["free_pages"] > 0 and paged.reserved[0] == 0, (
+        "reserved before the first token"
+    )
     assert paged.reserved.iloc[2:].nunique() == 1 or paged.reserved.iloc[2:].diff().max() < 64, "only the table grows"
     assert (paged.used <= paged.reserved).all() and paged.used.is_monotonic_increasing
     assert paged.used.iloc[-1] < exact.used.iloc[-1]

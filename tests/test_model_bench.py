@@ -87,7 +87,7 @@ def test_rows_of_a_gpu():
 def test_a_plan_is_a_case(tmp_path, capsys):
     model = random_model("tiny", 64, torch.float32, "cpu")  # two layers of heads of 16
     sides = {0: (PQConfig(M=16), PQConfig(M=8)), 1: (PQConfig(M=4), PQConfig(M=4, nbits=4))}
-    books = Codebooks.random(model.config, config=sides)
+    books = Codebooks.random(model.config, pq=sides)
     choices = pd.DataFrame([(0, "k", 16, 8, 8, 10, 0.1)], columns=COLUMNS)
     for exact, name in ((False, "mixed"), (True, "exact")):
         some = replace(books, layers={0: books.layers[0]}, exact={1: (2, 16)}) if exact else books

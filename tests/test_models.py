@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -60,6 +61,17 @@ def test_a_model_writes_by_itself(tiny_model, tiny_tokenizer):
     assert torch.equal(state, torch.random.get_rng_state())  # of the caller's own draws
     with pytest.raises(ValueError, match="at least 1 of 2"):
         sampled_text(tiny_model, tiny_tokenizer, count=3, length=1)
+
+
+def test_a_model_goes_on_from_given_openings(tiny_model, tiny_tokenizer):
+    """Beginnings of several lengths side by side: a row goes on as it would alone, whatever pads stand before it."""
+    options = {"count": 3, "length": 40, "openings": ["abc", "a longer one "]}
+    texts = sampled_text(tiny_model, tiny_tokenizer, **options)
+    assert [text.startswith(x) for text, x in zip(texts, ("abc", "a longer one", "abc"), strict=True)] == [True] * 3
+    assert texts[0] != texts[2] and texts == sampled_text(tiny_model, tiny_tokenizer, **options)
+    for bad in ("", "abc" * 40):
+        with pytest.raises(ValueError, match="set one of 1 to 39"):
+            sampled_text(tiny_model, tiny_tokenizer, length=40, openings=[bad])
 
 
 def test_a_text_of_ones_own(tmp_path):
@@ -384,8 +396,8 @@ def test_the_second_model_reads_english(all_threads):
 # --- codebooks -------------------------------------------------------------------------------------------------------
 
 
-def test_default_codebooks_are_calibrated_once(make_model, tiny_tokenizer, tmp_path, monkeypatch):
-    from pqlab.quantization import default_codebooks, default_codebooks_path, defaults
+def test_default_codebooks_are_calibrated_once(make_model, tiny_tokenizer, tmp_path, monkeypatch, caplog):
+    from pqlab.quantization import CodebookError, Codebooks, default_codebooks, default_codebooks_path, defaults
 
     monkeypatch.setenv("PQLAB_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "short.txt"
@@ -407,11 +419,32 @@ def test_default_codebooks_are_calibrated_once(make_model, tiny_tokenizer, tmp_p
     books(model=make_model("llama", seed=1))
     assert len(calls) == 3, "another setting and another model need codebooks of their own"
 
-    content = bytearray(path.read_bytes())
+    whole = path.read_bytes()
+    content = bytearray(whole)
     content[-5] ^= 255
     path.write_bytes(content)
-    books()
+    with caplog.at_level(logging.WARNING, logger="pqlab"):
+        books()
     assert len(calls) == 4, "a damaged file has to be made again"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"calibrating the codebooks {path.name} anew, which takes minutes: {path.name} is damaged: its checksum is not "
+        "that of its content; calibrate again"
+    ]
+
+    class Late(Codebooks):  # finds the file damaged just before another process has made it anew
+        @classmethod
+        def load(cls, *args):
+            try:
+                return Codebooks.load(*args)
+            except CodebookError:
+                path.write_bytes(whole)
+                raise
+
+    path.write_bytes(content)
+    monkeypatch.setattr(defaults, "Codebooks", Late)
+    books()
+    assert len(calls) == 4 and path.read_bytes() == whole, "what another process has made anew stays"
+    assert [entry.suffix for entry in sorted(path.parent.glob(f"{path.stem}*"))] == [".safetensors", ".lock"]
 
 
 # --- the report's model names ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -11,14 +12,18 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 import traitlets
+from conftest import make_tiny_model
 from tiny_trace import tiny_cache_and_trace
 
+from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig
 from pqlab.cost import ModelShape
 from pqlab.errors import ConfigError
-from pqlab.panels import Panel, controls, decode_stepper, memory_layout, page_settings
+from pqlab.panels import Panel, controls, decode_stepper, memory_layout, page_allocation, page_settings
 from pqlab.panels.latest import Latest
 from pqlab.panels.view import FigureView, changes, plain
+from pqlab.transformers_api import cache_argument
 
 
 class Wave(Panel):
@@ -48,8 +53,8 @@ class Wave(Panel):
         x = np.linspace(-3, 3, 20)
         return pd.DataFrame({"x": x, "y": np.round(getattr(np, self.shape)(x) * 2**self.bits) / 2**self.bits})
 
-    def sweep_values(self, name):
-        return {"bits": [1, 3, 5]}[name]
+    def sweep_values(self):
+        return {"bits": [1, 3, 5]}
 
 
 @pytest.fixture
@@ -62,6 +67,29 @@ def wave():
 @pytest.fixture
 def tiny(tiny_tokenizer):
     return tiny_cache_and_trace(tiny_tokenizer)
+
+
+def frames_of(path) -> list[dict]:
+    """The positions of the slider of a file that `to_html` wrote."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r"\{frames, templates\} = (\{.*\});\n", text).group(1).replace("<\\/", "</"))["frames"]
+
+
+def assert_file_is_panel(panel: Panel, sweep: str, path) -> None:
+    """Every position of the slider shows what the panel does when its control is set so."""
+    before = panel.state
+    frames = frames_of(panel.to_html(path, sweep=sweep))
+    assert panel.state == before
+    values = list(panel.sweep_values()[sweep])
+    assert [frame["label"] for frame in frames] == [str(value) for value in values]
+    for value, frame in zip(values, frames, strict=True):
+        panel.state = before
+        panel.set(**{sweep: value})
+        assert panel.error is None
+        assert {"data": frame["data"], "layout": frame["layout"]} == plain(panel.figure), value
+        shown = {name: panel.in_force(name) for name in panel.state if name != sweep}
+        assert frame["settings"] == "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in shown.items())
+    panel.state = before
 
 
 def find(panel: Panel, css_class: str) -> widgets.Widget:
@@ -99,6 +127,31 @@ def test_state_is_set_whole_or_not_at_all(wave):
     with pytest.raises(traitlets.TraitError):
         wave.state = {"bits": 6, "shape": "tan"}
     assert wave.state == {"bits": 4, "shape": "sin"}
+    wave.observe(lambda change: 1 / (change.new - 6), "bits")
+    with pytest.raises(ZeroDivisionError):
+        wave.state = {"shape": "cos", "bits": 6}
+    assert wave.state == {"bits": 4, "shape": "sin"}, "nor when an observer fails"
+
+
+@pytest.mark.parametrize(
+    ("make", "changed"),
+    [
+        (page_settings, {"model": "Llama-2-7B", "M": 32, "context": 5000}),
+        (page_settings, {"model": "Gemma-3-270M", "page_size": 32}),
+        (memory_layout, {"page_size": 128, "slot": 100, "num_subspaces": 96, "subspace": 70, "head": 2}),
+        (lambda: page_allocation("a few words " * 50), {"scenario": "requests", "event": 37, "page_size": 32}),
+    ],
+)
+def test_a_state_is_what_was_set_and_makes_another_panel_the_same(make, changed):
+    panel, other = make(), make()
+    for one in (panel, other):
+        assert one.widget is not None
+    panel.state = changed
+    assert changed.items() <= panel.state.items() and panel.error is None
+    other.state = panel.state
+    assert other.state == panel.state and plain(other.figure) == plain(panel.figure)
+    for one in (panel, other):
+        one.close()
 
 
 # -- controls -----------------------------------------------------------------------------------------------------
@@ -136,11 +189,13 @@ def test_number_over_values_shows_the_nearest():
 # -- errors -------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_is_shown_and_the_figure_stays(wave):
-    find(wave, "pqlab-bits-entry").value = 99
+def test_an_error_is_shown_and_nothing_is_changed(wave):
+    entry, slider = find(wave, "pqlab-bits-entry"), find(wave, "pqlab-bits")
+    entry.value = 99
     assert isinstance(wave.error, ConfigError)
     assert 'role="status"' in wave.status and "ConfigError: bits = 99 is too much" in wave.status
-    assert wave.figure.layout.title.text == "4 bits"
+    assert wave.figure.layout.title.text == "4 bits" and wave.state == {"bits": 4, "shape": "sin"}
+    assert (entry.value, slider.value) == (4, 5), "controls show what is in force; 5 is the nearest on the grid"
     find(wave, "pqlab-bits-entry").value = 2
     assert wave.error is None and "ConfigError" not in wave.status
     assert wave.figure.layout.title.text == "2 bits"
@@ -153,6 +208,52 @@ def test_a_state_that_cannot_be_drawn_at_first_is_no_dead_end():
     panel.bits = 3
     assert panel.error is None and panel.figure.layout.title.text == "3 bits"
     assert panel.view._figure["data"][0]["type"] == "scatter"
+    panel.close()
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_bad_value_changes_nothing_however_it_is_set(wave, built):
+    if built:
+        wave.widget  # noqa: B018
+    wave.set(shape="cos", bits=99)
+    assert "99 is too much" in wave.status and wave.state == {"bits": 4, "shape": "sin"}
+    assert wave.frame().y.iloc[0] == np.round(np.sin(-3) * 16) / 16, "the table is that of the figure"
+    wave.set(shape="cos")
+    assert wave.error is None and wave.state == {"bits": 4, "shape": "cos"}
+    wave.bits = 77
+    assert "77 is too much" in wave.status and wave.state == {"bits": 4, "shape": "cos"}
+    wave.state = {"bits": 66, "shape": "sin"}
+    assert "66 is too much" in wave.status and wave.state == {"bits": 4, "shape": "cos"}
+
+
+def test_a_refused_entry_is_sent_back_to_the_browser(wave, monkeypatch):
+    entry, sent = find(wave, "pqlab-bits-entry"), []
+    monkeypatch.setattr(entry, "_send", lambda message, buffers=None: sent.append(message))
+    entry.set_state({"value": 99})
+    assert [message["state"]["value"] for message in sent if message["method"] == "update"] == [4]
+
+
+def test_a_change_that_brings_another_along_is_refused_whole():
+    class Linked(Wave):
+        @traitlets.observe("shape")
+        def _follow_shape(self, _):
+            self.bits = 90 if self.shape == "cos" else 2
+
+    panel = Linked()
+    panel.widget  # noqa: B018  built
+    panel.shape = "cos"
+    assert "bits = 90 is too much" in panel.status and panel.error is not None
+    assert panel.state == {"bits": 4, "shape": "sin"} and panel.figure.layout.title.text == "4 bits"
+    panel.close()
+
+
+def test_what_was_asked_for_wins_over_what_would_fit():
+    """Alone, another page size moves a slot that is outside of it; a slot that was asked for is refused in words."""
+    panel = memory_layout(page_size=64, slot=60)
+    panel.set(page_size=32, slot=40)
+    assert "slot 40 is outside [0, 32)" in panel.status and (panel.page_size, panel.slot) == (64, 60)
+    panel.set(page_size=32)
+    assert (panel.page_size, panel.slot) == (32, 31) and panel.error is None
     panel.close()
 
 
@@ -265,24 +366,6 @@ def test_background_work_is_marked_and_its_errors_are_shown(wave):
     assert wave.wait(10) and "MemoryError: no room" in wave.status and shown == ["done"]
 
 
-def test_a_dear_panel_draws_in_the_background():
-    threads = []
-
-    class Dear(Wave):
-        dear = True
-
-        def draw(self) -> go.Figure:
-            threads.append(threading.current_thread())
-            return super().draw()
-
-    panel = Dear()
-    panel.widget  # noqa: B018  built
-    panel.bits = 2
-    assert panel.wait(10) and panel.figure.layout.title.text == "2 bits"
-    assert threads[-1] is not threading.main_thread()
-    panel.close()
-
-
 def test_results_arrive_in_the_event_loop_of_a_kernel(wave):
     import asyncio
 
@@ -333,9 +416,36 @@ def test_html_file_is_self_contained_and_leaves_the_panel_alone(wave, tmp_path):
     assert set(data["templates"]) == {"light", "dark"}
     assert "<table" in data["frames"][0]["table"]
     assert wave.state == {"bits": 4, "shape": "sin"}
-    with pytest.raises(ValueError, match="no state of Wave"):
-        wave.to_html(tmp_path / "other.html", sweep="volume")
     assert "<output>" not in wave.to_html(tmp_path / "still.html", sweep="").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("make", "sweep", "there"),
+    [
+        (Wave, "volume", "bits"),
+        (Wave, "shape", "bits"),
+        (page_settings, "num_sinks", "page_size, residual_length, context"),
+        (memory_layout, "page", "slot, subspace, head"),
+    ],
+)
+def test_a_sweep_without_values_names_those_that_have_some(make, sweep, there, tmp_path):
+    panel = make()
+    message = f"sweep = '{sweep}' has no values in {type(panel).__name__}; set one of {there}"
+    with pytest.raises(ValueError, match=message):
+        panel.to_html(tmp_path / "panel.html", sweep=sweep)
+    panel.close()
+
+
+@pytest.mark.parametrize(("wrong", "sweep"), [({"page_size": 40}, "context"), ({"M": 48}, "model")])
+def test_a_sweep_that_fails_leaves_the_panel_alone(wrong, sweep, tmp_path):
+    panel = page_settings(ModelShape(4, 6, 3, 96, "mine"), **wrong)
+    assert panel.widget is not None
+    before, status = panel.state, panel.status
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} = "):
+        panel.to_html(tmp_path / "panel.html", sweep=sweep)
+    assert panel.state == before and panel.status == status
+    assert find(panel, f"pqlab-{sweep}").value == before[sweep]
+    panel.close()
 
 
 # -- page settings ------------------------------------------------------------------------------------------------
@@ -359,8 +469,9 @@ def test_settings_panel_says_what_is_out_of_range_and_why():
     assert "3 is outside the report&#x27;s range (4 to 8); the nearest good value is 4" in ranges.value
     assert panel.error is None, "the library can do it, the report does not"
     find(panel, "pqlab-page_size-entry").value = 100
-    assert isinstance(panel.error, ConfigError) and "nearest good value is 96" in panel.status
-    assert "100 is outside the report&#x27;s range (16 to 512, a multiple of 16)" in ranges.value
+    assert isinstance(panel.error, ConfigError)
+    assert "100 is out of range (16 to 512, a multiple of 16); the nearest good value is 96" in panel.status
+    assert panel.page_size == find(panel, "pqlab-page_size-entry").value == 64
     panel.close()
 
 
@@ -382,16 +493,49 @@ def test_presets_set_everything_they_name():
     panel.close()
 
 
-def test_another_model_keeps_the_default_M_and_own_shapes_come_first():
+def test_M_is_half_the_head_size_until_one_is_chosen():
     panel = page_settings(ModelShape(4, 6, 3, 96, "mine"))
-    assert panel.model == "mine" and panel.M == 48
+    entry, left = find(panel, "pqlab-M-entry"), find(panel, "pqlab-M-default")
+    assert panel.model == "mine" and panel.M is None and panel.cost.token_bits == 4
+    assert (entry.value, left.value) == (48, True), "own shapes come first"
     panel.model = "Llama-3.1-8B"
+    assert (entry.value, find(panel, "pqlab-M").value, panel.in_force("M")) == (64, 64, 64)
+    entry.value = 32
+    assert (panel.M, left.value, panel.cost.token_bits) == (32, False, 2)
+    for model in ("SmolLM2-135M", "Llama-3.1-8B"):  # d/2 is 32 and 64
+        panel.model = model
+        assert panel.M == entry.value == 32, "an M that was chosen stays, also where it is d/2"
+    left.value = True
+    assert panel.M is None and entry.value == 64 and panel.cost.token_bits == 4
+    left.value = False
     assert panel.M == 64
-    panel.M = 32
-    panel.model = "SmolLM2-135M"
-    assert panel.M == 32, "an M that was chosen stays"
     with pytest.raises(traitlets.TraitError, match="there are mine"):
         panel.model = "GPT-9"
+    panel.close()
+
+
+def test_presets_leave_M_to_the_model_where_the_report_does():
+    panel = page_settings(preset="scenario:memory-saving")
+    chooser = find(panel, "pqlab-preset")
+    for model in ("Llama-3.1-8B", "SmolLM2-135M"):
+        panel.model = model
+        assert panel.preset == chooser.value == "scenario:memory-saving" and panel.cost.token_bits == 4
+    panel.M = 32
+    assert panel.preset == chooser.value == "scenario:memory-saving", "it is the preset's M of this model"
+    chooser.value = ""  # "your own" is what settings are, not what they become
+    assert chooser.value == "scenario:memory-saving"
+    panel.M = 16
+    assert panel.preset == chooser.value == ""
+    panel.model = "Llama-3.1-8B"
+    with pytest.raises(ConfigError, match="M = 64 does not divide the head size 96"):
+        page_settings(ModelShape(4, 6, 3, 96, "mine"), preset="scenario:long-documents")
+    panel.close()
+
+
+@pytest.mark.parametrize("sweep", ["model", "M", "page_size"])
+def test_settings_file_is_the_panel(sweep, tmp_path):
+    panel = page_settings(context=4096)
+    assert_file_is_panel(panel, sweep, tmp_path / "settings.html")
     panel.close()
 
 
@@ -405,6 +549,11 @@ def test_layout_panel_says_that_codes_are_random():
     assert find(panel, "pqlab-slot").max == 31
     panel.page_size = 16
     assert panel.slot == 15, "a slot stays inside the page"
+    panel.head = 2
+    panel.num_heads = 2
+    assert panel.head == find(panel, "pqlab-head").max == 1 and panel.error is None
+    panel.set(page_size=0)
+    assert "page_size must be a positive multiple of 16" in panel.status and panel.page_size == 16
     panel.close()
 
 
@@ -416,6 +565,94 @@ def test_layout_panel_shows_codes_of_a_cache(tiny):
     assert panel.figure.layout.title.text == f"codes of the cache: layer 0, V, page {cache.table.pages(0)[0]}, head 2"
     find(panel, "pqlab-page-entry").value = 777
     assert "page 777 is outside [0, 60)" in panel.status
+    panel.close()
+
+
+SHAPES_OF_PLAN = {(0, "K"): (16, 8), (0, "V"): (8, 4), (1, "K"): (32, 8), (1, "V"): (16, 8)}
+"""(layer, side) -> (M, nbits)"""
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A cache whose layers and sides have codebooks of their own, as those of a plan do."""
+    model = make_tiny_model("llama", head_dim=32)
+    spec = {layer: tuple(PQConfig(*SHAPES_OF_PLAN[layer, side]) for side in "KV") for layer in (0, 1)}
+    settings = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=9)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=spec), settings)
+    model.set_attn_implementation("pqlab")
+    ids = torch.randint(0, 256, (1, 120), generator=torch.Generator().manual_seed(0))
+    model(ids, **cache_argument(model, cache))
+    return cache
+
+
+def shows_its_page(panel: Panel, cache: PagedPQCache) -> bool:
+    """Whether every byte of the tiled picture lies where the pool has it, with the code that the cache has there."""
+    side = "KV".index(panel.side)
+    layout = cache.pool.layout.layers[panel.layer][side]
+    codes = cache.page_codes(panel.layer, side, panel.page, panel.head).numpy()
+    drawn = next(trace for trace in panel.figure.data if trace.name == "tiled (pqlab)")
+    rows = np.asarray(drawn.customdata).reshape(-1, 6)[: layout.head_bytes]
+    lies = {}  # the first code of every byte
+    for slot, m in itertools.product(range(layout.page_size), range(layout.num_subspaces)):
+        byte, bit = layout.address(slot, panel.head, m)
+        lies[byte] = min(lies.get(byte, (8,)), (bit, slot, panel.head, m))
+    places = [lies[int(byte)][1:] for byte in rows[:, 0]]
+    return (
+        rows[0, 0] == panel.head * layout.head_bytes
+        and [(slot, head, m) for slot, head, m in rows[:, 1:4].tolist()] == places
+        and rows[:, 4].tolist() == [codes[slot, m] for slot, _, m in places]
+    )
+
+
+def test_layout_panel_follows_the_codebooks_of_a_plan(planned):
+    panel = memory_layout(planned, subspace=12, head=1)
+    assert panel.widget is not None
+    for layer, side in [(1, "K"), (0, "V"), (1, "V"), (0, "K"), (1, "K")]:
+        panel.set(layer=layer, side=side)
+        assert (panel.layer, panel.side, panel.error) == (layer, side, None)
+        assert (panel.num_subspaces, panel.nbits) == SHAPES_OF_PLAN[layer, side]
+        assert panel.codes.shape == (16, panel.num_subspaces) and shows_its_page(panel, planned)
+        assert find(panel, "pqlab-subspace").max == panel.num_subspaces - 1
+    assert panel.subspace == 7, "it stays inside the fewest that were seen"
+    panel.side = "V"
+    panel.layer = 0
+    assert panel.num_subspaces == 8 and panel.error is None and shows_its_page(panel, planned)
+    other = memory_layout(planned, layer=1, subspace=5)
+    other.state = panel.state
+    assert other.state == panel.state and shows_its_page(other, planned)
+    for one in (panel, other):
+        one.close()
+
+
+@pytest.mark.parametrize(("layer", "side"), SHAPES_OF_PLAN)
+def test_layout_panel_begins_with_the_shape_of_its_page(planned, layer, side):
+    m, nbits = SHAPES_OF_PLAN[layer, side]
+    panel = memory_layout(planned, layer=layer, side=side, head=2, subspace=m - 1, slot=15, num_subspaces=m)
+    wanted = {"page_size": 16, "num_subspaces": m, "nbits": nbits, "head": 2, "subspace": m - 1, "slot": 15}
+    assert wanted.items() <= panel.state.items() and shows_its_page(panel, planned)
+    panel.close()
+
+
+def test_layout_panel_refuses_another_shape_than_the_caches(planned):
+    panel = memory_layout(planned)
+    for wrong, message in (
+        ({"num_subspaces": 32}, "num_subspaces = 32, but layer 0, K of the cache has 16; choose by layer and side"),
+        ({"layer": 1, "num_subspaces": 16}, "num_subspaces = 16, but layer 1, K of the cache has 32"),
+        ({"layer": 1, "nbits": 7}, "nbits = 7, but layer 1, K of the cache has 8"),
+        ({"page_size": 32, "layer": 5}, "layer 5 is not quantized in this cache; quantized are 0, 1"),
+    ):
+        panel.set(**wrong)
+        assert message in panel.status
+        assert (panel.layer, panel.num_subspaces, panel.nbits) == (0, 16, 8) and shows_its_page(panel, planned)
+        with pytest.raises(traitlets.TraitError, match=message):
+            memory_layout(planned, **wrong)
+    panel.close()
+
+
+@pytest.mark.parametrize("sweep", ["layer", "side", "head"])
+def test_layout_file_is_the_panel(planned, sweep, tmp_path):
+    panel = memory_layout(planned, layer=1, subspace=30)
+    assert_file_is_panel(panel, sweep, tmp_path / "layout.html")
     panel.close()
 
 
@@ -473,8 +710,9 @@ def test_stepper_text_and_pages_follow_the_step(tiny):
     panel.step = 40
     assert pages.value.count("<tr>") > few
     assert panel.frame().token_id.tolist() and panel.error is None
-    panel.step = 99
-    assert "99" in panel.status and panel.error is not None
+    for bad in (99, -1):
+        panel.step = bad
+        assert f"step {bad} is outside [0, 41)" in panel.status and panel.step == 40
     panel.close()
 
 

@@ -75,7 +75,7 @@ def test_a_length_that_cannot_be_is_refused(tiny_tokenizer, make_model):
 
 def test_exact_storage_is_exact_and_codes_are_not(tiny_tokenizer, make_model):
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
+    books = Codebooks.random(model, pq=PQConfig(M=4, nbits=2))
     methods = {"same": from_codebooks(Codebooks.identity(model)), "codes": from_codebooks(books)}
     frame = passkey(model, tiny_tokenizer, "abc " * 200, methods, SMALL, lengths=[250, 300], depths=[0.2, 0.8])
     assert list(frame.method) == ["exact", "same", "codes"] * 4
@@ -86,7 +86,7 @@ def test_exact_storage_is_exact_and_codes_are_not(tiny_tokenizer, make_model):
 
 def test_a_method_with_a_window_of_its_own(tiny_tokenizer, make_model):
     model = make_model("llama")
-    codes = from_codebooks(Codebooks.random(model, config=PQConfig(M=4, nbits=2)))
+    codes = from_codebooks(Codebooks.random(model, pq=PQConfig(M=4, nbits=2)))
     own = {"wide": CacheConfig(page_size=16, residual_length=250)}
     options = {"lengths": [250], "depths": [0.5], "own_configs": own}
     frame = passkey(model, tiny_tokenizer, "abc " * 200, {"wide": codes, "small": codes}, SMALL, **options)
@@ -97,7 +97,7 @@ def test_a_method_with_a_window_of_its_own(tiny_tokenizer, make_model):
 def test_every_pair_is_asked_for_under_every_method(tiny_tokenizer, make_model):
     """Continuations share the prefill: a question must not see another one's tokens, whatever was flushed meanwhile."""
     model = make_model("gemma3")
-    books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
+    books = Codebooks.random(model, pq=PQConfig(M=4, nbits=2))
     methods = {"same": from_codebooks(Codebooks.identity(model)), "codes": from_codebooks(books)}
     options = {"lengths": [400], "depths": [0.1, 0.5, 0.9]}
     frame = key_values(model, tiny_tokenizer, "abc " * 200, methods, SMALL, **options)
@@ -108,22 +108,25 @@ def test_every_pair_is_asked_for_under_every_method(tiny_tokenizer, make_model):
         key_values(model, tiny_tokenizer, "abc " * 200, {}, SMALL, depths=[0.5] * 13)
 
 
-def test_the_prompt_is_quantized_once(make_model):
-    books = Codebooks.random(make_model("llama"), config=PQConfig(M=4, nbits=2))
-    asked = []
+@pytest.mark.parametrize(
+    "options", [{}, {"maps": True}, {"maps": True, "span": 64}], ids=["plain", "fitted", "anchored"]
+)
+def test_the_prompt_is_quantized_once(make_model, options):
+    books = Codebooks.random(make_model("llama"), pq=PQConfig(M=4, nbits=2), **options)
+    asked, whole = [], from_codebooks(books)
 
     def quantize(layer, k, v):
         asked.append(k.shape[1])
-        return from_codebooks(books)(layer, k, v)
+        return whole(layer, k, v)
 
-    once = retrieval._once(quantize, 32)
-    k, v = torch.randn(2, 3, 64, 16)
-    for tokens in (32, 64, 32):
+    once = retrieval._once(quantize, 96)
+    k, v = torch.randn(2, 3, 160, 16) * 3
+    for tokens in (96, 160, 96):
         for got, want in zip(
-            once(1, k[:, :tokens], v[:, :tokens]), from_codebooks(books)(1, k[:, :tokens], v[:, :tokens]), strict=True
+            once(1, k[:, :tokens], v[:, :tokens]), whole(1, k[:, :tokens], v[:, :tokens]), strict=True
         ):
             assert torch.equal(got, want)
-    assert asked == [32, 32]
+    assert asked == [96, 160]
 
 
 @pytest.mark.slow
@@ -146,19 +149,19 @@ def test_what_counts_is_what_generate_says(default_model):
 
 def test_commands(make_model, tiny_tokenizer, monkeypatch, tmp_path, capsys):
     model = make_model("llama")
-    monkeypatch.setattr(retrieval, "load_model", lambda name, device: (model, tiny_tokenizer))
-    books = Codebooks.random(model, config=PQConfig(M=4, nbits=2))
+    monkeypatch.setattr(retrieval, "load", lambda args: (None, model, tiny_tokenizer))
+    books = Codebooks.random(model, pq=PQConfig(M=4, nbits=2))
     Codebooks(books.layers, Origin(fingerprint=fingerprint(model))).save(tmp_path / "two.safetensors")
     options = ["--codebooks", str(tmp_path / "two.safetensors"), "--depths", "0.2", "0.7", "--residual", "32"]
     for name in ("passkey", "kv"):
         assert main(["bench", name, "--lengths", "10", *options]) == 2
-        assert "length 10 is out of range" in capsys.readouterr().out
+        assert "length 10 is out of range" in capsys.readouterr().err
         for wrong, said in (
             (["--depths", "1.5"], "depth 1.5 is out of range"),
             (["--trials", "0"], "0 trials; give at"),
         ):
             assert main(["bench", name, "--lengths", "450", *options, *wrong]) == 2
-            assert said in capsys.readouterr().out
+            assert said in capsys.readouterr().err
         assert main(["bench", name, "--lengths", "450", "--json", *options]) == 0
         printed = capsys.readouterr().out
         record = json.loads(printed.strip().splitlines()[-1])

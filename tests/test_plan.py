@@ -166,7 +166,7 @@ def test_a_plan_is_a_file_that_the_cache_takes(tiny, planner, tmp_path):
         assert cache.layer_kinds() and cache.nbytes()["codes"] > 0
     tiny.set_attn_implementation("sdpa")
     assert torch.equal(*outputs)
-    Codebooks.random(tiny, config=PQConfig(8, 4)).save(tmp_path / "books")
+    Codebooks.random(tiny, pq=PQConfig(8, 4)).save(tmp_path / "books")
     with pytest.raises(ConfigError, match="without a plan; use Codebooks.load"):
         Plan.load(tmp_path / "books")
 

@@ -74,7 +74,7 @@ def test_by_memory_counts_what_fits():
 
 def test_the_evidence_is_measured(make_model, tiny_tokenizer):
     found = Workload(make_model("llama"), tiny_tokenizer, "A long story. " * 60, context=300, positions=80)
-    found._books[8, 8] = Codebooks.random(found.model, config=PQConfig(M=8, nbits=8))
+    found._books[8, 8] = Codebooks.random(found.model, pq=PQConfig(M=8, nbits=8))
     table = evidence(found, page_sizes=(16, 32), residuals=(32, 64))
     assert len(table) == 4 and (table.milliseconds > 0).all() and table.kl.nunique() == 4
     assert table.groupby("page_size").milliseconds.nunique().eq(1).all()

@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 
 ROOMS = (
-    "errors config memory transformers_api store memory_peak process_memory explain paging kernels models "
-    "quantization attention shapes cost presets arguments prepare cache model_runs results trace doctor evaluation "
+    "errors config compiler memory transformers_api store memory_peak process_memory explain paging kernels models "
+    "attention quantization shapes cost presets arguments prepare cache model_runs results trace doctor evaluation "
     "figures benchmarks selftest tune pipeline panels claims cli __init__ __main__"
 ).split()
 """From the lowest to the highest; a module of the package's top folder is a room, too."""

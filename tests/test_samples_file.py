@@ -36,7 +36,7 @@ def test_a_model_that_shows_no_attention(make_model, tiny_tokenizer, tmp_path):
 def test_foreign_and_damaged_files_are_refused(make_model, tiny_tokenizer, tmp_path):
     model = make_model("llama")
     path = tmp_path / "file"
-    Codebooks.random(model, config=PQ).save(path)
+    Codebooks.random(model, pq=PQ).save(path)
     with pytest.raises(CodebookError, match="holds codebooks, no samples"):
         load_samples(path)
     save_samples(path, collect_kv(model, tiny_tokenizer, TEXT, num_tokens=300), {})

@@ -322,7 +322,7 @@ def test_nearest_is_a_search():
 @pytest.mark.parametrize("maps", [False, True])
 def test_contiguous_is_paged_in_a_batch_and_in_chunks(make_model, maps):
     model, config = make_model("llama"), CacheConfig(page_size=16, residual_length=20, num_sinks=3)
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=5), maps=maps)
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=5), maps=maps)
     ids = torch.randint(0, 200, (1, 130), generator=torch.Generator().manual_seed(1))
     paged, plain = PagedPQCache(model, books, config), contiguous_cache(model, books, config)
     with attention(model, "pqlab"):

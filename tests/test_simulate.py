@@ -9,10 +9,9 @@ import pytest
 from pqlab.config import CacheConfig
 from pqlab.errors import ConfigError
 from pqlab.paging import PagePool, PageTable
-from pqlab.paging.contiguous import Arena
+from pqlab.paging.arena import Arena
 from pqlab.paging.scenario import SCENARIOS, Event, requests
 from pqlab.paging.simulate import (
-    flush_count,
     pages_frame,
     sequences_frame,
     simulate,
@@ -86,15 +85,6 @@ def test_a_forked_sequence_says_the_same_until_it_grows():
         assert a.startswith("w4 w5 " if whole else "w0 w1 ")  # sinks are not in pages
 
 
-def test_the_window_is_the_caches_own():
-    from pqlab.cache import SequenceGroup
-
-    group = SequenceGroup(PagePool(4), CACHE)
-    for coded in range(40):
-        for window in range(200):
-            assert flush_count(coded, window, CACHE) == group.flush_count(coded, window)
-
-
 def test_running_out_is_refused_and_the_sequence_goes_on():
     events = [
         Event("start", 0, 700),
@@ -141,11 +131,10 @@ def test_arena_is_first_fit_without_overlap():
     assert not arena.start(3, 1)
     state = arena.state()
     assert [(r.start, r.reserved) for r in state.regions] == [(0, 32), (32, 32), (64, 32)]
-    assert (state.reserved, state.used, state.wasted, state.refused, state.largest_gap) == (96, 16, 80, (3,), 4)
+    assert (state.reserved, state.used, state.wasted, state.refused) == (96, 16, 80, (3,))
     arena.free(0)
     arena.free(2)
-    assert arena.state().largest_gap == 36  # 68 slots are free, in two pieces
-    assert not arena.start(4, 40)
+    assert not arena.start(4, 40)  # 68 slots are free, in two pieces
     assert arena.start(3, 1) and arena.state().refused == (4,)
     assert not arena.resize(1, 33)  # it outgrows what it reserved
     assert arena.state().refused == (1, 4) and not arena.resize(9, 1)

@@ -32,7 +32,7 @@ def generate(model, cache, way: str, **settings):
 
 @pytest.mark.parametrize("way", ["greedy", "padded batch", "chunked prefill"])
 def test_static_gives_the_tokens_of_eager(tiny_model, way):
-    books = Codebooks.random(tiny_model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(tiny_model, pq=PQConfig(M=8, nbits=6))
     settings = {"prefill_chunk_size": 24, "disable_compile": True} if way == "chunked prefill" else {}
     eager, static = (PagedPQCache(tiny_model, books, c, context=200) for c in (EAGER, STATIC))
     theirs = generate(tiny_model, eager, way, **settings)
@@ -58,7 +58,7 @@ def test_advance_is_the_host_s_rule():
     for n in range(1, 200):
         lengths = advance(lengths, EAGER)
         sinks, coded, window = group.split(n, coded)
-        coded += group.flush_count(coded, window)
+        coded += EAGER.flush_count(coded, window)
         assert lengths[0].tolist() == list(group.split(n, coded))
 
 
@@ -68,7 +68,7 @@ def test_a_plainly_causal_prompt_is_attended_without_its_mask(make_model, monkey
     from pqlab.cache import layer
 
     model, masks, attend = make_model("llama"), [], layer.attend_exactly
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     monkeypatch.setattr(layer, "attend_exactly", lambda *args: masks.append(args[3]) or attend(*args))
     model.set_attn_implementation("pqlab")
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_a_plainly_causal_prompt_is_attended_without_its_mask(make_model, monkey
 def test_one_graph_for_all_decode_steps(make_model):
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     eager, static = (PagedPQCache(model, books, c, context=200) for c in (EAGER, STATIC))
     graphs = []
 
@@ -114,7 +114,7 @@ def test_compiled_by_inductor(make_model):
     """The default compiler, which sees the mutated pages and buffers as aliases or not: codes and logits stay."""
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=True)
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6), maps=True)
     compiled, stepped = (PagedPQCache(model, books, STATIC, context=200) for _ in range(2))
     torch._dynamo.reset()
     assert_compiled_is_stepped(model, torch.compile(model.forward, fullgraph=True), compiled, stepped)
@@ -148,7 +148,7 @@ def test_generate_compiles_it_by_itself_where_told_to(make_model):
     from transformers import CompileConfig
 
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     eager, static = (PagedPQCache(model, books, c, context=200) for c in (EAGER, STATIC))
     assert static.is_compileable and not eager.is_compileable
     theirs = generate(model, eager, "greedy")
@@ -161,7 +161,7 @@ def test_generate_compiles_it_by_itself_where_told_to(make_model):
 def test_what_a_graph_cannot_hold_is_said_before(make_model, monkeypatch, caplog):
     """Of steps that the CUDA kernels do not run, `generate` must not make graphs: the reference reads lengths."""
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     step = StepShape(16, 8, 6, 8, 6, 2, torch.float16)
     assert dispatch.uncapturable(torch.device("cpu"), step) is None, "there are no graphs"
     cuda = torch.device("cuda")
@@ -229,7 +229,7 @@ def test_a_step_cut_short_is_not_gone_on_from(make_model, steps):
     """Some layers have its tokens and some do not: whatever comes next would be read from a torn cache."""
     model, ids = make_model("llama"), inputs_for("greedy")["input_ids"]
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     cache, fresh = (PagedPQCache(model, books, STATIC, context=200) for _ in range(2))
     interrupted(model, cache, ids, steps)
     pads = torch.ones_like(ids)
@@ -249,7 +249,7 @@ def test_a_step_cut_short_is_not_gone_on_from(make_model, steps):
 def test_a_compiled_step_does_not_go_on_from_one_cut_short(make_model):
     model, ids = make_model("llama"), inputs_for("greedy")["input_ids"]
     model.set_attn_implementation("pqlab")
-    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=6)), STATIC, context=200)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=PQConfig(M=8, nbits=6)), STATIC, context=200)
     torch._dynamo.reset()
     step = torch.compile(model.forward, backend="eager")
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_layers_may_be_compiled_one_by_one(make_model):
     """Then some layers of a step run Python and some do not, in either order."""
     model, ids = make_model("llama"), inputs_for("greedy")["input_ids"]
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     plain = PagedPQCache(model, books, STATIC, context=200)
     expected = [run(model, plain, ids)] + [run(model, plain, torch.tensor([[n]])) for n in range(4)]
     for index in range(2):
@@ -281,7 +281,7 @@ def test_layers_may_be_compiled_one_by_one(make_model):
 def test_a_first_prompt_of_one_token(make_model):
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     eager, static = (PagedPQCache(model, books, c, context=200) for c in (EAGER, STATIC))
     for count in (1, 1, 50, 1):
         ids = torch.arange(count)[None]
@@ -293,7 +293,7 @@ def test_pads_are_forgotten_by_reset(make_model):
     """A second turn over steps that lie in columns where the text before the reset had pads."""
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     eager, static = (PagedPQCache(model, books, c, context=200) for c in (EAGER, STATIC))
     ids, pads = torch.arange(40)[None], torch.ones(1, 40, dtype=torch.long)
     pads[:, :30] = 0
@@ -308,7 +308,7 @@ def test_pads_are_forgotten_by_reset(make_model):
 def test_a_prompt_that_does_not_fit(make_model):
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=PQConfig(M=8, nbits=4)), STATIC, context=64)
     with pytest.raises(ResidualOverflowError, match="PQC003.*static cache of 64 tokens holds 0.* 70 more.*context=70"):
         run(model, cache, torch.zeros(1, 70, dtype=torch.long))
 
@@ -316,7 +316,7 @@ def test_a_prompt_that_does_not_fit(make_model):
 def test_a_step_that_does_not_fit_changes_nothing(make_model):
     model, ids = make_model("llama"), torch.arange(60)[None]
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=4))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=4))
     cache, fresh = (PagedPQCache(model, books, STATIC, context=64) for _ in range(2))
     settings = {"do_sample": False, "eos_token_id": None}
     with pytest.raises(ResidualOverflowError, match="PQC003.*static cache of 64 tokens holds 64.* 1 more.*context=65"):
@@ -336,7 +336,7 @@ def test_a_step_that_does_not_fit_changes_nothing(make_model):
 def test_a_chunk_that_does_not_fit_behind_others_changes_nothing(make_model):
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=PQConfig(M=8, nbits=4)), STATIC, context=64)
     run(model, cache, torch.arange(60)[None])
     with pytest.raises(ResidualOverflowError, match="PQC003.*holds 60 and cannot take 5 more.*context=65"):
         run(model, cache, torch.arange(5)[None])
@@ -349,7 +349,7 @@ def test_a_refused_step_that_exact_layers_in_front_have_stored_needs_a_reset(mak
     """They write in place, so that they cannot be put back; the cache says so instead of going on."""
     model = make_model("gemma3")
     model.set_attn_implementation("pqlab")
-    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=PQConfig(M=8, nbits=4)), STATIC, context=64)
     assert cache.layer_kinds()[0].startswith("exact")
     run(model, cache, torch.arange(first)[None])
     with pytest.raises(ResidualOverflowError, match="PQC003"):
@@ -365,7 +365,7 @@ def test_a_compiled_step_that_does_not_fit(make_model):
     """It runs no Python: the assertion on the device is heard of, and plain steps know what compiled ones counted."""
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    cache = PagedPQCache(model, Codebooks.random(model, config=PQConfig(M=8, nbits=4)), STATIC, context=64)
+    cache = PagedPQCache(model, Codebooks.random(model, pq=PQConfig(M=8, nbits=4)), STATIC, context=64)
     run(model, cache, torch.zeros(1, 62, dtype=torch.long))
     torch._dynamo.reset()
     step, token = torch.compile(model.forward, fullgraph=True, backend="eager"), torch.tensor([[1]])
@@ -384,7 +384,7 @@ def test_another_batch_needs_another_cache(make_model):
     """Graphs hold the addresses of a batch's tensors, and may be replayed after a reset: these cannot be replaced."""
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     cache, fresh = (PagedPQCache(model, books, STATIC, context=200, max_batch=2) for _ in range(2))
     two, one = torch.arange(100).view(2, 50), torch.arange(50)[None]
     expected = run(model, fresh, two)
@@ -401,7 +401,7 @@ def test_the_default_pool_has_the_pages_that_rows_take(make_model, context, batc
     """Also where no token of a short context is ever coded."""
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     cache = PagedPQCache(model, books, replace(STATIC, max_pages=None), context=context, max_batch=batch)
     run(model, cache, torch.arange(20).repeat(batch, 1))
     assert cache.pool.num_free == 0
@@ -411,7 +411,7 @@ def test_a_shared_pool_has_the_pages_back_when_the_cache_is_dropped(make_model):
     """Not by a reset, after which graphs of the cache may be replayed."""
     model = make_model("llama")
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     kept = PagedPQCache(model, books, STATIC, context=100)
     run(model, kept, torch.arange(70)[None])
     used = kept.pool.num_used

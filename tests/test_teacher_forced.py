@@ -22,7 +22,7 @@ def test_it_agrees_with_step_by_step_decode(make_model, kind, prompt, maps):
     """Behind a map in few bits the real cache's exact tokens are off by its rounding, far less than its codes are."""
     model = make_model(kind)
     model.set_attn_implementation("pqlab")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6), maps=bool(maps))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6), maps=bool(maps))
     books = books.unfitted() if maps == "unfitted" else books
     ids = torch.randint(0, 200, (1, 160), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_continuations_of_one_prefill_agree_with_a_run_of_their_own(make_model, 
     """Flushes fall into the continuation, and the second one starts from the prompt again."""
     model = make_model(kind)
     model.set_attn_implementation("pqlab")
-    quantize = from_codebooks(Codebooks.random(model, config=PQConfig(M=8, nbits=6)))
+    quantize = from_codebooks(Codebooks.random(model, pq=PQConfig(M=8, nbits=6)))
     ids = torch.randint(0, 200, (1, 160), generator=torch.Generator().manual_seed(0))
     others = torch.randint(0, 200, (1, 45), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_fidelity_of_exact_storage_is_perfect_and_of_lossy_storage_is_not(make_m
     from pqlab.evaluation.fidelity import compare, summarize
 
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=6))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=6))
     windows = [torch.randint(0, 200, (1, 120), generator=torch.Generator().manual_seed(s)) for s in range(3)]
     frame = compare(model, windows, {"exact": lambda layer, k, v: (k, v), "pq": from_codebooks(books)}, SMALL)
     table = summarize(frame).set_index("method")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
 from pqlab import CacheConfig, DecodeTrace, PagedPQCache, PQConfig, trace_decode
+from pqlab.errors import ConfigError
 from pqlab.quantization import Codebooks
 from pqlab.transformers_api import cache_argument
 
@@ -21,7 +24,7 @@ def setting(request, tiny_tokenizer):
 
     model = make_tiny_model("llama")
     span = 64 if request.param == "anchored" else 0
-    return model, tiny_tokenizer, Codebooks.random(model, config=PQConfig(M=8, nbits=5), maps=True, span=span)
+    return model, tiny_tokenizer, Codebooks.random(model, pq=PQConfig(M=8, nbits=5), maps=True, span=span)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def test_events_explain_the_page_tables(trace):
         assert so_far[so_far.kind == "flush"]["count"].sum() == trace.lengths(step)[1]
     pages = trace.pages(STEPS)
     assert trace.text[3:19] == pages.text[0], "one byte a token: page 0 holds the 16 characters behind 3 sinks"
-    assert trace.text_until(0) == PROMPT
+    assert "".join(trace.tokens[: trace.steps.num_tokens[0]]) == PROMPT
 
 
 def test_distributions(trace):
@@ -129,6 +132,43 @@ def test_bad_input_is_named(setting, change, says):
         trace_decode(model, tokenizer, PROMPT, **({"steps": 3} | change), codebooks=books, config=SMALL)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": -1}, r"steps = -1 is out of range \(at least 0\); the nearest good value is 0"),
+        ({"steps": 2.5}, "steps = 2.5 is not a whole number"),
+        ({"top": 0}, r"top = 0 is out of range \(at least 1\)"),
+        ({"follow": "both"}, "follow = 'both' is unknown"),
+        (
+            {"config": replace(SMALL, mode="static")},
+            r'mode = "static" takes all at the start; trace with .*mode="eager"',
+        ),
+    ],
+)
+def test_settings_that_cannot_be_traced_are_refused_before_anything_runs(setting, change, says):
+    model, _, books = setting
+    asked = []
+    with pytest.raises(ConfigError, match=says):
+        options = {"steps": 3, "codebooks": books, "config": SMALL} | change
+        trace_decode(model, lambda *args, **kwargs: asked.append(args), PROMPT, **options)
+    assert not asked
+
+
+def test_no_step_is_the_prompt_alone(setting):
+    model, tokenizer, books = setting
+    trace = trace_decode(model, tokenizer, PROMPT, 0, codebooks=books, config=SMALL)
+    assert trace.num_steps == 1 and trace.text == PROMPT and trace.attention(0, 1, 2).exact.sum() == pytest.approx(1)
+
+
+def test_a_file_that_knows_of_one_setting_for_all_layers_is_read(trace, tmp_path):
+    """As traces were written whose meta held M and nbits of the first layer's keys."""
+    assert not {"M", "nbits"} & trace.meta.keys()
+    older = replace(trace, meta=trace.meta | {"M": 8, "nbits": 5})
+    loaded = DecodeTrace.load(older.save(tmp_path / "older.trace"))
+    assert loaded.meta["nbits"] == 5
+    pd.testing.assert_frame_equal(loaded.attention(9, 1, 2), trace.attention(9, 1, 2))
+
+
 def test_token_ids_need_no_tokenizer(setting, trace):
     model, tokenizer, books = setting
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -149,4 +189,4 @@ def test_characters_of_several_tokens_stay_whole(setting):
     model, tokenizer, books = setting
     prompt = "caf\u00e9 \u2014 na\u00efve " * 5
     trace = trace_decode(model, tokenizer, prompt, 1, codebooks=books, config=SMALL, capture=False)
-    assert trace.text_until(0) == prompt
+    assert "".join(trace.tokens[: trace.steps.num_tokens[0]]) == prompt

@@ -299,7 +299,7 @@ def test_a_place_that_is_no_storage(name, content, said, tmp_path, monkeypatch):
 def text(make_model, request):
     """A random model, its codebooks, and a continuation of 60 tokens behind 200."""
     model = make_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=4), maps=True, span=request.param)
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=4), maps=True, span=request.param)
     ids = torch.randint(0, 256, (1, 260), generator=torch.Generator().manual_seed(3))
     return model, books, Continuation(model, ids, 200)
 
@@ -336,7 +336,7 @@ def workload(make_model, tiny_tokenizer, kind="llama", **options) -> Workload:
     model = make_model(kind)
     found = Workload(model, tiny_tokenizer, "It was a dark and stormy night. " * 40, **options)
     for m, nbits in ((4, 4), (8, 4), (8, 8)):
-        found._books[m, nbits] = Codebooks.random(model, config=PQConfig(M=m, nbits=nbits))
+        found._books[m, nbits] = Codebooks.random(model, pq=PQConfig(M=m, nbits=nbits))
     return found
 
 
@@ -351,7 +351,7 @@ def test_a_setting_is_measured(kind, make_model, tiny_tokenizer):
     assert near.bytes - found.bytes(Setting(16, 32, 4, 4)) > 0
     if kind == "llama":
         cost = CacheCost(found._shape, PQConfig(M=8, nbits=4), CacheConfig(16, 32), 300)
-        held = parts["pool"] + parts["exact_tokens"] + parts["page_table"]
+        held = parts["codes"] + parts["free_pages"] + parts["exact_tokens"] + parts["page_table"]
         made = cost.constant_bytes + cost.fit_bytes
         assert abs(near.bytes - held - made) < 64, "and the centroids, maps and fits that calibration makes"
     assert found.measure(Setting(256, 1024, 8, 4)).kl == 0, "such a window holds the whole text"
@@ -390,7 +390,7 @@ def test_a_setting_is_measured_on_a_gpu(make_model, tiny_tokenizer):
     model = make_model("llama", head_dim=64, hidden_size=384).to("cuda", torch.float16)
     found = Workload(model, tiny_tokenizer, "It was a dark and stormy night. " * 60, context=600, positions=80)
     for m, nbits in ((32, 8),):
-        found._books[m, nbits] = Codebooks.random(model, config=PQConfig(M=m, nbits=nbits)).to("cuda")
+        found._books[m, nbits] = Codebooks.random(model, pq=PQConfig(M=m, nbits=nbits)).to("cuda")
     one = found.measure(Setting(64, 128, 32, 8))
     assert one.milliseconds > 0 and one.kl > 0
     assert found.in_turns([Setting(64, 128, 32, 8)], rounds=2).milliseconds.min() > 0

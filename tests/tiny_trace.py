@@ -17,7 +17,7 @@ def tiny_cache_and_trace(tokenizer):
     from pqlab.transformers_api import cache_argument
 
     model = make_tiny_model("llama")
-    books = Codebooks.random(model, config=PQConfig(M=8, nbits=5))
+    books = Codebooks.random(model, pq=PQConfig(M=8, nbits=5))
     config = CacheConfig(page_size=16, residual_length=20, num_sinks=3, max_pages=60)
     trace = trace_decode(model, tokenizer, PROMPT, STEPS, codebooks=books, config=config)
     held = PagedPQCache(model, books, config)

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; the exit status. Raises like `load` and `baseline_vs_paged`."""
     config = CacheConfig(page_size=args.page_size, residual_length=args.residual)
     found, model, tokenizer = load(args)
-    books = Codebooks.random(model, config=PQConfig(), maps=True) if found.random else None
+    books = Codebooks.random(model, pq=PQConfig(), maps=True) if found.random else None
     options = {"text": args.text, "batch": args.batch, "new_tokens": args.new_tokens, "static": args.static}
     frame = baseline_vs_paged(model, tokenizer, args.context, codebooks=books, config=config, **options)
     kind = "random weights" if found.random else args.text

@@ -33,7 +33,7 @@ def filled_paged(
     """
     geometry = checked_geometry(model)
     config = config or CacheConfig()
-    books = codebooks or Codebooks.random(model.config, config=PQConfig(), maps=True)
+    books = codebooks or Codebooks.random(model.config, pq=PQConfig(), maps=True)
     cache = PagedPQCache(model, books, config, context=context + room)
     coded = coded_tokens(context, config)
     group = cache.group

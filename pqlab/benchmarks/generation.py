@@ -116,9 +116,7 @@ def time_generation(
 def cache_bytes(cache: Cache) -> tuple[int, int, int]:
     """Bytes of a cache: for its tokens, reserved for pages, and constants that all sequences share."""
     if isinstance(cache, PagedPQCache):
-        sizes = cache.nbytes()
-        held = sum(sizes[part] for part in ("codes", "exact_tokens", "key_fits", "turns", "exact_layers", "page_table"))
-        return held, sizes["pool"], sizes["model_constants"]
+        return cache.stored_bytes, cache.pool.layout.num_bytes, cache.codebooks.nbytes
     held, books = 0, {}
     for layer in cache.layers:
         if isinstance(layer, ContiguousPQLayer):

@@ -64,7 +64,7 @@ def measure_orders(
     On a CPU one thread reads (numpy), on a GPU the whole device (torch).
 
     Args:
-        pattern: a name of `layout_access.PATTERNS`.
+        pattern: a name of `paging.access.PATTERNS`.
         num_bytes: codes stored per order; five times as much memory is taken while it runs.
         repeats: timed reads of each order; the median counts.
 

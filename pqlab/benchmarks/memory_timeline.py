@@ -147,9 +147,7 @@ def _warm_up(model, cache: Cache, ids: Tensor) -> None:
 def held_bytes(cache: Cache) -> tuple[int, int]:
     """(what the tokens occupy, what the cache has allocated), model constants left out."""
     if isinstance(cache, PagedPQCache):
-        parts = cache.nbytes()
-        around = sum(parts[name] for name in ("exact_tokens", "key_fits", "turns", "exact_layers", "page_table"))
-        return parts["codes"] + around, parts["pool"] + around
+        return cache.stored_bytes, cache.reserved_bytes
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     return held, held
 
@@ -205,8 +203,8 @@ def run(args: argparse.Namespace) -> int:
     if args.csv:
         frame.to_csv(args.csv, index=False)
     if args.html:
+        from ..figures.html_file import write_figure
         from ..figures.memory import memory_figure
-        from ..figures.page import write_figure
 
         write_figure(memory_figure(frame), args.html, "Memory over the time of a generation", found)
     if args.json:
@@ -234,7 +232,7 @@ def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
     if args.shape:
         dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
         model = random_model(args.shape, args.context, dtype, args.device)
-        codebooks = Codebooks.random(model.config, config=PQConfig())
+        codebooks = Codebooks.random(model.config, pq=PQConfig())
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, model.config.vocab_size, (1, args.context), generator=generator).to(args.device)
     else:
@@ -242,7 +240,7 @@ def _measured(args: argparse.Namespace) -> tuple[pd.DataFrame, str]:
 
         found, model, tokenizer = load(args)
         check_positions(model, args.context)
-        random = Codebooks.random(model, config=PQConfig(), maps=True) if found.random else None
+        random = Codebooks.random(model, pq=PQConfig(), maps=True) if found.random else None
         codebooks = random or default_codebooks(model, tokenizer)
         ids = text_windows(tokenizer, load_text(args.text), args.context, 1)[0].to(args.device)
     options = {"prompt": args.context - args.steps, "config": config, "chunk": args.chunk, "every": args.every}

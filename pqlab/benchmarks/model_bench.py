@@ -109,7 +109,7 @@ def bench_model(
 
     def paged(mode: str, how: bool, maps: bool = True, plan: Plan | None = None, span: int = 0) -> Step:
         pq = stretched(plan, model) if plan else PQConfig()
-        books = Codebooks.random(model.config, config=pq, maps=maps, span=span)
+        books = Codebooks.random(model.config, pq=pq, maps=maps, span=span)
         cache = filled_paged(model, context, CacheConfig(mode=mode), codebooks=books)
         return decode_step(model, cache, "pqlab", context, compiled=how)
 
@@ -183,7 +183,7 @@ def bench_prefill(shape: str, context: int, *, dtype=torch.float16, device="cuda
     """
     model = random_model(shape, context + 1, dtype, device)
     ids = torch.randint(model.config.vocab_size, (1, context), device=device)
-    books = Codebooks.random(model.config, config=PQConfig(), maps=True)
+    books = Codebooks.random(model.config, pq=PQConfig(), maps=True)
 
     def paged(mode: str) -> Cache:
         return PagedPQCache(model, books, CacheConfig(mode=mode), context=context + 1)

@@ -43,7 +43,7 @@ from .decode_bench import Case, Timer, decode_arguments
 
 CASES = tuple(
     Case(*heads, (n,), m=d // 2, head_dim=d)
-    for *heads, d in ((9, 3, 64), (32, 8, 128), (32, 32, 128))
+    for *heads, d in ((9, 3, 64), (32, 8, 128), (32, 32, 128), (16, 8, 256))
     for n in (8192, 32768)
 )
 HELP = """\

@@ -98,11 +98,10 @@ class ContiguousPQLayer(DynamicLayer):
         return self.codec.k, self.codec.v
 
     def _flush(self) -> None:
-        coded, waiting = self.codes[0].shape[2], self.window[0].shape[2]
-        if waiting < self.config.window_length:
+        coded = self.codes[0].shape[2]
+        leaving = self.config.flush_count(coded, self.window[0].shape[2])
+        if not leaving:
             return
-        size = self.config.page_size
-        leaving = (coded + waiting - self.config.residual_length) // size * size - coded
         for i, side in enumerate(self._sides):
             x = self.window[i][:, :, :leaving]
             if side.anchors:
@@ -111,7 +110,7 @@ class ContiguousPQLayer(DynamicLayer):
             if side.can_fit:
                 if not coded:
                     self.fit = KeyFit(side, len(y), y.device)
-                    for row, first in enumerate(y[:, :, : fit_tokens(size)]):
+                    for row, first in enumerate(y[:, :, : fit_tokens(self.config.page_size)]):
                         self.fit.take(row, first)
                 y = self.fit.apply(y)
             fresh = nearest(y, side.centroids)

@@ -117,7 +117,7 @@ class PagedPQCache(Cache):
         if static:
             self._quantized[0].follows_exact = quantized[0] > 0
             self._allow_capture(getattr(model, "dtype", torch.float32), text.num_attention_heads)
-        self._warned = False
+        self._warned = static  # of a fallback, which static mode refuses
         super().__init__(layers=layers)
 
     # -- what a user looks at -----------------------------------------------------------------------------------
@@ -164,13 +164,13 @@ class PagedPQCache(Cache):
         return read_pages(self.pool.view(position, side), torch.tensor([page]), nbits)[head].cpu()
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: codes in used pages, the whole pool, exact buffers, what keys are fitted with, turns of anchors
-        (one table for all layers), exact layers, page table, constants."""
+        """Bytes by what they are for, nothing twice: codes (used pages), free pages of the pool, exact buffers, what
+        keys are fitted with, turns of anchors (one table for all layers), exact layers, page table, model constants."""
         turns = {layer.turns.data_ptr(): layer.turns.nbytes for layer in self._quantized if layer.turns is not None}
         exact = [x for x in self.layers if not isinstance(x, PagedPQLayer)]
         return {
             "codes": self.pool.num_used * self.pool.layout.page_bytes,
-            "pool": self.pool.layout.num_bytes,
+            "free_pages": self.pool.layout.num_bytes - self.pool.num_used * self.pool.layout.page_bytes,
             "exact_tokens": sum(layer.exact_nbytes for layer in self._quantized),
             "key_fits": sum(layer.fit.nbytes for layer in self._quantized if layer.fit is not None),
             "turns": sum(turns.values()),
@@ -179,12 +179,23 @@ class PagedPQCache(Cache):
             "model_constants": self.codebooks.nbytes,
         }
 
+    @property
+    def stored_bytes(self) -> int:
+        """What the tokens take: all of `nbytes()` but free pages and model constants."""
+        return self.reserved_bytes - self.nbytes()["free_pages"]
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What is allocated for sequences: all of `nbytes()` but the model constants, which all caches share."""
+        parts = self.nbytes()
+        return sum(parts.values()) - parts["model_constants"]
+
     def announce_mask(self, attention_mask: torch.Tensor) -> None:
         """Tell the cache which columns are tokens, [B, columns]; only needed when the attention is not "pqlab".
 
         The "pqlab" attention sees the mask by itself. Another attention does not pass it on, and pads would then be
-        kept as tokens (hidden by the mask, yet among the sinks and the codes). Call it before the prompt, with the rows
-        that the model will get (beams repeat them); rows selected later are selected here, too.
+        kept as tokens (hidden by the mask, yet among the sinks and the codes). Call it before every prompt (`reset`
+        forgets it), with the rows that the model will get (beams repeat them); rows selected later are selected here.
 
         Raises:
             ValueError: not [B, columns]. At the next step: B is not the model's number of rows.
@@ -195,7 +206,7 @@ class PagedPQCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         layer = self.layers[layer_idx]
-        if not self._warned and isinstance(layer, PagedPQLayer):
+        if not self._warned and layer is self._quantized[0]:
             self._say_fallback(layer)
         if layer_idx < self._num_leading:
             self._leading.keep_before_update(layer_idx)
@@ -223,13 +234,14 @@ class PagedPQCache(Cache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     def reset(self) -> None:
-        """Forget everything; the pages go back to the pool, the codebooks stay.
+        """Forget everything, an announced mask too; the pages go back to the pool, the codebooks stay.
 
         In static mode rows keep their pages and the cache its batch, since graphs hold the addresses: to have the pages
         back in a shared pool, or another batch, drop the cache (and its graphs) and make another.
         """
         self.group.reset()
         self._leading.forget()
+        self._warned = self.settings.mode == "static"
         for layer in self.layers:
             layer.reset()
 
@@ -324,11 +336,10 @@ class PagedPQCache(Cache):
                 layer.reorder_cache(rows)  # linear layers have it, and no method for repeated or selected rows
 
     def _say_fallback(self, layer: PagedPQLayer) -> None:
-        self._warned = True
         implementation = layer.config._attn_implementation
-        refused = self.settings.mode == "static" or EXACT in current_setting().forbidden
-        if implementation == "pqlab" or refused:  # what is refused raises
+        if implementation == "pqlab" or EXACT in current_setting().forbidden:  # what is forbidden raises
             return
+        self._warned = True
         pads = ""
         if not self.group.has_announced_mask:
             pads = " A prompt with pads also needs cache.announce_mask(attention_mask) before generation."

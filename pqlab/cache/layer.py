@@ -1,6 +1,6 @@
 """One quantized layer as transformers sees it: tokens are handed over, planned for, attended to, and stored.
 
-What it keeps, and how that is written and read, is `storage.LayerStorage`.
+What it keeps, and how that is written and read, is `layer_storage.LayerStorage`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from ..attention import NAME, handed_over
 from ..errors import KernelMissingError, UnsupportedModelError
 from ..kernels import dispatch
 from ..kernels.backend import EXACT, current_setting
@@ -19,8 +20,8 @@ from .exact_attention import attend_exactly, chunk_mask
 from .exact_buffers import ExactBuffers
 from .gradients import no_gradients
 from .layer_states import LayerStates
+from .layer_storage import LayerStorage
 from .sequences import SequenceGroup, StepPlan, plain_state
-from .storage import LayerStorage
 
 if TYPE_CHECKING:
     from ..quantization import LayerCodec
@@ -93,7 +94,7 @@ class PagedPQLayer(LayerStorage, CacheLayerMixin):
                 'transformers\' attention interface: use model.set_attn_implementation("sdpa") instead'
             )
         attention = self.config._attn_implementation
-        if attention != "pqlab" and EXACT in current_setting().forbidden:
+        if attention != NAME and EXACT in current_setting().forbidden:
             raise KernelMissingError(
                 "exact attention over the dequantized cache is forbidden, and the model's attention is "
                 f'"{attention}", not "pqlab".',
@@ -107,11 +108,9 @@ class PagedPQLayer(LayerStorage, CacheLayerMixin):
                 f"{self.device}: the model was cast or moved since; call cache.reset() and begin again, and make a new "
                 "cache on another device"
             )
-        if attention == "pqlab":
+        if attention == NAME:
             self.pending = _Handover(key_states, value_states)
-            marked = key_states.view_as(key_states)
-            marked.pqlab_layer = self
-            return marked, value_states
+            return handed_over(key_states, self), value_states
         why = f'attention is "{attention}", not "pqlab"'
         dispatch.record("attention", "dequantize", why)
         real = self.group.take_announced(self.columns, key_states.shape[2])

@@ -139,13 +139,6 @@ class SequenceGroup:
         sinks = min(tokens, self.config.num_sinks)
         return sinks, coded, tokens - sinks - coded
 
-    def flush_count(self, coded: int, window: int) -> int:
-        """How many of the oldest window tokens leave: the most that end on a page's edge and leave R or more."""
-        if window < self.config.window_length:
-            return 0
-        spare = window - self.config.residual_length
-        return spare - (coded + spare) % self.config.page_size
-
     def admit_step(self, start: int, batch: int, real: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         """What the first layer of a step asks before it has the step planned: is it one that may follow? Changes
         nothing where it is refused.
@@ -202,7 +195,7 @@ class SequenceGroup:
         flushed = []
         for row in range(batch):
             _, _, window = self.split(self.tokens[row] + counts[row], self.coded(row))
-            flushed.append(self.flush_count(self.coded(row), window))
+            flushed.append(self.config.flush_count(self.coded(row), window))
         first = [self.coded(row) for row in range(batch)]
         if any(flushed):
             try:

@@ -20,7 +20,7 @@ from .sequences import SequenceGroup, plain_state
 
 
 def advance(lengths: torch.Tensor, config: CacheConfig) -> torch.Tensor:
-    """int32 [B, 3] (sinks, coded, window) after one more token in every row; `SequenceGroup.flush_count` as tensors."""
+    """int32 [B, 3] (sinks, coded, window) after one more token in every row; `CacheConfig.flush_count` as tensors."""
     sinks, coded, window = lengths.unbind(1)
     to_sink = (sinks < config.num_sinks).int()
     window = window + 1 - to_sink

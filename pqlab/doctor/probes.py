@@ -11,20 +11,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..compiler import compiler_command
 from .cache_memory import cache_memory
 from .chromium import find_chromium
 from .finding import Finding, Probe
 
 
-def _output(*command: str, timeout: float = 20) -> str:
-    """First line of what a command prints; raises when it cannot run."""
+def _run(command: Sequence[str], timeout: float = 20) -> tuple[int, str]:
+    """Exit code of a command and the first line of what it prints; raises when it cannot run."""
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", timeout=timeout, stdin=subprocess.DEVNULL
     )
     text = (done.stdout or done.stderr).strip()
-    return text.splitlines()[0] if text else f"exit code {done.returncode}"
+    return done.returncode, text.splitlines()[0] if text else f"exit code {done.returncode}"
+
+
+def _output(*command: str, timeout: float = 20) -> str:
+    return _run(command, timeout)[1]
 
 
 def pqlab_itself() -> Finding:
@@ -130,15 +136,16 @@ def torch_build() -> Finding:
 
 
 def compiler() -> Finding:
-    name = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
-    path = shutil.which(name)
+    command = compiler_command()
+    path = shutil.which(command[0])
+    problem = "without a C++ compiler the slow plain torch backend runs"
+    remedy = "Install one (Debian: apt-get install g++; conda: cxx-compiler), or set CXX"
     if path is None:
-        return Finding(
-            f"{name} not found",
-            "without a C++ compiler the slow plain torch backend runs",
-            "Install one (Debian: apt-get install g++; conda: cxx-compiler), or set CXX",
-        )
-    return Finding(f"{_output(path, '--version')}, {path}")
+        return Finding(f"{command[0]} not found", problem, remedy)
+    asked = [path, *command[1:], "--version"]  # of a wrapper with its compiler: that of the compiler
+    status, said = _run(asked)
+    value = f"{said}, {shlex.join(asked[:-1])}"
+    return Finding(value, f"{shlex.join(asked)} fails; {problem}" if status else "", remedy)
 
 
 def ninja() -> Finding:
@@ -189,14 +196,14 @@ def _toolkit_beside_torch(value: str, release: re.Match[str] | None) -> Finding:
 
 
 def host_compiler() -> Finding:
-    """Whether nvcc takes this C++ compiler: a toolkit knows compilers up to some version. Tried on an empty file."""
+    """Whether nvcc takes the C++ compiler that torch hands it, which is $CC, else its own choice: a toolkit knows
+    compilers up to some version. Tried on an empty file."""
     import torch
 
     path = _find_nvcc()
     if path is None or not torch.cuda.is_available():
         return Finding("nvcc is not used here")
-    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
-    host = shutil.which(chosen[0]) if chosen else None
+    host = os.environ.get("CC")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
         source.touch()
@@ -208,7 +215,7 @@ def host_compiler() -> Finding:
     return Finding(
         f"{host or 'the default one'} does not fit {path}",
         f"nvcc refuses it: {errors[0].strip()[:300]}",
-        "Install a C++ compiler that this toolkit takes (its message names the versions) and set CXX to it",
+        "Install a C++ compiler that this toolkit takes (its message names the versions) and set CC to it",
     )
 
 

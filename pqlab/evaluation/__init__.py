@@ -1,1 +1,1 @@
-"""How good, how fast: measurements that end in records."""
+"""How good: what codes lose, beside other caches; measurements that end in records. How fast is in `benchmarks`."""

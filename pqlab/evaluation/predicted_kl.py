@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from ..attention import NAME, handed_over
 from ..config import CacheConfig
 from ..paging.layout import SIDES
 from ..quantization import LayerCodec, attention_geometry
@@ -53,7 +54,7 @@ def predict_kl(
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     before = model.config._attn_implementation
-    model.set_attn_implementation("pqlab")
+    model.set_attn_implementation(NAME)
     totals: dict[tuple[int, str, int], float] = {}
     try:
         for ids in windows:
@@ -99,9 +100,8 @@ class _Watching(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx not in self.full:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        marked = key_states.view_as(key_states)
-        marked.pqlab_layer = self.watched[layer_idx] = _Watched(key_states, value_states)
-        return marked, value_states
+        self.watched[layer_idx] = _Watched(key_states, value_states)
+        return handed_over(key_states, self.watched[layer_idx]), value_states
 
 
 @torch.enable_grad()

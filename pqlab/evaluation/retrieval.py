@@ -22,9 +22,9 @@ import pandas as pd
 import torch
 from transformers import DynamicCache
 
-from ..arguments import add_cache_arguments, add_codebooks, add_json, add_model_arguments, add_text, whole
+from ..arguments import add_cache_arguments, add_codebooks, add_json, add_model_arguments, add_text, load, whole
 from ..config import CacheConfig
-from ..models import load_model, load_text
+from ..models import load_text
 from ..quantization import Codebooks, default_codebooks
 from ..results.provenance import commit, device_name, file_sha256, text_record, today, versions
 from .fidelity import last_hidden
@@ -168,18 +168,21 @@ def _sign_test(lost: int, won: int) -> float:
 
 
 def _once(quantize: Quantize, coded: int) -> Quantize:
-    """The same, but the first `coded` tokens, which are the prompt's under every question, are quantized once."""
+    """The same, but the first `coded` tokens, which are the prompt's under every question, are quantized once.
+
+    Where a question fills a page, all are quantized anew: what comes back for a token may depend on those before it
+    (anchors, and what keys are fitted by).
+    """
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def quantize_rest(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_prompt(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if k.shape[1] != coded:
+            return quantize(layer, k, v)
         if layer not in kept:
-            kept[layer] = quantize(layer, k[:, :coded], v[:, :coded])
-        if k.shape[1] == coded:
-            return kept[layer]
-        rest = quantize(layer, k[:, coded:], v[:, coded:])
-        return tuple(torch.cat(parts, 1) for parts in zip(kept[layer], rest, strict=True))
+            kept[layer] = quantize(layer, k, v)
+        return kept[layer]
 
-    return quantize_rest if coded else quantize
+    return quantize_prompt
 
 
 def _unchanged(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +214,7 @@ def token_ids(tokenizer, ids: Sequence[int], haystack: Haystack) -> tuple[list[i
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments that every retrieval benchmark takes."""
     add = parser.add_argument
-    add_model_arguments(parser, random=False, half=False)
+    add_model_arguments(parser, random=False)
     add_codebooks(parser, "methods, each named by its file's stem", "pq-4, the default codebooks")
     add_text(parser, what="text to hide numbers in")
     add("--lengths", nargs="+", type=whole(), default=list(LENGTHS), metavar="TOKENS", help="tokens of a whole text, "
@@ -226,17 +229,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, name: str, hide: Hide) -> int:
     """Try every cell of a task, print a grid a method (and JSON); the exit status."""
     options = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials}
-    try:
-        config = CacheConfig(residual_length=args.residual)
-        model, tokenizer = load_model(args.model, device=args.device)
-        books = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
-        books = books or {"pq-4": default_codebooks(model, tokenizer)}
-        methods = {title: from_codebooks(book.to(model.device)) for title, book in books.items()}
-        options["own_configs"] = planned_configs(args.codebooks)
-        frame = retrieve(hide, model, tokenizer, load_text(args.text), methods, config, progress=True, **options)
-    except (ValueError, OSError) as error:
-        print(f"pqlab bench {name}: {error}")
-        return 2
+    config = CacheConfig(residual_length=args.residual)
+    _, model, tokenizer = load(args)
+    books = {Path(path).stem: Codebooks.load(path, model) for path in args.codebooks}
+    books = books or {"pq-4": default_codebooks(model, tokenizer)}
+    methods = {title: from_codebooks(book.to(model.device)) for title, book in books.items()}
+    options["own_configs"] = planned_configs(args.codebooks)
+    frame = retrieve(hide, model, tokenizer, load_text(args.text), methods, config, progress=True, **options)
     for title, part in frame.groupby("method", sort=False):
         print(f"{title}: found, by depth and length")
         print(part.pivot_table(index="depth", columns="length", values="found", aggfunc="mean").to_string())
@@ -256,6 +255,7 @@ def record(frame: pd.DataFrame, name: str, args: argparse.Namespace) -> dict:
         "versions": versions(),
         "device": device_name(args.device),
         "text": text_record(args.text),
+        "half": args.half,
         "residual": args.residual,
         "codebooks": {Path(path).stem: file_sha256(path) for path in args.codebooks},
         "records": frame.round(4).to_dict("records"),

@@ -8,7 +8,8 @@ every query reads, for every earlier token, the exact or the quantized vector as
 
 f changes once a page, so the rows of one page's worth of positions are one attention call. Hidden states see the
 quantized attention of their own position, and the vectors that are quantized come from these hidden states: this is
-the real decode, not an exact run with noise added. It agrees with stepping to float rounding (tests).
+the real decode, not an exact run with noise added. It agrees with stepping up to rounding (tests): of floats, and where
+codecs have maps, of exact tokens, which the cache keeps behind the map and this keeps as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from ..attention import handed_over
 from ..cache.key_fit import KeyFit, fit_tokens
 from ..config import CacheConfig
 from ..quantization import Codebooks, Codec
@@ -49,9 +51,7 @@ def schedule(length: int, prompt: int, config: CacheConfig) -> list[Segment]:
     coded = 0
     for position in range(prompt - 1, length):
         window = position + 1 - min(position + 1, config.num_sinks) - coded
-        if window >= config.window_length:
-            spare = window - config.residual_length
-            coded += spare - (coded + spare) % config.page_size
+        coded += config.flush_count(coded, window)
         if position < prompt:  # the state the prompt leaves; the next token is the first to see it
             continue
         if segments[-1].stop == position and segments[-1].coded == coded and segments[-1].start >= prompt:
@@ -177,9 +177,7 @@ class _Layer(CacheLayerMixin):
         self.pending = key_states, value_states
         if self.prefix is not None:
             self.pending = tuple(torch.cat(both, 2) for both in zip(self.prefix, self.pending, strict=True))
-        marked = key_states.view_as(key_states)
-        marked.pqlab_layer = self
-        return marked, value_states
+        return handed_over(key_states, self), value_states
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """[1, Hq, S, d]: every position's attention over what it would see at its own decode step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -276,4 +277,4 @@ def _label(names: Sequence[str] | None, position: int) -> str:
     if names is None:
         return f"position {position}"
     before = "".join(names[max(0, position - 4) : position + 1])
-    return "after “…" + before.replace("\n", "⏎").replace("<", "‹") + "”"
+    return f"after “…{html.escape(before, quote=False).replace(chr(10), '⏎')}”"

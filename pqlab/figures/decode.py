@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -45,12 +46,16 @@ def decode_figure(
         scale: of the attention weights.
         errors: `error_grid(trace, kind)`, when it is at hand.
         num_tokens: next tokens shown.
+
+    Raises:
+        IndexError: the trace has no such step.
     """
+    lengths = trace.lengths(step)
     captured = bool(trace.layers)
     layer = trace.layers[0] if layer is None and captured else layer
     sheet = Sheet([1.25, 1], [0.15, 0.06, 0.36, 0.43], gap_x=0.24, gap_y=0.085)
     _draw_timeline(sheet, trace, step)
-    _draw_cache(sheet, trace, step)
+    _draw_cache(sheet, trace, step, lengths)
     _draw_attention(sheet, trace.attention(step, layer, head, kind) if captured else None, layer, head, kind, scale)
     if captured and errors is None:
         errors = error_grid(trace, kind)
@@ -81,13 +86,14 @@ def _draw_timeline(sheet: Sheet, trace: DecodeTrace, step: int) -> None:
         x={"range": [-0.7, trace.num_steps - 0.3], "title": {"text": ""}},
         y={"title": {"text": "KL"}, "range": [0, highest * 1.25], "nticks": 4},
     )
+    tokens = [_texts(column) for column in (steps.token, steps.next_token, steps.exact_token)]
     agree = ["same likeliest token" if same else "another likeliest token" for same in steps.agree]
     sheet.add(
         plot,
         "bar",
         x=steps.step,
         y=steps.kl,
-        customdata=np.stack([steps.token, steps.next_token, steps.exact_token, agree], axis=-1).tolist(),
+        customdata=np.stack([*tokens, agree], axis=-1).tolist(),
         marker={
             "color": [GOOD if same else BAD for same in steps.agree],
             "opacity": [1.0 if i == step else 0.5 for i in range(len(steps))],
@@ -121,8 +127,8 @@ def _draw_timeline(sheet: Sheet, trace: DecodeTrace, step: int) -> None:
     )
 
 
-def _draw_cache(sheet: Sheet, trace: DecodeTrace, step: int) -> None:
-    sinks, coded, window = trace.lengths(step)
+def _draw_cache(sheet: Sheet, trace: DecodeTrace, step: int, lengths: tuple[int, int, int]) -> None:
+    sinks, coded, window = lengths
     size, total = trace.meta["page_size"], len(trace.tokens)
     pages = [page for page in trace.tables[step].tolist() if page >= 0]
     region = np.full(total, np.nan, np.float32)
@@ -149,7 +155,7 @@ def _draw_cache(sheet: Sheet, trace: DecodeTrace, step: int) -> None:
         "heatmap",
         z=region[None],
         text=[place],
-        customdata=[[html.escape(token, quote=False) for token in trace.tokens]],
+        customdata=[_texts(trace.tokens)],
         hovertemplate="token %{x} “%{customdata}”<br>%{text}<extra></extra>",
         zmin=-0.5,
         zmax=3.5,
@@ -190,11 +196,10 @@ def _draw_attention(
     for run, (name, colour) in _NAMES.items():
         values = {"x": [], "y": [], "customdata": []}
         if weights is not None:
-            tokens = [html.escape(token, quote=False) for token in weights.token]
             values = {
                 "x": weights.position,
                 "y": weights[run].clip(lower=_FLOOR),
-                "customdata": np.stack([tokens, weights.region], axis=-1).tolist(),
+                "customdata": np.stack([_texts(weights.token), weights.region], axis=-1).tolist(),
             }
         sheet.add(
             plot,
@@ -269,6 +274,11 @@ def _draw_next(sheet: Sheet, trace: DecodeTrace, step: int, num_tokens: int) -> 
             showlegend=False,
             hovertemplate=f"{name}: %{{customdata}} %{{x:.2%}}<extra></extra>",
         )
+
+
+def _texts(tokens: Iterable[str]) -> list[str]:
+    """Tokens as they are read in a hover box, without markup."""
+    return [html.escape(token, quote=False) for token in tokens]
 
 
 def _visible(token: str) -> str:

@@ -1,12 +1,11 @@
 """Colours, fonts and the two plotly templates (light and dark) that all figures share.
 
 Everything that depends on the theme lives in the template: background, text, axes and grid are the template's. So a
-figure changes its theme by changing `layout.template` alone, which `retheme` does. Where the theme follows the page
-(panels, HTML files) the background is transparent; a plain figure brings its own, since a notebook shows it on a light
-page and on a dark one. The colours of
-the data are the same in both themes and were chosen to be seen on white and on near-black: the Okabe-Ito palette
-(Okabe and Ito 2008) for kinds, cividis (Nunez et al. 2018) for amounts. Neither needs colour vision; still, no figure
-says a thing by colour alone.
+figure changes its theme by changing `layout.template` alone. Where the theme follows the page (panels, HTML files) the
+background is transparent; a plain figure brings its own, since a notebook shows it on a light page and on a dark one.
+The colours of the data are the same in both themes and were chosen to be seen on white and on near-black: the Okabe-Ito
+palette (Okabe and Ito 2008) for kinds, cividis (Nunez et al. 2018) for amounts. Neither needs colour vision; still, no
+figure says a thing by colour alone.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ EXACT, PAGED = BLUE, ORANGE
 REGIONS: dict[str, str] = {"sink": PURPLE, "code": ORANGE, "window": SKY}
 """The three parts of a row of the cache: exact sinks, codes in pages, exact residual window."""
 
-FREE, WASTED, SHARED = "rgba(140,140,140,0.25)", "rgba(140,140,140,0.55)", YELLOW
+FREE, WASTED = "rgba(140,140,140,0.25)", "rgba(140,140,140,0.55)"
 GOOD, BAD = GREEN, VERMILLION
 
 AMOUNTS = "Cividis"
@@ -59,18 +58,14 @@ def sequence_mark(index: int) -> str:
     return _MARKS[index % len(_MARKS)]
 
 
-def ink(theme: Theme) -> str:
-    """Colour of text on the page of this theme."""
-    return _INK[_checked(theme)]
-
-
 def template(theme: Theme = "light", *, opaque: bool = False) -> go.layout.Template:
     """The plotly template of a theme: readable text, Okabe-Ito colours in order.
 
     Args:
         opaque: a background of the theme's own, for a page that may have the other theme; else it is transparent.
     """
-    _checked(theme)
+    if theme not in THEMES:
+        raise ValueError(f'theme = {theme!r} is unknown; set "light" or "dark"')
     axis = {
         "gridcolor": _GRID[theme],
         "linecolor": _LINE[theme],
@@ -114,15 +109,3 @@ def template(theme: Theme = "light", *, opaque: bool = False) -> go.layout.Templ
     }
     amounts = {"heatmap": [{"colorscale": AMOUNTS, "colorbar": bar}], "scatter": [{"marker": {"colorbar": bar}}]}
     return go.layout.Template(layout=layout, data=amounts)
-
-
-def retheme(figure: go.Figure, theme: Theme) -> go.Figure:
-    """Give `figure` (changed in place, and returned) the look of `theme`, background included."""
-    figure.layout.template = template(theme, opaque=True)
-    return figure
-
-
-def _checked(theme: str) -> str:
-    if theme not in THEMES:
-        raise ValueError(f'theme = {theme!r} is unknown; set "light" or "dark"')
-    return theme

@@ -23,13 +23,14 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..compiler import build_environment, compiler_command
 from ..errors import ConfigError
 from ..store import cache_dir
 from .backend import BuildStatus
@@ -205,7 +206,7 @@ class Extension:
         try:
             from torch.utils import cpp_extension  # needs setuptools and 0.3 s: only when there is something to build
 
-            with _ninja_on_path():
+            with build_environment(root, _scripts_folder()):
                 built = cpp_extension.load(
                     self.name,
                     [str(source) for source in self.sources],
@@ -242,6 +243,12 @@ class Extension:
         for name, value in changes.items():
             setattr(self.status, name, value)
         self.status.state = state
+
+
+def wait_for_all(extensions: Iterable[Extension], timeout: float | None = None) -> bool:
+    """Block until all builds have ended, well or badly; False when `timeout` seconds for all together ran out."""
+    end = None if timeout is None else time.monotonic() + timeout
+    return all(one.wait(None if end is None else max(0.0, end - time.monotonic())) for one in extensions)
 
 
 def _read_build(folder: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -300,18 +307,6 @@ def _fallback_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"pqlab-kernels-{user}"
 
 
-@contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """cpp_extension calls `ninja` by name; in a virtual environment that was not activated it is not on the PATH."""
-    before = os.environ.get("PATH", "")
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = os.pathsep.join((_scripts_folder(), before))
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
 def _scripts_folder() -> str:
     return sysconfig.get_path("scripts")
 
@@ -319,23 +314,27 @@ def _scripts_folder() -> str:
 def _missing_tools() -> str:
     if shutil.which("ninja") is None and shutil.which("ninja", path=_scripts_folder()) is None:
         return "ninja was not found; pip install ninja"
-    if shutil.which(_compiler()) is None:
-        return f"no C++ compiler ({_compiler()}) was found; install g++ or set CXX"
+    command = compiler_command()
+    if shutil.which(command[0]) is None:
+        return f"no C++ compiler ({' '.join(command)}) was found; install g++ or set CXX"
     return ""
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "cl" if sys.platform == "win32" else "c++")
-
-
 def _compiler_identity() -> str:
-    """Path, size and date of the compiler's binary: as telling as its version, without the 10 ms of asking it."""
-    path = shutil.which(_compiler())
-    if path is None:
+    """Path, size and date of the compiler's binary (and of what wraps it, and options): as telling as its version,
+    without the 10 ms of asking it. Empty where there is none."""
+    command = compiler_command()
+    paths = [shutil.which(word) for word in command]
+    if paths[0] is None:
         return ""
-    real = os.path.realpath(path)
-    stat = os.stat(real)
-    return f"{real} {stat.st_size} {stat.st_mtime_ns}"
+    parts = []
+    for word, path in zip(command, paths, strict=True):
+        if path is not None:
+            real = os.path.realpath(path)
+            stat = os.stat(real)
+            word = f"{real} {stat.st_size} {stat.st_mtime_ns}"
+        parts.append(word)
+    return " ".join(parts)
 
 
 def _cpu_flags() -> str:

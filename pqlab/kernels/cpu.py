@@ -11,7 +11,6 @@ import ctypes
 import platform
 import struct
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import Backend, BuildStatus, version
-from .build import Extension
+from .build import Extension, wait_for_all
 from .caller import Caller, Launch
 from .checks import BOOK_DTYPES
 from .cpu_again import CALL, repeat
@@ -105,10 +104,7 @@ class CpuBackend(Backend):
         return {self.name: self.status(), "caller": self.caller.extension.status}
 
     def wait(self, timeout: float | None = None) -> bool:
-        start = time.monotonic()
-        if not self.extension.wait(timeout):
-            return False
-        return self.caller.extension.wait(None if timeout is None else timeout - (time.monotonic() - start))
+        return wait_for_all([self.extension, self.caller.extension], timeout)
 
     def unable(self, op: str, args: tuple[Any, ...]) -> str | None:
         if self._library is None:

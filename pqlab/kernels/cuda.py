@@ -20,7 +20,7 @@ from torch import Tensor
 from ..paging.layout import TILE
 from . import reference
 from .backend import Backend, BuildStatus, StepShape, append_part, decode_part, in_code_space, version
-from .build import Extension
+from .build import Extension, wait_for_all
 from .caller import Alive, Caller, Launch
 from .cuda_config import Configuration, DecodeConfig, EncodeConfig, compile_flags, vectors_per_block
 from .cuda_memory import PreparedBooks, Workspaces, check
@@ -94,7 +94,8 @@ class CudaBackend(Backend):
         return built[-1] if built else BuildStatus("none", "configurations are built when they are met")
 
     def wait(self, timeout: float | None = None) -> bool:
-        return all(k.extension.wait(timeout) for k in list(self._kernels.values()) if k.extension is not None)
+        kernels = list(self._kernels.values())  # another thread may meet one more
+        return wait_for_all([k.extension for k in kernels if k.extension is not None], timeout)
 
     def kernel(self, config: Configuration) -> _Kernel:
         """The kernel of a configuration, or of what fits in its place; its build starts when it is first asked for."""

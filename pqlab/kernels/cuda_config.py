@@ -1,7 +1,7 @@
 """Which CUDA kernel fits a call: configurations as values, what they are compiled with, and why one cannot be.
 
 A configuration names everything that is a template parameter of the kernels in `csrc/cuda`. It is hashable, knows its
-macros and flags, and needs neither a GPU nor a compiler to be made; `Configuration.extension` is what builds it.
+macros and flags, and needs neither a GPU nor a compiler to be made; `cuda.CudaBackend.kernel` has it built.
 """
 
 from __future__ import annotations
@@ -154,8 +154,6 @@ class DecodeConfig:
             few, names = ((2, 4, 8), "2, 4") if self.in_halves else ((1, 2, 4, 8), "1, 2, 4")
             if self.head_dim % m or self.head_dim // m not in few:
                 return f"M = {m} at head size {self.head_dim}: the kernel takes {names} or 8 dimensions a subspace"
-        if self.anchored and self.in_halves:
-            return "anchored keys with heads of 256 (calibrate without a span)"
         if self.shape() is None:
             return "the codebooks do not fit into this GPU's shared memory"
         return None

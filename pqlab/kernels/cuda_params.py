@@ -74,7 +74,7 @@ class Maps(NamedTuple):
 
 def asked_parts(head_dim: int) -> int:
     """Parts of which an offset that append_ leaves is the sum, as csrc/cuda/pq_asked.cuh has it."""
-    return 1 + (head_dim > 64)
+    return 1 if head_dim <= 64 else 2 if head_dim <= 128 else 4
 
 
 def decode_params(args: tuple[Any, ...], held: Held, out: int, lse: int) -> bytes:

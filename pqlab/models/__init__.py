@@ -5,10 +5,11 @@ from .fetch import FetchError
 from .fingerprint import fingerprint
 from .load import ModelLoadError, ensure_default_model, load_model
 from .packaged import PACKAGED, PackagedModel
-from .sampled import sampled_text
+from .sampled import CODE_OPENINGS, sampled_text
 from .texts import Text, calibration_text, load_text, texts
 
 __all__ = [
+    "CODE_OPENINGS",
     "PACKAGED",
     "CacheDirError",
     "FetchError",

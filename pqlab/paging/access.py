@@ -127,17 +127,6 @@ def random_codes(page_size: int, num_subspaces: int, nbits: int, head: int = 0, 
     return np.random.default_rng((seed, head)).integers(0, 2**nbits, (page_size, num_subspaces), dtype=np.uint8)
 
 
-def page_bytes(codes: np.ndarray, layout: PageLayout, head: int = 0) -> np.ndarray:
-    """uint8 [head_bytes]: codes [page_size, M] of a head as they lie in memory, in the order of `layout`."""
-    if codes.shape != (layout.page_size, layout.num_subspaces):
-        raise ValueError(f"codes are {codes.shape}, the page holds {(layout.page_size, layout.num_subspaces)}")
-    bits = np.zeros(layout.head_bytes * 8, np.uint8)
-    first = code_addresses(layout, head) - head * layout.head_bytes * 8
-    for bit in range(layout.nbits):
-        bits[first + bit] = (codes >> bit) & 1
-    return np.packbits(bits, bitorder="little")
-
-
 def access(layout: PageLayout, pattern: str, load: Load, *, head: int = 0, slot: int = 0, subspace: int = 0) -> Access:
     """What reading a `PATTERNS` way takes in the byte order of `layout`; `slot` and `subspace` say where it starts.
 

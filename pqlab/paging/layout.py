@@ -95,21 +95,6 @@ class PageLayout:
         """(byte, bit in that byte) of a code inside its page."""
         return divmod(self.bit_address(slot, head, subspace), 8)
 
-    def locate(self, byte: int) -> tuple[int, int, int]:
-        """Inverse of `address`: (slot, head, subspace) of the first code that has a bit in this byte of the page."""
-        self._check("byte", byte, self.page_bytes)
-        head, rest = divmod(byte, self.head_bytes)
-        index = rest * 8 // self.nbits
-        if self.order == "tiled":
-            tile, inner = divmod(index, TILE * self.num_subspaces)
-            subspace, lane = divmod(inner, TILE)
-            return tile * TILE + lane, head, subspace
-        if self.order == "row_major":
-            slot, subspace = divmod(index, self.num_subspaces)
-        else:
-            subspace, slot = divmod(index, self.page_size)
-        return slot, head, subspace
-
     @staticmethod
     def _check(name: str, value: int, limit: int) -> None:
         if not 0 <= value < limit:

@@ -122,9 +122,6 @@ class PagePool:
     def num_used(self) -> int:
         return self.max_pages - self.num_free
 
-    def can_allocate(self, n: int = 1) -> bool:
-        return n <= self.num_free
-
     def give_back_with(self, holder: object, give_back: Callable[[], None]) -> None:
         """Take a holder's pages back once it is garbage: `give_back` frees them and does not refer to the holder.
 

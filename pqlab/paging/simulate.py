@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..config import CacheConfig
 from ..errors import ConfigError, PageAllocationError
-from .contiguous import Arena, ArenaState
+from .arena import Arena, ArenaState
 from .pool import PagePool
 from .scenario import Event
 from .state import PoolState, pool_state, sequence_name
@@ -142,7 +142,7 @@ class _Run:
         tokens, coded = self.tokens[seq] + count, self.table.num_tokens(seq)
         window = tokens - min(tokens, self.sinks) - coded
         counts = [0] * self.table.num_seqs
-        counts[seq] = flush_count(coded, window, self.cache) if self.whole_pages else window
+        counts[seq] = self.cache.flush_count(coded, window) if self.whole_pages else window
         self.table.extend(counts)
         self.tokens[seq] = tokens
         self.spans[seq].append((self.cursor[seq], self.cursor[seq] + count))
@@ -191,14 +191,6 @@ class _Run:
     def _text(self, seq: int) -> list[str]:
         n = len(self.words)
         return [self.words[i % n] for start, stop in self.spans[seq] for i in range(start, stop)] if n else []
-
-
-def flush_count(coded: int, window: int, cache: CacheConfig) -> int:
-    """Tokens that leave a window: the most that end on a page's edge and leave R or more exact (DESIGN: R + P)."""
-    if window < cache.window_length:
-        return 0
-    spare = window - cache.residual_length
-    return spare - (coded + spare) % cache.page_size
 
 
 def pages_frame(step: Step, page_bytes: int = 0) -> pd.DataFrame:

@@ -121,12 +121,13 @@ class PageAllocation(Panel):
         """One row per event: slots reserved, used and wasted, paged and contiguous."""
         return steps_frame(self.steps)
 
-    def sweep_values(self, name: str) -> list[int]:
+    def sweep_values(self) -> dict[str, list[Any]]:
         return {
             "event": list(range(len(self.steps))),
             "page_size": [16, 32, 64, 128, 256],
             "max_pages": [32, 48, 64, 96, 128],
-        }[name]
+            "scenario": list(self._scenarios),
+        }
 
     @property
     def _cache(self) -> CacheConfig:

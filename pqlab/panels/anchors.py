@@ -43,16 +43,17 @@ class KeyAnchors(Panel):
             self.pair = pair_that_gains_most(self._keys(), samples.positions, frequencies, self.span)
 
     def controls(self) -> list[Widget]:
-        heads, _, d = next(iter(self._samples.keys.values())).shape
         return [
             controls.number(self, "span", "tokens a span", values=_CHOICES),
-            controls.number(self, "pair", "rotary pair", low=0, high=d // 2 - 1, tooltip="pair 0 turns fastest"),
+            controls.number(
+                self, "pair", "rotary pair", high=len(self._frequencies) - 1, tooltip="pair 0 turns fastest"
+            ),
             controls.number(self, "layer", "layer", values=list(self._samples.keys)),
-            controls.number(self, "head", "kv head", low=0, high=heads - 1),
+            controls.number(self, "head", "kv head", high=lambda: len(self._heads()) - 1),
         ]
 
-    def sweep_values(self, name: str) -> list[Any]:
-        return list(_CHOICES) if name == "span" else super().sweep_values(name)
+    def sweep_values(self) -> dict[str, list[Any]]:
+        return {"span": list(_CHOICES), "layer": list(self._samples.keys)}
 
     @property
     def spreads(self) -> pd.DataFrame:
@@ -81,11 +82,14 @@ class KeyAnchors(Panel):
             f"it would be {share[1]:.0%}."
         )
 
-    def _keys(self) -> Any:
+    def _heads(self) -> Any:
         if self.layer not in self._samples.keys:
             layers = ", ".join(map(str, self._samples.keys))
             raise ValueError(f"layer = {self.layer} has no samples; there are some of {layers}")
-        every = self._samples.keys[self.layer]
+        return self._samples.keys[self.layer]
+
+    def _keys(self) -> Any:
+        every = self._heads()
         if not 0 <= self.head < len(every):
             raise ValueError(f"head = {self.head} is outside [0, {len(every)}); set it to at most {len(every) - 1}")
         return every[self.head]

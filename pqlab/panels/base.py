@@ -2,8 +2,8 @@
 
 A subclass declares its state as traits tagged `state=True`, builds its controls once in `controls()`, and returns from
 `draw()` what a pure function of `pqlab.figures` made of that state. The base keeps one view and changes it in place.
-In JupyterLab an exception in a callback vanishes in a log; here it is shown in the status line and kept in `error`,
-and the figure stays as it was.
+In JupyterLab an exception in a callback vanishes in a log; here it is shown in the status line and kept in `error`.
+The figure stays as it was, and the state goes back to what the figure shows.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ class Panel(Stateful):
     """
 
     title: ClassVar[str] = ""
-    dear: ClassVar[bool] = False
-    """True where `draw()` takes longer than a drag can wait: it then runs in the background, latest wins."""
     sweep: ClassVar[str] = ""
     """Name of the state that gets a slider in the file that `to_html` writes."""
 
@@ -57,6 +55,7 @@ class Panel(Stateful):
         self._known(state, also=("theme",))
         self._closed = False
         self._figure: go.Figure | None = None
+        self._drawn: dict[str, Any] | None = None  # the state that the figure shows, to go back to
         self._view: FigureView | None = None
         self._widget: widgets.Widget | None = None
         self._latest = Latest()
@@ -66,7 +65,7 @@ class Panel(Stateful):
         self._text = widgets.HTML()
         self._text.add_class("pqlab-text")
         super().__init__(**state)
-        self.observe(lambda _: self.redraw(), names=self.state_names())
+        self.observe(self._follow_state, names=self.state_names())
 
     # what a subclass gives
 
@@ -87,7 +86,7 @@ class Panel(Stateful):
         raise NotImplementedError(f"{type(self).__name__} has no draw()")
 
     def refresh(self) -> None:
-        """Called after every change, also one that could not be drawn: bring the widgets of `below()` up to date."""
+        """Called after every change, also one that was refused: bring the widgets of `below()` up to date."""
 
     def click(self, point: dict[str, Any]) -> None:
         """Called when a point of the figure is clicked: trace (its number), x, y, z, customdata."""
@@ -96,9 +95,9 @@ class Panel(Stateful):
         """What the figure shows, as a table."""
         raise NotImplementedError(f"{type(self).__name__} has no frame()")
 
-    def sweep_values(self, name: str) -> Iterable[Any]:
-        """Values that the slider of `to_html` runs over."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which values {name} takes")
+    def sweep_values(self) -> dict[str, Iterable[Any]]:
+        """What the slider of `to_html` can run over: names of the state, and the values of each."""
+        return {}
 
     # view
 
@@ -106,7 +105,7 @@ class Panel(Stateful):
     def figure(self) -> go.Figure:
         """The figure that is shown now."""
         if self._figure is None:
-            self._figure = self.draw()
+            self._keep(self.draw())
         return self._figure
 
     @property
@@ -139,22 +138,27 @@ class Panel(Stateful):
         return self._widget
 
     def redraw(self) -> None:
-        """Draw the present state anew; errors go to the status line."""
+        """Draw the present state anew; what cannot be drawn is taken back, and the status line says why."""
         if self._holding or self._closed or (self._figure is None and self._view is None):
             return
-        if self.dear:
-            self.background(self.draw, lambda figure: (self._show(figure), self._refresh()), busy="drawing")
-        else:
-            with self.guarded():
-                try:
-                    self._show(self.draw())
-                finally:
-                    self._refresh()
+        with self.guarded():
+            try:
+                self._keep(self.draw())
+                if self._view is not None:
+                    self._view.show(self._figure)
+            except Exception:
+                if self._drawn is not None:
+                    self._assign(self._drawn)
+                raise
+            finally:
+                self._refresh()
 
-    def _show(self, figure: go.Figure) -> None:
-        self._figure = figure
-        if self._view is not None:
-            self._view.show(figure)
+    def _follow_state(self, _: Any) -> None:
+        if self.state != self._drawn:  # it may be drawn already: another observer changed something along with it
+            self.redraw()
+
+    def _keep(self, figure: go.Figure) -> None:
+        self._figure, self._drawn = figure, self.state
 
     def _refresh(self) -> None:
         if self._widget is not None:
@@ -166,6 +170,7 @@ class Panel(Stateful):
 
     def set(self, **values: Any) -> None:
         """What a control calls: set state; a bad value goes to the status line and changes nothing."""
+        self.view  # noqa: B018  built, and so drawn: there is a state to go back to
         with self.guarded():
             self.state = values
 

@@ -1,12 +1,12 @@
 """Controls bound to a panel's state: a slider with a number beside it, choices, switches, buttons.
 
-A control never holds a value of its own: it sets the panel's state (errors go to the status line) and follows it.
+A control never holds a value of its own: it sets the panel's state (errors go to the status line) and follows it, also
+when what it was set to is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -25,57 +25,50 @@ def number(
     high: int | Callable[[], int] = 0,
     step: int = 1,
     values: Sequence[int] = (),
+    default: str = "",
     tooltip: str = "",
 ) -> widgets.Widget:
     """A slider from `low` to `high` (or over `values`) with a number entry beside it.
 
     A `high` that depends on other state is a function, asked after every change. The entry takes any number, also one
-    outside the slider: what is wrong with it is for the panel to say.
+    outside the slider: what is wrong with it is for the panel to say. A state that may be None, which leaves it to the
+    panel, has a box beside them that does so; `default` is its label.
     """
-    present = getattr(panel, name)
     kept: dict[str, Any] = {"description": description, "style": _WORDS, "tooltip": tooltip or description}
     wide = widgets.Layout(width="20em", margin="2px")  # told, since the two kinds of sliders have different ones
     if values:
-        slider = widgets.SelectionSlider(
-            options=list(values), value=_nearest(values, present), readout=False, layout=wide, **kept
-        )
+        slider = widgets.SelectionSlider(options=list(values), readout=False, layout=wide, **kept)
     else:
-        top = high() if callable(high) else high
-        slider = widgets.IntSlider(
-            value=_on_grid(present, low, top, step), min=low, max=top, step=step, readout=False, layout=wide, **kept
-        )
+        top = max(low, high() if callable(high) else high)
+        slider = widgets.IntSlider(value=low, min=low, max=top, step=step, readout=False, layout=wide, **kept)
     narrow = widgets.Layout(width="6em", flex="0 0 auto")  # on a narrow page the slider gives way
-    entry = widgets.IntText(value=present, step=step, tooltip=tooltip or description, layout=narrow)
-    guard = _Guard()
+    entry = widgets.IntText(step=step, tooltip=tooltip or description, layout=narrow)
 
-    def follow(change: Any) -> None:
-        with guard.held():
-            entry.value = change.new
-            slider.value = (
-                _nearest(values, change.new) if values else _on_grid(change.new, slider.min, slider.max, step)
-            )
+    def show() -> None:
+        entry.value = panel.in_force(name)
+        if values:
+            slider.value = _nearest(values, entry.value)
+        else:
+            if callable(high):
+                slider.max = max(low, high())
+            slider.value = _on_grid(entry.value, low, slider.max, step)
 
-    def widen(_: Any) -> None:
-        with guard.held():
-            slider.max = high()  # type: ignore[operator]
-            slider.value = _on_grid(getattr(panel, name), slider.min, slider.max, step)
+    def choose(value: int) -> None:
+        panel.set(**{name: value})
 
-    if callable(high):
-        panel.observe(widen, panel.state_names())
-    for control in (slider, entry):
-        control.observe(guard.unless_held(lambda change: panel.set(**{name: change.new})), "value")
-    panel.observe(follow, name)
+    bind(panel, show, (slider, choose), (entry, choose))
     slider.add_class(f"pqlab-{name}")
     entry.add_class(f"pqlab-{name}-entry")
     together = widgets.Layout(margin="0 1em 0 0", flex="0 0 auto", max_width="100%", overflow="visible")
-    return widgets.HBox([slider, entry], layout=together)
+    left = [_default(panel, name, default, f"{description}: {default}")] if default else []
+    return widgets.HBox([slider, entry, *left], layout=together)
 
 
 def choice(
     panel: Panel, name: str, description: str, options: Sequence[Any] | Mapping[str, Any], *, tooltip: str = ""
 ) -> widgets.Widget:
     """A drop-down list of values (or of labels to values)."""
-    return _bound(panel, name, _list(description, options, getattr(panel, name), tooltip))
+    return _bound(panel, name, _list(description, options, tooltip))
 
 
 def chooser(
@@ -86,33 +79,19 @@ def chooser(
     choose: Callable[[Any], None],
 ) -> widgets.Widget:
     """A drop-down list that sets several settings at once: `choose(value)` acts, `current()` says what is in force."""
-    box = _list(description, options, current())
-    guard = _Guard()
+    box = _list(description, options)
 
-    def follow(_: Any) -> None:
-        with guard.held():
-            box.value = current()
+    def show() -> None:
+        box.value = current()
 
-    def chosen(change: Any) -> None:
-        with panel.guarded():
-            choose(change.new)
-
-    box.observe(guard.unless_held(chosen), "value")
-    panel.observe(follow, panel.state_names())
+    bind(panel, show, (box, choose))
     box.add_class(f"pqlab-{description}")
     return box
 
 
 def switch(panel: Panel, name: str, description: str, *, tooltip: str = "") -> widgets.Widget:
     """On or off."""
-    box = widgets.Checkbox(
-        value=getattr(panel, name),
-        description=description,
-        tooltip=tooltip or description,
-        indent=False,
-        layout=widgets.Layout(width="auto", margin="0 1em 0 0"),
-    )
-    return _bound(panel, name, box)
+    return _bound(panel, name, _checkbox(description, tooltip or description, margin="0 1em 0 0"))
 
 
 def button(panel: Panel, description: str, on_click: Callable[[], None], *, icon: str = "", tooltip: str = "") -> Any:
@@ -129,27 +108,71 @@ def button(panel: Panel, description: str, on_click: Callable[[], None], *, icon
     return box
 
 
+def bind(panel: Panel, show: Callable[[], None], *boxes: tuple[Any, Callable[[Any], None]]) -> None:
+    """Tie boxes to the state, each with what is done with a value that a person enters.
+
+    `show()` brings them in line with the state: now, after every change of it, and when an entry was refused. What it
+    changes is no entry.
+    """
+    showing = False
+
+    def follow() -> None:
+        nonlocal showing
+        before, showing = showing, True
+        try:
+            show()
+        finally:
+            showing = before
+
+    def listen(box: Any, act: Callable[[Any], None]) -> None:
+        def entered(change: Any) -> None:
+            if not showing:
+                with panel.guarded():
+                    act(change.new)
+                follow()
+
+        box.observe(entered, "value")
+
+    follow()
+    for box, act in boxes:
+        listen(box, act)
+    panel.observe(lambda _: follow(), panel.state_names())
+
+
 def _bound(panel: Panel, name: str, box: Any) -> Any:
-    guard = _Guard()
+    def show() -> None:
+        box.value = getattr(panel, name)
 
-    def follow(change: Any) -> None:
-        with guard.held():
-            box.value = change.new
-
-    box.observe(guard.unless_held(lambda change: panel.set(**{name: change.new})), "value")
-    panel.observe(follow, name)
+    bind(panel, show, (box, lambda value: panel.set(**{name: value})))
     box.add_class(f"pqlab-{name}")
     return box
 
 
-def _list(
-    description: str, options: Sequence[Any] | Mapping[str, Any], value: Any, tooltip: str = ""
-) -> widgets.Dropdown:
+def _default(panel: Panel, name: str, description: str, tooltip: str) -> widgets.Checkbox:
+    """Whether a state is left to the panel; when it no longer is, it begins with what the panel took."""
+    box = _checkbox(description, tooltip, margin="0 0 0 0.5em")
+
+    def show() -> None:
+        box.value = getattr(panel, name) is None
+
+    def leave(whether: bool) -> None:
+        panel.set(**{name: None if whether else panel.in_force(name)})
+
+    bind(panel, show, (box, leave))
+    box.add_class(f"pqlab-{name}-default")
+    return box
+
+
+def _checkbox(description: str, tooltip: str, margin: str) -> widgets.Checkbox:
+    layout = widgets.Layout(width="auto", margin=margin)
+    return widgets.Checkbox(description=description, tooltip=tooltip, indent=False, layout=layout)
+
+
+def _list(description: str, options: Sequence[Any] | Mapping[str, Any], tooltip: str = "") -> widgets.Dropdown:
     longest = max(len(str(option)) for option in options)
     width = f"{max(26.5, 12 + 0.6 * longest):.0f}em"
     return widgets.Dropdown(
         options=list(options.items()) if isinstance(options, Mapping) else list(options),
-        value=value,
         description=description,
         tooltip=tooltip or description,
         style=_WORDS,
@@ -164,21 +187,3 @@ def _nearest(values: Sequence[int], wanted: int) -> int:
 def _on_grid(wanted: int, low: int, high: int, step: int) -> int:
     """What a slider can show of a number; given anything else the browser would round it and send it back as set."""
     return min(max(low + round((wanted - low) / step) * step, low), low + (high - low) // step * step)
-
-
-class _Guard:
-    """Against echo: while a control follows the state, its own change event sets nothing."""
-
-    def __init__(self) -> None:
-        self._held = False
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        before, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = before
-
-    def unless_held(self, act: Callable[[Any], None]) -> Callable[[Any], None]:
-        return lambda change: None if self._held else act(change)

@@ -25,10 +25,6 @@ class Latest:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None or self._result is not None
-
     def submit(self, work: Callable[[], Any], done: Done) -> None:
         """Run `work()` soon; an older request that is running is finished, but its result is dropped."""
         try:

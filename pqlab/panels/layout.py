@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from ipywidgets import Widget
 
     from ..cache import PagedPQCache
+    from ..paging import PageLayout
 
 _SIDES = {"K": 0, "V": 1}
+_SHAPE = ("page_size", "num_subspaces", "nbits", "num_heads")
+"""State that a cache prescribes, by layer and side."""
 
 
 class MemoryLayout(Panel):
@@ -47,13 +50,52 @@ class MemoryLayout(Panel):
         self._cache = cache
         self._measured: dict[tuple[Any, ...], pd.DataFrame] = {}
         if cache is not None:
-            state = {**_shape_of(cache, state.get("layer"), state.get("side", "K")), **state}
-        super().__init__(**state)
+            used = cache.as_frame().page.tolist() or [0]
+            state = {"layer": next(iter(self._layouts)), "page": used[0], **state}
+        super().__init__(**{name: state.pop(name) for name in ("layer", "side", "theme") if name in state})
+        self._take_shape()
+        self.state = state
 
-    @traitlets.observe("page_size", "num_subspaces")
+    @property
+    def _layouts(self) -> dict[int, tuple[PageLayout, PageLayout]]:
+        """K and V page of every quantized layer of the cache; none without one."""
+        if self._cache is None:
+            return {}
+        layers = [layer.index for layer in self._cache.quantized_layers]
+        return dict(zip(layers, self._cache.pool.layout.layers, strict=True))
+
+    def _prescribed(self, layer: int) -> dict[str, int]:
+        """The shape of the cache's pages in a layer, on the present side; nothing without a cache."""
+        if self._cache is None:
+            return {}
+        if layer not in self._layouts:
+            there = ", ".join(map(str, self._layouts))
+            raise traitlets.TraitError(f"layer {layer} is not quantized in this cache; quantized are {there}")
+        layout = self._layouts[layer][_SIDES[self.side]]
+        return {name: getattr(layout, name) for name in _SHAPE}
+
+    @traitlets.validate("layer")
+    def _a_quantized_layer(self, proposal: Any) -> int:
+        self._prescribed(proposal.value)
+        return proposal.value
+
+    @traitlets.validate(*_SHAPE)
+    def _as_prescribed(self, proposal: Any) -> int:
+        name, value = proposal.trait.name, proposal.value
+        own = self._prescribed(self.layer).get(name, value)
+        if value != own:
+            where = f"layer {self.layer}, {self.side} of the cache"
+            raise traitlets.TraitError(f"{name} = {value}, but {where} has {own}; choose by layer and side")
+        return value
+
+    @traitlets.observe("layer", "side")
+    def _take_shape(self, _: Any = None) -> None:
+        self._assign(self._prescribed(self.layer))
+
+    @traitlets.observe("page_size", "num_subspaces", "num_heads")
     def _stay_inside(self, _: Any) -> None:
-        self.slot = min(self.slot, max(0, self.page_size - 1))
-        self.subspace = min(self.subspace, max(0, self.num_subspaces - 1))
+        counts = {"slot": self.page_size, "subspace": self.num_subspaces, "head": self.num_heads}
+        self._assign({name: min(getattr(self, name), max(0, count - 1)) for name, count in counts.items()})
 
     def controls(self) -> list[Widget]:
         def number(name: str, description: str, **bounds: Any) -> Widget:
@@ -64,18 +106,16 @@ class MemoryLayout(Panel):
                 number("page_size", "page size", low=16, high=512, step=16),
                 number("num_subspaces", "subspaces M", values=(4, 8, 16, 24, 32, 48, 64, 96, 128)),
                 number("nbits", "bits per code", low=1, high=8),
-                number("head", "kv head", low=0, high=self.num_heads - 1),
             ]
         else:
-            layers = [layer.index for layer in self._cache.quantized_layers]
             what = [
-                number("layer", "layer", values=layers),
+                number("layer", "layer", values=list(self._layouts)),
                 controls.choice(self, "side", "side", list(_SIDES)),
                 number("page", "page", low=0, high=self._cache.pool.max_pages - 1),
-                number("head", "kv head", low=0, high=self.num_heads - 1),
             ]
         return [
             *what,
+            number("head", "kv head", low=0, high=lambda: self.num_heads - 1),
             controls.choice(self, "pattern", "read", {text: name for name, text in PATTERNS.items()}),
             controls.choice(self, "load", "with", {load.name: name for name, load in LOADS.items()}),
             number("slot", "token slot", low=0, high=lambda: self.page_size - 1),
@@ -133,15 +173,17 @@ class MemoryLayout(Panel):
             return found.assign(gb_per_s=float("nan"))
         return found.merge(self.measured[["order", "gb_per_s", "device"]], on="order")
 
-    def sweep_values(self, name: str) -> list[Any]:
+    def sweep_values(self) -> dict[str, list[Any]]:
+        of_a_cache = {} if self._cache is None else {"layer": list(self._layouts), "side": list(_SIDES)}
         return {
+            **of_a_cache,
             "slot": list(range(0, self.page_size, 4)),
             "subspace": list(range(self.num_subspaces)),
             "head": list(range(self.num_heads)),
             "pattern": list(PATTERNS),
             "load": list(LOADS),
             "colour_by": list(COLOUR_BY),
-        }[name]
+        }
 
     @property
     def _measured_key(self) -> tuple[Any, ...]:
@@ -158,22 +200,7 @@ def memory_layout(cache: PagedPQCache | None = None, **state: Any) -> MemoryLayo
 
     Args:
         cache: whose pages are shown; without one the codes are random, and labelled as such.
-        **state: starting values, e.g. `page_size=128, pattern="token"`; see `.state` of the panel.
+        **state: starting values, e.g. `page_size=128, pattern="token"`; see `.state` of the panel. With a cache its
+            layer and side say what page_size, num_subspaces, nbits and num_heads are.
     """
     return MemoryLayout(cache, **state)
-
-
-def _shape_of(cache: PagedPQCache, layer: int | None, side: str) -> dict[str, int]:
-    """State that a cache prescribes: the shape of its pages, and a page that holds something."""
-    quantized = [quantized.index for quantized in cache.quantized_layers]
-    layer = quantized[0] if layer is None else layer
-    layout = cache.pool.layout.layers[quantized.index(layer)][_SIDES[side]]
-    used = [page for seq in range(cache.table.num_seqs) for page in cache.table.pages(seq)]
-    return {
-        "page_size": layout.page_size,
-        "num_subspaces": layout.num_subspaces,
-        "nbits": layout.nbits,
-        "num_heads": layout.num_heads,
-        "layer": layer,
-        "page": used[0] if used else 0,
-    }

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import ipywidgets as widgets
 
 from .base import Panel
+from .controls import bind
 
 
 def play(panel: Panel, name: str, high: Callable[[], int], *, interval: int = 900) -> widgets.Play:
     """Counts `name` from 0 to `high()`, a step every `interval` milliseconds; follows the state when it is dragged."""
-    button = widgets.Play(
-        value=getattr(panel, name), max=high(), interval=interval, show_repeat=False, tooltip=f"play {name}"
-    )
-    following = False
+    button = widgets.Play(max=high(), interval=interval, show_repeat=False, tooltip=f"play {name}")
 
-    def follow(_: Any) -> None:
-        nonlocal following
-        following = True
-        try:
-            button.max = high()
-            button.value = getattr(panel, name)
-        finally:
-            following = False
+    def show() -> None:
+        button.max = high()
+        button.value = getattr(panel, name)
 
-    def count(change: Any) -> None:
-        if not following:
-            panel.set(**{name: change.new})
-
-    panel.observe(follow, panel.state_names())
-    button.observe(count, "value")
+    bind(panel, show, (button, lambda value: panel.set(**{name: value})))
     button.add_class(f"pqlab-{name}-play")
     return button

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import traitlets
 
-from ..config import REPORT_RANGES, CacheConfig, PQConfig, RangeProblem, check_report_ranges
+from ..config import REPORT_RANGES, CacheConfig, PQConfig, RangeProblem, check_report_ranges, report_params
 from ..cost import SHAPES, CacheCost, ModelShape
 from ..errors import ConfigError
 from ..figures.settings import cost_frame, range_frame, settings_figure
@@ -36,7 +36,7 @@ class PageSettings(Panel):
     size_pool = traitlets.Bool(True).tag(state=True)
     max_pages = traitlets.Int(1000).tag(state=True)
     num_sinks = traitlets.Int(4).tag(state=True)
-    M = traitlets.Int().tag(state=True)
+    M = traitlets.Int(None, allow_none=True).tag(state=True)  # None: d/2, whatever the model
     nbits = traitlets.Int(8).tag(state=True)
     context = traitlets.Int(8192).tag(state=True)
     batch = traitlets.Int(1).tag(state=True)
@@ -44,9 +44,7 @@ class PageSettings(Panel):
     def __init__(self, shape: ModelShape | None = None, **state: Any) -> None:
         self._shapes = {**({shape.name: shape} if shape is not None else {}), **SHAPES}
         self._chosen = ""
-        first = self._shapes[next(iter(self._shapes))]
-        start = self._shapes.get(state.get("model", first.name), first)
-        super().__init__(**{"model": first.name, "M": PQConfig().num_subspaces(start.head_dim), **state})
+        super().__init__(**{"model": next(iter(self._shapes)), **state})
 
     @property
     def shape(self) -> ModelShape:
@@ -71,6 +69,11 @@ class PageSettings(Panel):
         """What the settings cost."""
         return CacheCost(self.shape, self.pq_config, self.cache_config, self.context, self.batch)
 
+    def in_force(self, name: str) -> Any:
+        """An M of None is the d/2 of the present model."""
+        left = name == "M" and self.M is None
+        return PQConfig().num_subspaces(self.shape.head_dim) if left else super().in_force(name)
+
     @property
     def params(self) -> dict[str, int | None]:
         """The settings under the report's names; None is left to context and batch."""
@@ -78,7 +81,7 @@ class PageSettings(Panel):
             "page_size": self.page_size,
             "extended_residual": self.residual_length,
             "max_pages": None if self.size_pool else self.max_pages,
-            "M": self.M,
+            "M": self.in_force("M"),
             "nbits": self.nbits,
         }
 
@@ -100,20 +103,23 @@ class PageSettings(Panel):
             self.state = self.preset_state(name)
 
     def _has(self, name: str) -> bool:
+        wanted = PRESETS[name]
         try:
-            return self.preset_state(name).items() <= self.state.items()
+            m = wanted.pq.num_subspaces(self.shape.head_dim)
         except ConfigError:  # its M does not divide this head size
             return False
+        return self.params == {**report_params(wanted.cache, wanted.pq), "M": m}
 
     def preset_state(self, name: str) -> dict[str, Any]:
-        """What a preset sets, as a part of `.state`; M for this model's head size."""
+        """What a preset sets, as a part of `.state`; `ConfigError` when its M does not divide this head size."""
         wanted = named_preset(name)
+        wanted.pq.num_subspaces(self.shape.head_dim)
         return {
             "page_size": wanted.cache.page_size,
             "residual_length": wanted.cache.residual_length,
             "size_pool": False,
             "max_pages": wanted.cache.max_pages,
-            "M": wanted.pq.num_subspaces(self.shape.head_dim),
+            "M": wanted.pq.M,
             "nbits": wanted.pq.nbits,
         }
 
@@ -145,7 +151,9 @@ class PageSettings(Panel):
                 step=16,
                 tooltip="newest tokens that are always exact",
             ),
-            controls.number(self, "M", "subspaces M", values=subspaces, tooltip="codes per token and kv head"),
+            controls.number(
+                self, "M", "subspaces M", values=subspaces, default="d/2", tooltip="codes per token and kv head"
+            ),
             controls.number(self, "nbits", "bits per code", low=1, high=bits.high, tooltip="2 to this power centroids"),
             controls.number(self, "context", "context", values=contexts, tooltip="tokens of each sequence"),
             controls.number(self, "batch", "batch", values=(1, 2, 4, 8, 16, 32, 64), tooltip="sequences"),
@@ -174,7 +182,7 @@ class PageSettings(Panel):
     def frame(self) -> pd.DataFrame:
         return cost_frame(self.cost)
 
-    def sweep_values(self, name: str) -> list[Any]:
+    def sweep_values(self) -> dict[str, list[Any]]:
         return {
             "page_size": [16, 32, 64, 96, 128, 192, 256, 384, 512],
             "residual_length": [32, 64, 128, 256, 512, 1024],
@@ -183,7 +191,7 @@ class PageSettings(Panel):
             "nbits": [4, 5, 6, 7, 8],
             "M": [m for m in range(1, self.shape.head_dim + 1) if self.shape.head_dim % m == 0],
             "model": list(self._shapes),
-        }[name]
+        }
 
     @traitlets.validate("model")
     def _known_model(self, proposal: Any) -> str:
@@ -191,11 +199,6 @@ class PageSettings(Panel):
             there = ", ".join(self._shapes)
             raise traitlets.TraitError(f"model shape {proposal.value!r} is unknown; there are {there}")
         return proposal.value
-
-    @traitlets.observe("model")
-    def _keep_default_M(self, change: Any) -> None:
-        if change.old in self._shapes and self.M == PQConfig().num_subspaces(self._shapes[change.old].head_dim):
-            self.M = PQConfig().num_subspaces(self.shape.head_dim)
 
 
 def page_settings(shape: ModelShape | None = None, preset: str | None = None, **state: Any) -> PageSettings:
@@ -205,6 +208,7 @@ def page_settings(shape: ModelShape | None = None, preset: str | None = None, **
         shape: a model beside the well-known ones, e.g. `ModelShape.from_config(model)`; it is shown first.
         preset: name of a preset of the report (`pqlab.presets.PRESETS`) to start from.
         **state: starting values, e.g. `page_size=32, context=32768, model="Llama-3.1-8B"`; see `.state` of the panel.
+            An M of None is half the head size of whichever model is chosen.
     """
     panel = PageSettings(shape, **state)
     if preset is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,25 +35,33 @@ class Stateful(traitlets.HasTraits):
     def state(self, values: dict[str, Any]) -> None:
         self._known(values)
         before = self.state
-        with self.paused():
-            try:
-                for name, value in values.items():
-                    setattr(self, name, value)
-            except traitlets.TraitError:
-                for name, value in before.items():  # all of them or none
-                    setattr(self, name, value)
-                raise
+        try:
+            self._assign(values)
+        except Exception:
+            self._assign(before)  # all of them or none
+            raise
         self.redraw()
+
+    def in_force(self, name: str) -> Any:
+        """The value of a state; where None leaves it to the panel, what the panel takes."""
+        return getattr(self, name)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Settings may change inside the block without a drawing; controls follow at its end."""
+        """Settings may change inside the block without a drawing; observers and controls follow as always."""
         held, self._holding = self._holding, True
         try:
-            with self.hold_trait_notifications():
-                yield
+            yield
         finally:
             self._holding = held
+
+    def _assign(self, values: Mapping[str, Any]) -> None:
+        """Set several settings without a drawing; observers are called when all are set."""
+        with self.paused():
+            for _ in range(2):  # again, since what an observer changed along with them gives way to what was asked for
+                with self.hold_trait_notifications():
+                    for name, value in values.items():
+                        setattr(self, name, value)
 
     def _known(self, values: Iterable[str], also: tuple[str, ...] = ()) -> None:
         unknown = [name for name in values if name not in (*self.state_names(), *also)]

@@ -97,13 +97,13 @@ class DecodeStepper(Panel):
         elif kinds[point["trace"]] == "heatmap" and self.figure.data[point["trace"]].name == "errors":
             self.set(layer=int(point["y"]), head=int(point["x"]))
 
-    def sweep_values(self, name: str) -> list[Any]:
+    def sweep_values(self) -> dict[str, list[Any]]:
         return {
             "step": list(range(self.trace.num_steps)),
             "layer": self.trace.layers,
             "head": list(range(self.trace.num_heads)),
             "kind": list(KINDS),
-        }[name]
+        }
 
     def _move(self, by: int) -> None:
         self.set(step=min(max(self.step + by, 0), self.trace.num_steps - 1))

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
-from ..figures.page import Plain, plain
+from ..figures.html_file import Plain, plain
 from ..figures.theme import THEMES, template
 
 

@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(corpora.names())}, a text file, {LONGBENCH}, or of its tasks: {', '.join(TASKS)}")  # fmt: skip
     add("--data", type=Path, metavar="FOLDER", help="a data set's files (default: from the Hugging Face hub)")
     add("--calibration", metavar="TEXT", help=f"to train on: {', '.join(text_names())} or a text file (default: the "
-        "data set's own train split, or shipped texts that are not evaluated on)")  # fmt: skip
+        "data set's own train split, else the mix of four texts, or one that is not evaluated on)")  # fmt: skip
     add("--batch", type=int, default=default.batch, metavar="ROWS", help="rows of the timed generation")
     add("-M", type=int, help=f"subspaces of a head: {REPORT_RANGES['M']} (default: 64, or half of the head size where "
         "64 does not divide it or is more than that)")  # fmt: skip

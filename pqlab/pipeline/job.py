@@ -129,7 +129,7 @@ class Job:
             return Codebooks.load(path, model).to(model.device), path.name
         if self.found.random:
             s = self.settings
-            books = Codebooks.random(model, config=self.pq, seed=s.seed, maps=not s.merged, span=s.span)
+            books = Codebooks.random(model, pq=self.pq, seed=s.seed, maps=not s.merged, span=s.span)
             return books.to(model.device), "random"
         raise CodebookError(f"there is no codebooks file {path}; run the training stage")
 

@@ -56,7 +56,7 @@ def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str | Sequence[str],
-    config: PQSpec = _DEFAULT,
+    pq: PQSpec = _DEFAULT,
     *,
     num_tokens: int = NUM_TOKENS,
     window: int | None = None,
@@ -74,7 +74,7 @@ def calibrate(
 
     Args:
         text: one text or several; see `collect_kv` for what is taken of it.
-        config: M and nbits for all, as a pair for K and V, or as such a pair by layer index.
+        pq: M and nbits for all, as a pair for K and V, or as such a pair by layer index.
         num_tokens: tokens of the text that are read, in windows of `window` tokens; see `collect_kv`.
         num_sinks: first tokens of every window that are no samples.
         maps: put the map of `maps.balanced_map` in front of every quantizer.
@@ -90,13 +90,13 @@ def calibrate(
 
     Raises:
         ValueError: the text gives no sample, or the model's keys and values are not finite.
-        ConfigError: M does not divide the head size; or the span is none, or goes without maps or with a model whose
-            rotary embedding cannot be undone.
+        ConfigError: `pq` is no setting of a quantizer, or its M does not divide the head size; or the span is none, or
+            goes without maps or with a model whose rotary embedding cannot be undone.
         UnsupportedModelError: the model has nothing to quantize.
     """
     for i, (_, head_dim) in attention_geometry(model).items():
-        for pq in setting(config, i):
-            pq.num_subspaces(head_dim)  # raises before the long work
+        for one in setting(pq, i):
+            one.num_subspaces(head_dim)  # raises before the long work
     anchors = anchors_of(model, span)
     _check_maps(maps, anchors)
     with _reporting(progress) as report:
@@ -111,7 +111,7 @@ def calibrate(
         )
         layers = train(
             samples,
-            config,
+            pq,
             value_metrics=value_metrics(model),
             maps=maps,
             weighted=weighted,
@@ -167,7 +167,7 @@ def origin_of(model: PreTrainedModel, text: str | Sequence[str], samples: Sample
 
 def train(
     samples: Samples,
-    config: PQSpec = _DEFAULT,
+    pq: PQSpec = _DEFAULT,
     *,
     value_metrics: Mapping[int, Tensor] | None = None,
     maps: bool = True,
@@ -195,9 +195,9 @@ def train(
     batches: dict[tuple[Any, ...], list[tuple[int, str]]] = defaultdict(list)
     for i, keys in samples.keys.items():
         heads, _, d = keys.shape
-        for side, pq in zip(SIDES, setting(config, i), strict=True):
+        for side, one in zip(SIDES, setting(pq, i), strict=True):
             alone = {"head": "", "layer": heads, "model": side}[scope]  # groups of a batch are equally large
-            batches[pq.num_subspaces(d), 2**pq.nbits, alone, d].append((i, side))
+            batches[one.num_subspaces(d), 2**one.nbits, alone, d].append((i, side))
     most = max(count for _, count, *_ in batches)
     if samples.num_samples < most:
         warnings.warn(

@@ -7,6 +7,7 @@ named `layers.<layer>.<k|v>.<centroids|forward|backward|mean|spread|frequencies>
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -78,6 +79,7 @@ class Codebooks:
     layers: Mapping[int, LayerCodec]
     origin: Origin = field(default_factory=Origin)
     exact: Geometry = field(default_factory=dict)
+    _moved: dict[torch.device, Codebooks] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
@@ -108,7 +110,7 @@ class Codebooks:
         num_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        config: PQSpec = _DEFAULT,
+        pq: PQSpec = _DEFAULT,
         seed: int = 0,
         maps: bool = False,
         span: int = 0,
@@ -123,9 +125,9 @@ class Codebooks:
             d: Anchors(span, 10000 ** -torch.linspace(0, 1, d // 2)) for _, d in geometry.values() if span
         }  # one table of turns for all layers
 
-        def codec(pq: PQConfig, heads: int, d: int, side: str) -> PQCodec:
-            m = pq.num_subspaces(d)
-            centroids = torch.randn(heads, m, 2**pq.nbits, d // m, generator=generator)
+        def codec(one: PQConfig, heads: int, d: int, side: str) -> PQCodec:
+            m = one.num_subspaces(d)
+            centroids = torch.randn(heads, m, 2**one.nbits, d // m, generator=generator)
             if not maps:
                 return PQCodec(centroids).half()
             rotation = torch.linalg.qr(torch.randn(heads, d, d, generator=generator)).Q
@@ -139,7 +141,7 @@ class Codebooks:
 
         layers = {}
         for i, (heads, d) in geometry.items():
-            k, v = setting(config, i)
+            k, v = setting(pq, i)
             layers[i] = LayerCodec(codec(k, heads, d, "k"), codec(v, heads, d, "v"))
         return cls(layers, replace(origin, seed=seed, span=span))
 
@@ -185,6 +187,17 @@ class Codebooks:
         return replace(self, layers=layers)
 
     def to(self, device: torch.device | str) -> Codebooks:
+        """The same on a device, made once: all caches there share its constants, and what kernels prepare of them."""
+        device = torch.empty(0, device=device).device  # with its number
+        if device not in self._moved:
+            moved = self._moved[device] = self._to(device)
+            moved._moved[device] = moved
+        return self._moved[device]
+
+    def __deepcopy__(self, memo: dict) -> Codebooks:
+        return replace(self, layers=deepcopy(self.layers, memo))
+
+    def _to(self, device: torch.device) -> Codebooks:
         layers = {i: layer.to(device) for i, layer in self.layers.items()}
         anchors = {id(layer.k.anchors): layer.k.anchors for layer in self.layers.values() if layer.k.anchors}
         moved = {key: one.to(device) for key, one in anchors.items()}  # one table of turns for all layers again
@@ -208,14 +221,6 @@ class Codebooks:
             for side, codec in zip(SIDES, (layer.k, layer.v), strict=True):
                 found |= {f"layers.{i}.{side}.{name}": tensor for name, tensor in _parts(codec).items()}
         return found
-
-    def fits(self, model_or_config: Any) -> bool:
-        """Whether these are codebooks for the layers and heads of a model or config; `check_fits` says why not."""
-        try:
-            self.check_fits(model_or_config)
-        except CodebookError:
-            return False
-        return True
 
     def check_fits(self, model_or_config: Any, name: str = "codebooks") -> None:
         """Raise `CodebookError`, naming both sides, unless layers, kv heads and head size are those of the model."""
@@ -289,13 +294,16 @@ class Codebooks:
             )
 
     def summary(self) -> pd.DataFrame:
-        """One row per (layer, side): heads, head_dim, M, nbits, bits per element, map, bytes of model constants."""
+        """One row per (layer, side): heads, head_dim, M, nbits, bits per element, map, bytes of model constants (what
+        several share counts with the first of them)."""
         import pandas as pd
 
-        rows = []
+        rows, counted = [], set()
         for i, layer in self.layers.items():
             for side, codec in zip(SIDES, (layer.k, layer.v), strict=True):
                 parts = _parts(codec)
+                own = {t.data_ptr(): _stored_bytes(t) for t in parts.values() if t.data_ptr() not in counted}
+                counted |= own.keys()
                 rows.append(
                     {
                         "layer": i,
@@ -306,7 +314,7 @@ class Codebooks:
                         "nbits": codec.nbits,
                         "bits_per_element": codec.num_subspaces * codec.nbits / codec.head_dim,
                         "map": "forward" in parts,
-                        "bytes": sum(_stored_bytes(t) for t in parts.values()),
+                        "bytes": sum(own.values()),
                     }
                 )
         return pd.DataFrame(rows)

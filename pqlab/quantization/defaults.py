@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import PQConfig
 from ..models import calibration_text, fingerprint, load_text
-from ..store import build_once, cache_dir, remove
+from ..store import build_again, build_once, cache_dir
 from .calibrate import calibrate
 from .codebook import Codebooks
 from .codebook_file import CodebookError
-from .geometry import attention_geometry
+from .geometry import attention_geometry, one_setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("pqlab")
 
 CALIBRATION_TEXT = "mixed"
 """A novel, code, sentences with numbers and what a model writes by itself, none of them what `load_text` gives by
@@ -37,7 +40,7 @@ def default_codebooks(
     """Codebooks of `model` at the setting `pq`, calibrated once and kept in the cache directory.
 
     The file is named by the model's fingerprint, M, nbits, the text and the version of the quantizer; a damaged file
-    is made again. Several processes may ask at once: one calibrates.
+    is made again, which is logged. Several processes may ask at once: one calibrates.
 
     Args:
         text: what to calibrate on: the name of a shipped text or mix, or the path of a text file.
@@ -53,9 +56,23 @@ def default_codebooks(
     build_once(path, build, what)
     try:
         return Codebooks.load(path, model)
+    except CodebookError as error:
+        damage = str(error)
+
+    def rebuild(target: Path) -> None:
+        log.warning("calibrating %s anew, which takes minutes: %s", what, damage)
+        build(target)
+
+    build_again(path, rebuild, what, lambda: _is_sound(path, model))
+    return Codebooks.load(path, model)
+
+
+def _is_sound(path: Path, model: PreTrainedModel) -> bool:
+    try:
+        Codebooks.load(path, model)
     except CodebookError:
-        remove(path)
-        return Codebooks.load(build_once(path, build, what), model)
+        return False
+    return True
 
 
 def default_codebooks_path(
@@ -67,6 +84,7 @@ def default_codebooks_path(
     span: int = 0,
 ) -> Path:
     """The file that `default_codebooks` keeps; it need not exist yet."""
+    pq = one_setting(pq)
     subspaces = sorted({pq.num_subspaces(head_dim) for _, head_dim in attention_geometry(model).values()})
     key = hashlib.sha256(_quantizer_version().encode() + load_text(text).encode()).hexdigest()[:8]
     size = f"M{'-'.join(map(str, subspaces))}-{pq.nbits}bit" + ("" if scope == "head" else f"-per-{scope}")

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import PQConfig
-from ..errors import UnsupportedModelError
+from ..config import CacheConfig, PQConfig
+from ..errors import ConfigError, UnsupportedModelError
 
 Geometry = dict[int, tuple[int, int]]
 """{layer index in the model: (kv heads, head size)} of the full-attention layers."""
 
 PQSpec = PQConfig | tuple[PQConfig, PQConfig] | Mapping[int, tuple[PQConfig, PQConfig]]
 """One setting for all, one for K and one for V, or such a pair for every layer index."""
+
+_ONE = "PQConfig(M, nbits)"
+_SPEC = f"{_ONE}, a pair of them for K and V, or such a pair for every layer"
 
 
 def text_config(model_or_config: Any) -> Any:
@@ -52,16 +55,34 @@ def num_layers(model_or_config: Any) -> int:
     return text_config(model_or_config).num_hidden_layers
 
 
-def setting(spec: PQSpec, layer: int) -> tuple[PQConfig, PQConfig]:
-    """The (K, V) settings of one layer."""
-    if isinstance(spec, PQConfig):
-        return spec, spec
-    if isinstance(spec, Mapping):
-        if layer not in spec:
-            raise KeyError(f"no PQConfig for layer {layer}; there are settings for layers {sorted(spec)}")
-        return spec[layer]
-    k, v = spec
-    return k, v
+def setting(pq: PQSpec, layer: int) -> tuple[PQConfig, PQConfig]:
+    """The (K, V) settings of one layer; raises `ConfigError` where `pq` holds none."""
+    pair = pq
+    if isinstance(pq, Mapping):
+        if layer not in pq:
+            raise ConfigError(f"no PQConfig for layer {layer}; there are settings for layers {sorted(pq)}")
+        pair = pq[layer]
+    elif isinstance(pq, PQConfig):
+        return pq, pq
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(one, PQConfig) for one in pair):
+        raise ConfigError(_no_setting(pair))
+    return pair[0], pair[1]
+
+
+def one_setting(pq: PQConfig) -> PQConfig:
+    """`pq` where one setting has to do for all layers and both sides; raises `ConfigError` where it is none."""
+    if not isinstance(pq, PQConfig):
+        raise ConfigError(_no_setting(pq, _ONE))
+    return pq
+
+
+def _no_setting(given: object, wanted: str = _SPEC) -> str:
+    if isinstance(given, CacheConfig):
+        return (
+            f"pq takes {wanted}, and was given a CacheConfig, whose pages and window do not concern codebooks; "
+            "give that one to PagedPQCache(model, codebooks, config)"
+        )
+    return f"pq = {given!r} is no setting of a quantizer; give {wanted}"
 
 
 def describe(geometry: Geometry) -> str:

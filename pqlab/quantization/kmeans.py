@@ -108,11 +108,6 @@ def product_kmeans(
     return books
 
 
-def kmeans(x: Tensor, num_centroids: int, **options) -> Tensor:
-    """Centroids [G, C, dm] of every group of samples x [G, n, dm]; options are those of `product_kmeans`."""
-    return product_kmeans(x, 1, num_centroids, **options)[:, 0]
-
-
 def distortion(x: Tensor, books: Tensor) -> Tensor:
     """Mean squared error [G] per vector of samples x [G, n, d] under codebooks [G, M, C, d/M]."""
     x = x.float()

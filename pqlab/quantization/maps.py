@@ -4,7 +4,7 @@ Product quantization spends the same bits on every subspace and measures plain d
 e of a key moves the scores by q . e, an error of a value the layer's output by W_O e. So vectors are first mapped into
 a space where plain distance is that error, and the space is turned so that subspaces are equally hard:
 
-1. the symmetric square root of the metric: E[q q^T] for keys, W_O^T W_O for values (`Samples.metrics`),
+1. the symmetric square root of the metric: E[q q^T] for keys, W_O^T W_O for values (`sensitivity`),
 2. principal axes (PCA), which decorrelates the subspaces (as in OPQ: Ge, He, Ke, Sun 2013, section 3.2),
 3. axes dealt to the subspaces so that the products of their variances balance (OPQ's "eigenvalue allocation").
 

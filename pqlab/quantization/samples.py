@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..attention import NAME, handed_over
 from ..errors import ConfigError, UnsupportedModelError
 from ..transformers_api import cache_argument
 from .geometry import attention_geometry, describe, text_config
@@ -29,7 +30,8 @@ NUM_SINKS = 4
 MAX_POSITION = 32768
 """Calibration reaches this far into the context of a model: few windows spread over more would lie too far apart."""
 
-_MAX_CHARS = 4_000_000  # of a text that are tokenized to choose windows from
+_MAX_CHARS = 4_000_000  # of a text that are tokenized to choose windows from; of a longer text evenly spread parts
+_CHARS_PER_TOKEN = 16  # more than text has: parts of a longer text are long enough for their windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +175,7 @@ def _observed(model: PreTrainedModel) -> Iterator[None]:
     model.eval()
     try:
         if model.base_model._supports_attention_backend:
-            model.set_attn_implementation("pqlab")
+            model.set_attn_implementation(NAME)
         yield
     finally:
         if model.config._attn_implementation != attention:
@@ -199,9 +201,8 @@ class _Recorder(DynamicCache):
         chosen = self.chosen.to(key_states.device)
         for kept, states in ((self.samples.keys, key_states), (self.samples.values, value_states)):
             kept[layer_idx] = states.movedim(1, 0)[:, chosen]  # [H, chosen, d]
-        marked = key_states.view_as(key_states)
-        marked.pqlab_layer = _Observed(self.samples.sensitivity, layer_idx, key_states, value_states, chosen)
-        return marked, value_states
+        observed = _Observed(self.samples.sensitivity, layer_idx, key_states, value_states, chosen)
+        return handed_over(key_states, observed), value_states
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,21 +253,34 @@ def split_text(
             parts.append(split_text(tokenizer, one, left // (len(text) - i), window))
             left -= sum(map(len, parts[-1]))
         return [windows for turn in zip_longest(*parts) for windows in turn if windows]
-    ids = tokenizer(text[:_MAX_CHARS], add_special_tokens=False, verbose=False)["input_ids"]
     first = tokenizer("a")["input_ids"][:1]
     prefix = first if first == [tokenizer.bos_token_id] else []
     size = window - len(prefix)
     count = -(-num_tokens // window)
-    room = len(ids) - size
-    if len(ids) <= count * size:
-        starts = list(range(0, len(ids), size))
-    else:
-        starts = [i * room // max(1, count - 1) for i in range(count)]
+    read = [
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        for part in _parts(text, num_tokens, count)
+    ]
+    if len(read) == 1 and len(read[0]) <= count * size:  # all of it
+        pieces = [read[0][start : start + size] for start in range(0, len(read[0]), size)]
+    else:  # evenly: the first at the very beginning, the last up to the very end
+        read = read * count if len(read) == 1 else read
+        starts = [i * max(0, len(ids) - size) // max(1, count - 1) for i, ids in enumerate(read)]
+        pieces = [ids[start : start + size] for start, ids in zip(starts, read, strict=True)]
     out, left = [], num_tokens
-    for start in starts:
-        piece = prefix + ids[start : start + min(size, left - len(prefix))]
+    for piece in pieces:
         if left <= len(prefix):
             break
-        out.append(piece)
-        left -= len(piece)
+        out.append(prefix + piece[: left - len(prefix)])
+        left -= len(out[-1])
     return out
+
+
+def _parts(text: str, num_tokens: int, count: int) -> list[str]:
+    """The text, or of one too long to be tokenized for a few windows `count` parts, evenly from beginning to end."""
+    limit = max(_MAX_CHARS, _CHARS_PER_TOKEN * num_tokens)
+    if len(text) <= limit:
+        return [text]
+    length = limit // max(1, count)
+    starts = [i * (len(text) - length) // max(1, count - 1) for i in range(count)]
+    return [text[start : start + length] for start in starts]

@@ -98,8 +98,7 @@ def _measure(session: Session, name: str, how: str, make: Callable[[], Cache], i
 
 def _held(cache: Cache) -> int:
     if isinstance(cache, PagedPQCache):
-        parts = cache.nbytes()
-        return sum(parts[name] for name in ("pool", "exact_tokens", "key_fits", "turns", "exact_layers", "page_table"))
+        return cache.reserved_bytes
     layers = cache.layers
     return sum(x.nbytes if isinstance(x, ContiguousPQLayer) else x.keys.nbytes + x.values.nbytes for x in layers)
 

@@ -209,7 +209,7 @@ def cache_against_search(session: Session) -> str:
     )
     shape._attn_implementation = "sdpa"  # `update` then gives back all K and V as the cache keeps them
     pq = PQConfig(M=8, nbits=rng.randint(2, 8))
-    books = Codebooks.random(shape, config=pq, seed=rng.randrange(2**31))
+    books = Codebooks.random(shape, pq=pq, seed=rng.randrange(2**31))
     cache = PagedPQCache(shape, books, config)
     exact = torch.zeros(2, 2, rows, heads, 0, d)  # [layer, side, B, H, n, d]
     coded = 0

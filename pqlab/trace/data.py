@@ -77,10 +77,6 @@ class DecodeTrace:
         """Prompt and continuation."""
         return "".join(self.tokens)
 
-    def text_until(self, step: int) -> str:
-        """The text the cache holds after `step`."""
-        return "".join(self.tokens[: int(self.steps.num_tokens[self._step(step)])])
-
     def lengths(self, step: int) -> tuple[int, int, int]:
         """(sinks, coded, window) tokens after `step`."""
         row = self.steps.iloc[self._step(step)]

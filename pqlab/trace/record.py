@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Integral
 
 import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..attention import NAME
+from ..attention import NAME, handed_over
 from ..cache import PagedPQCache
 from ..config import CacheConfig
+from ..errors import ConfigError
 from ..kernels import dispatch
 from ..kernels.reference import attend_dense
 from ..quantization import Codebooks
@@ -50,9 +52,12 @@ def trace_decode(
 
     Returns:
         DecodeTrace. The model and its settings are as before.
+
+    Raises:
+        ConfigError: settings that cannot be traced; said before anything runs.
+        ValueError: a prompt that is none or exceeds the model's context with its steps, or layers that have no codes.
     """
-    if follow not in ("paged", "exact"):
-        raise ValueError(f'follow = {follow!r} is unknown; "paged" or "exact"')
+    _check_settings(steps, top, follow, config)
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("a prompt of text needs a tokenizer; give one, or token ids [1, n]")
@@ -77,6 +82,21 @@ def trace_decode(
         return _run(model, tokenizer, ids, steps, cache, kept, follow, top, progress)
     finally:
         model.set_attn_implementation(before)
+
+
+def _check_settings(steps: int, top: int, follow: str, config: CacheConfig | None) -> None:
+    for name, value, low in (("steps", steps, 0), ("top", top, 1)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ConfigError(f"{name} = {value!r} is not a whole number")
+        if value < low:
+            raise ConfigError(f"{name} = {value} is out of range (at least {low}); the nearest good value is {low}")
+    if follow not in ("paged", "exact"):
+        raise ConfigError(f'follow = {follow!r} is unknown; "paged" or "exact"')
+    if config is not None and config.mode != "eager":
+        raise ConfigError(
+            f'a trace shows pages as they are taken, and mode = "{config.mode}" takes all at the start; trace with '
+            'dataclasses.replace(config, mode="eager"), which chooses the same tokens'
+        )
 
 
 def _run(model, tokenizer, ids, steps, cache, kept, follow, top, progress) -> DecodeTrace:
@@ -195,9 +215,7 @@ class _ProbedLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        marked = keys.view_as(keys)
-        marked.pqlab_layer = self
-        return marked, values
+        return handed_over(keys, self), values
 
     def attend(self, query, mask, scaling):
         groups = query.shape[1] // self.keys.shape[1]
@@ -295,8 +313,6 @@ def _meta(model, cache: PagedPQCache, prompt_tokens: int, follow: str, scaling: 
         "num_sinks": cache.settings.num_sinks,
         "max_pages": cache.pool.max_pages,
         "page_bytes": cache.pool.layout.page_bytes,
-        "M": cache.quantized_layers[0].codec.k.num_subspaces,
-        "nbits": cache.quantized_layers[0].codec.k.nbits,
         "span": cache.codebooks.span,
         "pqlab": versions().get("pqlab", ""),
         "torch": torch.__version__,

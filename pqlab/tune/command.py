@@ -172,7 +172,7 @@ def _plain(value):
 
 def _draw(args: argparse.Namespace, search: Search, frame: pd.DataFrame, number: int) -> None:
     try:
-        from ..figures.page import write_figure
+        from ..figures.html_file import write_figure
         from ..figures.tuning import tuning_figure
     except ImportError:
         print("no picture: plotly is not installed (pip install 'pqlab[notebook]')")

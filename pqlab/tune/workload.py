@@ -116,7 +116,7 @@ class Workload:
         key = setting.M, setting.nbits
         if key not in self._books:
             if self.random_weights:
-                made = Codebooks.random(self.model, config=setting.pq(), maps=True, span=self.span)
+                made = Codebooks.random(self.model, pq=setting.pq(), maps=True, span=self.span)
             else:
                 options = {"span": self.span, "progress": self.progress, **self._calibration}
                 made = default_codebooks(self.model, self.tokenizer, setting.pq(), **options)

@@ -10,10 +10,10 @@ namespace pqlab {
 // Mostly no row flushes and all blocks end at once, so what counts is how many there are and how many fit: small ones
 // of few registers, each of which has two rounds to go when there is something to encode.
 constexpr int kAppendWarps = 4, kAppendRounds = 2, kAppendBlocksAnSm = 5;
+constexpr int kMappingSmem = kAskedSmem > kMapSmem ? kAskedSmem : kMapSmem;
 template <int DM, int C>
 constexpr int kAppendSmem =
-    kAppendWarps * C * (DM + 1) * 4 > kMapSmem ? kAppendWarps * C * (DM + 1) * 4 : kMapSmem;
-static_assert(kAskedSmem <= kMapSmem, "room for both");
+    kAppendWarps * C * (DM + 1) * 4 > kMappingSmem ? kAppendWarps * C * (DM + 1) * 4 : kMappingSmem;
 static_assert(kMapThreads == kAppendWarps * 32 && kAskedThreads == kMapThreads, "the same blocks");
 
 // Where a row's new token goes; read first and asked for later, so that what is between does not wait for the lengths.

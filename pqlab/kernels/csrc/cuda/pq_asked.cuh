@@ -14,15 +14,16 @@ namespace pqlab {
 
 constexpr int kAskedThreads = 128, kAskedWarps = kAskedThreads / 32;
 constexpr int kAskedVectors = 16, kAskedOutputs = 16 * kAskedWarps;  // of a block
-constexpr int kAskedMost = 2 * kAskedOutputs;                        // of D, which is a multiple of 32
+constexpr int kAskedMost = 256;      // of D, which is a multiple of 32
+constexpr int kAskedAtOnce = 128;    // dimensions whose columns of the map a lane has in registers
 
 // fp16 between two vectors in shared memory: eight lanes read 64 bytes of each of two, from different banks.
 __host__ __device__ constexpr int asked_stride(int D) { return D % 64 ? D : D + 32; }
 // Behind the vectors: of every one a part of its offset by each warp.
 constexpr int kAskedSmem = kAskedVectors * (asked_stride(kAskedMost) * 2 + kAskedWarps * 4);
 
-// Blocks that share the outputs of a vector; each leaves a part of its offset.
-__host__ __device__ inline int asked_parts(int D) { return D > kAskedOutputs ? 2 : 1; }
+// Blocks that share the outputs of a vector, 1, 2 or 4; each leaves a part of its offset.
+__host__ __device__ inline int asked_parts(int D) { return D <= kAskedOutputs ? 1 : D <= 2 * kAskedOutputs ? 2 : 4; }
 
 inline int asked_blocks(const AppendParams& p) {
   return (p.spans * p.B * p.G * p.S + kAskedVectors - 1) / kAskedVectors * p.H * asked_parts(p.D);
@@ -46,19 +47,21 @@ struct Asked {
 // The vectors from `first` on, turned back, to shared memory; a warp has every fourth, a lane two pairs of dimensions.
 template <typename T>
 __device__ __forceinline__ void turn_queries(const AppendParams& p, int h, int first, int count, __half* to) {
-  const int half = p.D / 2, i = (threadIdx.x & 31) * 2, warp = threadIdx.x >> 5;
-  if (i >= half) return;
+  const int half = p.D / 2, warp = threadIdx.x >> 5;
+#pragma unroll 1
+  for (int i = (threadIdx.x & 31) * 2; i < half; i += 64) {
 #pragma unroll 4
-  for (int v = warp; v < count; v += kAskedWarps) {
-    const Asked asked(p, first + v);
-    const int g = divide(asked.vector, p.steps_inverse), s = asked.vector - g * p.S;
-    const T* const q = static_cast<const T*>(p.q) + asked.b * p.q_stride[0] + (h * p.G + g) * p.q_stride[1] +
-                       s * p.q_stride[2] + i;
-    const float* const by = p.turns + static_cast<int64_t>(asked.span) * p.D + i;
-    const float2 low = load_float2(q), high = load_float2(q + half), c = load_float2(by), d = load_float2(by + half);
-    uint32_t* const at = reinterpret_cast<uint32_t*>(to + v * asked_stride(p.D) + i);
-    at[0] = pack_half2(low.x * c.x + high.x * d.x, low.y * c.y + high.y * d.y);
-    at[half / 2] = pack_half2(high.x * c.x - low.x * d.x, high.y * c.y - low.y * d.y);
+    for (int v = warp; v < count; v += kAskedWarps) {
+      const Asked asked(p, first + v);
+      const int g = divide(asked.vector, p.steps_inverse), s = asked.vector - g * p.S;
+      const T* const q = static_cast<const T*>(p.q) + asked.b * p.q_stride[0] + (h * p.G + g) * p.q_stride[1] +
+                         s * p.q_stride[2] + i;
+      const float* const by = p.turns + static_cast<int64_t>(asked.span) * p.D + i;
+      const float2 low = load_float2(q), high = load_float2(q + half), c = load_float2(by), d = load_float2(by + half);
+      uint32_t* const at = reinterpret_cast<uint32_t*>(to + v * asked_stride(p.D) + i);
+      at[0] = pack_half2(low.x * c.x + high.x * d.x, low.y * c.y + high.y * d.y);
+      at[half / 2] = pack_half2(high.x * c.x - low.x * d.x, high.y * c.y - low.y * d.y);
+    }
   }
 }
 
@@ -80,24 +83,26 @@ struct Fit {
 template <typename T>
 __device__ __forceinline__ void ask_spans(const AppendParams& p, int block, float* smem) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, col = lane >> 2, quad = lane & 3;
-  const bool two = asked_parts(p.D) == 2;
-  const int part = two ? block & 1 : 0, at = two ? block >> 1 : block;
+  const int parts = asked_parts(p.D), part = block & (parts - 1), at = block >> (parts >> 1);
   const int chunk = divide(at, p.heads_inverse), h = at - chunk * p.H, first = chunk * kAskedVectors;
   const int all = p.spans * p.B * p.G * p.S, count = min(kAskedVectors, all - first);
   const int output = part * kAskedOutputs + warp * 16, mine = output + quad * 4;  // of the warp, of the lane
   const bool has = output < p.D;
 
   // What comes from far is asked for at once. The first vector's row stands for all: more rows have more to hide behind.
-  constexpr int ROUNDS = kAskedMost / 32;
+  constexpr int ROUNDS = kAskedAtOnce / 32;
   uint4 m[ROUNDS][2] = {};
   const __half* const map = p.q_map + static_cast<int64_t>(h) * p.D * p.D;
+  const auto read_map = [&](int begin) {
 #pragma unroll
-  for (int k = 0; k < ROUNDS; ++k)
+    for (int k = 0; k < ROUNDS; ++k)
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const int row = output + 4 * (col >> 1) + 2 * t + (col & 1);
-      if (has && k * 32 < p.D) m[k][t] = *reinterpret_cast<const uint4*>(map + row * p.D + k * 32 + quad * 8);
-    }
+      for (int t = 0; t < 2; ++t) {
+        const int row = output + 4 * (col >> 1) + 2 * t + (col & 1), column = begin + k * 32;
+        if (has && column < p.D) m[k][t] = *reinterpret_cast<const uint4*>(map + row * p.D + column + quad * 8);
+      }
+  };
+  read_map(0);
   const int row = Asked(p, first).b;
   Fit known;
   if (has) known.read(p, row, h, mine);
@@ -114,14 +119,19 @@ __device__ __forceinline__ void ask_spans(const AppendParams& p, int block, floa
 
   const uint32_t x = smem_address(turned + col * asked_stride(p.D) + quad * 8), eight = 16 * asked_stride(p.D);
   float d[2][2][4] = {};  // two sums each: a product does not have to wait for the one before it
+#pragma unroll 1
+  for (int begin = 0; begin < p.D; begin += kAskedAtOnce) {
+    if (begin) read_map(begin);
 #pragma unroll
-  for (int k = 0; k < ROUNDS; ++k) {
-    if (k * 32 >= p.D) break;
-    const uint4 a = load_shared_16(x + k * 64), b = load_shared_16(x + k * 64 + eight);
+    for (int k = 0; k < ROUNDS; ++k) {
+      if (begin + k * 32 >= p.D) break;
+      const uint32_t from = x + (begin + k * 32) * 2;
+      const uint4 a = load_shared_16(from), b = load_shared_16(from + eight);
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      mma_16816(d[t][0], a.x, b.x, a.y, b.y, m[k][t].x, m[k][t].y);
-      mma_16816(d[t][1], a.z, b.z, a.w, b.w, m[k][t].z, m[k][t].w);
+      for (int t = 0; t < 2; ++t) {
+        mma_16816(d[t][0], a.x, b.x, a.y, b.y, m[k][t].x, m[k][t].y);
+        mma_16816(d[t][1], a.z, b.z, a.w, b.w, m[k][t].z, m[k][t].w);
+      }
     }
   }
 #pragma unroll

@@ -1,7 +1,8 @@
 // Launcher of pq_decode for one configuration, given by macros (pqlab/kernels/cuda_config.py sets them):
 //   PQ_D head size | PQ_KM, PQ_VM subspaces | PQ_KBITS, PQ_VBITS bits a code (8 or 4) | PQ_T element type of queries
 //   and exact tokens | PQ_HG query vectors a block | PQ_NW warps a block | PQ_SLOTS chunks on their way to a warp
-//   | PQ_ANCHORED 1: keys have anchors | for heads in halves: PQ_BUFFERS books in shared memory at a time | PQ_CHUNKS chunks of a warp in a segment
+//   | PQ_ANCHORED 1: keys have anchors | for heads in halves: PQ_BUFFERS books in shared memory at a time | PQ_CHUNKS
+//   chunks of a warp in a segment
 #include "pq_books.cuh"
 #include "pq_decode.cuh"
 #include "pq_halves.cuh"
@@ -12,7 +13,7 @@ namespace {
 using pqlab::cuda_message;
 #ifdef PQ_BUFFERS
 using Cfg = pqlab::HalvesConfig<PQ_T, PQ_D, PQ_KM, PQ_KBITS, PQ_VM, PQ_VBITS, PQ_HG, PQ_NW, PQ_SLOTS, PQ_BUFFERS,
-                                PQ_CHUNKS>;
+                                PQ_CHUNKS, PQ_ANCHORED>;
 constexpr auto kOneRow = pqlab::pq_halves_kernel<Cfg, true>, kRows = pqlab::pq_halves_kernel<Cfg, false>;
 constexpr bool kMapsOneRow = false;
 #else

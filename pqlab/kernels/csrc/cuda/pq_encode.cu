@@ -1,4 +1,4 @@
-// Launchers of pq_encode and pq_append for one configuration, given by macros (pqlab/kernels/cuda.py sets them):
+// Launchers of pq_encode and pq_append for one configuration, given by macros (pqlab/kernels/cuda_config.py sets them):
 //   PQ_DM dimensions a subspace | PQ_NBITS bits a code (8 or 4) | PQ_T element type of the vectors
 // Every function returns null, or a message that stays valid for the life of the process.
 #include "pq_append.cuh"
@@ -73,7 +73,7 @@ PQ_API const char* pqlab_append(const pqlab::AppendParams* params, void* stream)
   p.query_blocks = p.maps && p.q_map ? queries * p.H * (p.D / pqlab::kTransposedSlice) : 0;
   p.span_inverse = 1.f / (p.B * p.G * p.S);
   if (p.maps && p.turns) {
-    if (!p.q_map || p.D > pqlab::kAskedMost) return "keys with anchors have a map, and heads up to 128";
+    if (!p.q_map || p.D > pqlab::kAskedMost) return "keys with anchors have a map, and heads up to 256";
     if (static_cast<int64_t>(p.spans) * p.B * p.G * p.S >= 1 << 21) return "too many queries for one launch";
     p.query_blocks = pqlab::asked_blocks(p);
   }

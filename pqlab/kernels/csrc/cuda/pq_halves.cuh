@@ -27,22 +27,25 @@ struct HalvesQuery {
     }
   }
   __device__ __forceinline__ void load(const DecodeParams& p, const Place<Cfg>& at, int row) {
-    mine([&](int n, int g, int word) { x[n] = load_raw(at.query(p, row, g) + 2 * word); });
+    if constexpr (!Cfg::ANCHORED)  // else read when a warp comes to their span
+      mine([&](int n, int g, int word) { x[n] = load_raw(at.query(p, row, g) + 2 * word); });
   }
   static __device__ __forceinline__ uint32_t* shared(const Place<Cfg>& at, int half) {
     return reinterpret_cast<uint32_t*>(at.smem + Cfg::query_offset) + half * Cfg::HG * Cfg::query_words;
   }
   __device__ __forceinline__ void store(const Place<Cfg>& at) const {
-    mine([&](int n, int g, int word) {
-      shared(at, word / (each / 2))[g * Cfg::query_words + word % (each / 2)] = to_half2(x[n]);
-    });
+    if constexpr (!Cfg::ANCHORED)
+      mine([&](int n, int g, int word) {
+        shared(at, word / (each / 2))[g * Cfg::query_words + word % (each / 2)] = to_half2(x[n]);
+      });
   }
 };
 
-// Scores of a half of the keys of the warp's n chunks, added to those of the first half.
+// Scores of a half of the keys of the warp's n chunks, of which the first is `chunk` of row b, added to those of the
+// first half.
 template <typename Cfg>
-__device__ __forceinline__ void key_phase(const DecodeParams& p, const Place<Cfg>& at, int n, bool second,
-                                          HalvesStream<Cfg>& stream, BookTurns<Cfg>& books) {
+__device__ __forceinline__ void key_phase(const DecodeParams& p, const Place<Cfg>& at, int b, int chunk, int n,
+                                          bool second, HalvesStream<Cfg>& stream, BookTurns<Cfg>& books) {
   using K = typename Cfg::K;
   if (n <= 0) {  // making the scores' operands would only keep the other warps from it
     books.wait();
@@ -51,10 +54,7 @@ __device__ __forceinline__ void key_phase(const DecodeParams& p, const Place<Cfg
   }
   const KeyTile<Cfg> tile(at);
   Scores<Cfg> scores(at, books.buffer());
-  scores.ask(HalvesQuery<Cfg>::shared(at, second), Cfg::query_words);
-  books.wait();
-#pragma unroll 1
-  for (int k = 0; k < n; ++k) {
+  const auto take = [&](int k) {
     uint32_t codes = stream.wait();
     if constexpr (K::C == 16) {
       const uint32_t wide = smem_address(at.scores) + Cfg::pair_spread;
@@ -70,6 +70,23 @@ __device__ __forceinline__ void key_phase(const DecodeParams& p, const Place<Cfg
       scores.tile(y, at.scores + (k * kChunk + j * kTile) * Cfg::HS, [] {}, second);
     }
     if constexpr (K::C == 16) __syncwarp();  // the spread keys are read
+  };
+  if constexpr (Cfg::ANCHORED) {
+#pragma unroll 1
+    for (int k = 0; k < n;) {
+      const int index = (chunk + k) * kChunk, span = p.span_of(index);
+      const int border = (((index >> p.span_shift) + 1) << p.span_shift) / kChunk - chunk;
+      scores.ask([&](int g, int i) { return to_half2(load_raw(at.query(p, b, g, span) + second * K::DP + 2 * i)); });
+      scores.move([&](int g) { return second ? 0.f : at.offset(p, b, g, span); });
+      books.wait();
+#pragma unroll 1
+      for (const int end = min(border, n); k < end; ++k) take(k);
+    }
+  } else {
+    scores.ask(HalvesQuery<Cfg>::shared(at, second), Cfg::query_words);
+    books.wait();
+#pragma unroll 1
+    for (int k = 0; k < n; ++k) take(k);
   }
   books.leave();
 }
@@ -137,14 +154,16 @@ __device__ __forceinline__ void halves_warp(const DecodeParams& p, const Place<C
   for (int g = 0; g < HG; ++g) top[g] = -1e30f, total[g] = 0.f;
   exact.attend(p, at, b, top, total, both);
 
-  const int segments = (stream.chunks_from(p, share, share.begin.first) + Cfg::CHUNKS - 1) / Cfg::CHUNKS;
+  const int most = Cfg::ANCHORED ? (share.end - share.begin.first + Cfg::NP - 1) / Cfg::NP
+                                 : stream.chunks_from(p, share, share.begin.first);  // of a warp
+  const int segments = (most + Cfg::CHUNKS - 1) / Cfg::CHUNKS;
   books.take(segments, more);
 #pragma unroll 1
   for (int first = 0; first < segments * Cfg::CHUNKS; first += Cfg::CHUNKS) {
-    const int n = min(Cfg::CHUNKS, stream.chunks - first);  // of this warp, maybe none
+    const int n = min(Cfg::CHUNKS, stream.chunks - first), chunk = stream.first + stream.step * first;  // maybe none
 #pragma unroll 1
-    for (int second = 0; second < 2; ++second) key_phase(p, at, n, second, stream, books);
-    const int token = (stream.first + stream.step * first) * kChunk + at.lane;
+    for (int second = 0; second < 2; ++second) key_phase(p, at, b, chunk, n, second, stream, books);
+    const int token = chunk * kChunk + at.lane;
     if (n > 0)
       softmax(p, at, n, token, stream.step * kChunk, row.coded, top, total, [&](int g, float factor) {
 #pragma unroll
@@ -181,7 +200,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_halves_kernel(const __grid
   if constexpr (ONE) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) lengths[i] = load_now(p.lengths + i);
-    if (p.table_stride > 0) {
+    if (!Cfg::ANCHORED && p.table_stride > 0) {
       const int page = Stream::page_of(p, Stream::early_tile(p, at.pair, at.lane / 2, at.lane));
       early[0] = load_now(p.page_table + min(page, p.table_stride - 1));
     }
@@ -211,7 +230,7 @@ __global__ void __launch_bounds__(Cfg::NW * 32, 1) pq_halves_kernel(const __grid
     const Row row(lengths[0], lengths[1], lengths[2]);
     const Share share = share_of_one<Cfg>(p, row);
     if (row.units > 0 && static_cast<int>(blockIdx.x) < share.blocks) {
-      halves_warp<Cfg>(p, at, 0, row, share, false, query, stream, books, early);
+      halves_warp<Cfg>(p, at, 0, row, share, false, query, stream, books, Cfg::ANCHORED ? nullptr : early);
       finish_row<Cfg, false>(p, at, share, 0);
     } else if (row.units == 0 && blockIdx.x == 0) {
       store_nothing<Cfg>(p, at, 0);

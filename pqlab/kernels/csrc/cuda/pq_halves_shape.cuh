@@ -18,14 +18,14 @@ constexpr int kBufferBytes = 1 << 16;  // of a book of 8 bits; smaller ones leav
 // BUFFERS: books that are in shared memory at a time, one of them in use. CHUNKS: of a warp in a segment; their scores
 // wait in shared memory for the values. The rest as in DecodeConfig, but every warp looks up keys as well as values.
 template <typename T_, int D_, int KM, int KBITS, int VM, int VBITS, int HG_, int NW_, int SLOTS_, int BUFFERS_,
-          int CHUNKS_>
+          int CHUNKS_, bool ANCHORED_>
 struct HalvesConfig {
   using T = T_;
   using K = Side<D_ / 2, KM / 2, KBITS>;  // of a half
   using V = Side<D_ / 2, VM / 2, VBITS>;
   static constexpr int D = D_, DP = D_, HG = HG_, NW = NW_, NP = NW_, SLOTS = SLOTS_;
   static constexpr int BUFFERS = BUFFERS_, CHUNKS = CHUNKS_;
-  static constexpr bool ANCHORED = false;
+  static constexpr bool ANCHORED = ANCHORED_;
   static_assert(HG >= 1 && HG <= 4, "at most four query vectors a block");
   static_assert(K::DP == 128 && D == 2 * K::DP, "a half is a pair of blocks");
   static_assert(K::CODES == 1 && V::CODES == 1, "a code for two dimensions at least");

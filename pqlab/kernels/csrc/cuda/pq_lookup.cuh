@@ -128,7 +128,10 @@ struct Place {
   __device__ __forceinline__ float offset(const DecodeParams& p, int row, int g, int span) const {
     if (p.offsets == nullptr || first_vector + g >= vectors) return 0.f;
     const float* const x = p.offsets + (static_cast<int64_t>(span * p.B + row) * p.H + h) * vectors + first_vector + g;
-    const float more = p.offset_parts > 1 ? x[static_cast<int64_t>(p.spans) * p.B * p.H * vectors] : 0.f;
+    const int64_t part = static_cast<int64_t>(p.spans) * p.B * p.H * vectors;
+    float more = p.offset_parts > 1 ? x[part] : 0.f;
+    if constexpr (Cfg::D > 128)
+      if (p.offset_parts > 2) more += x[2 * part] + x[3 * part];
     return (*x + more) * p.offset_unit;
   }
 };

@@ -126,7 +126,7 @@ struct DecodeParams {
   const float* offsets;     // [parts][spans][B, H * G, S], dense: to be added to scores; null: nothing
   float offset_unit;        // of which they are, in scores ahead of the softmax scale
   int spans, span_shift;    // the token with code index u is in span u >> span_shift
-  int offset_parts;         // 1 or 2, which add up
+  int offset_parts;         // 1, 2 or 4, which add up
 
   // There is none behind the last, whatever the lengths say.
   __device__ __forceinline__ int span_of(int index) const { return min(index >> span_shift, spans - 1); }

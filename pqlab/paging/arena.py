@@ -36,10 +36,6 @@ class ArenaState:
     def wasted(self) -> int:
         return self.reserved - self.used
 
-    @property
-    def largest_gap(self) -> int:
-        return max((size for _, size in _gaps(self.capacity, self.regions)), default=0)
-
 
 class Arena:
     """First-fit allocation of one region per sequence in `capacity` slots.

@@ -51,6 +51,7 @@ _SCRIPT = """
     if (said) said.textContent = frame.label;
     root.querySelector(".text").innerHTML = frame.text;
     root.querySelector(".table").innerHTML = frame.table;
+    root.querySelector(".settings").innerHTML = frame.settings;
     const lab = document.body.dataset.jpThemeLight;
     const dark = lab !== undefined ? lab === "false" : media.matches;
     const layout = {uirevision: "kept", ...frame.layout, template: templates[dark ? "dark" : "light"]};
@@ -71,10 +72,27 @@ def plain(figure: go.Figure) -> Plain:
     return json.loads(json.dumps({"data": whole["data"], "layout": layout}, cls=PlotlyJSONEncoder))
 
 
-def frame_of(figure: go.Figure, table: pd.DataFrame | None = None, *, text: str = "", label: str = "") -> Plain:
-    """One position of the slider: the figure, HTML that stands above it, its table, and what the slider says."""
+def frame_of(
+    figure: go.Figure,
+    table: pd.DataFrame | None = None,
+    *,
+    text: str = "",
+    label: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> Plain:
+    """One position of the slider.
+
+    Args:
+        table: under the figure.
+        text: HTML that stands above it.
+        label: what the slider says.
+        settings: a list of names and values under the table.
+    """
+    listed = "".join(
+        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in (settings or {}).items()
+    )
     rows = "" if table is None else table.to_html(index=False, border=0, float_format=lambda number: f"{number:.4g}")
-    return {"label": label, "text": text, "table": rows, **plain(figure)}
+    return {"label": label, "text": text, "table": rows, "settings": listed, **plain(figure)}
 
 
 def fragment(
@@ -83,7 +101,6 @@ def fragment(
     *,
     slider: str = "",
     at: int = 0,
-    settings: Mapping[str, Any] | None = None,
     plotlyjs: bool = True,
 ) -> str:
     """Frames as a piece of HTML, for a page of its own.
@@ -92,7 +109,6 @@ def fragment(
         frames: what `frame_of` gives; several need a slider.
         slider: its name; "" for a single frame.
         at: the frame that is shown first.
-        settings: a list of names and values under the figure.
         plotlyjs: False where an earlier piece of the page brings plotly.js.
     """
     name = f"pqlab-{uuid4().hex[:12]}"
@@ -103,9 +119,6 @@ def fragment(
         if slider
         else ""
     )
-    listed = "".join(
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in (settings or {}).items()
-    )
     library = f"<script>{get_plotlyjs()}</script>" if plotlyjs else ""
     script = _SCRIPT.replace("ID", json.dumps(name)).replace("DATA", _safe(json.dumps(data)))
     return (
@@ -113,7 +126,7 @@ def fragment(
         f'<div class="pqlab" id="{name}"><h3>{html.escape(title)}</h3>{moves}'
         f'<div class="text"></div><div class="plot"></div>'
         f'<details><summary>Table</summary><div class="table"></div></details>'
-        f"<details><summary>Settings</summary><dl>{listed}</dl></details></div><script>{script}</script>"
+        f'<details><summary>Settings</summary><dl class="settings"></dl></details></div><script>{script}</script>'
     )
 
 
@@ -139,7 +152,7 @@ def write_figure(
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """One figure and its table as a file that opens without a network; its path."""
-    return write_page(path, title, fragment(title, [frame_of(figure, table, text=text)], settings=settings))
+    return write_page(path, title, fragment(title, [frame_of(figure, table, text=text, settings=settings)]))
 
 
 def _safe(text: str) -> str:
