@@ -37,7 +37,7 @@ def add_model_name(
 
     Args:
         random: what the command measures can be measured of random weights. Otherwise there is no such option, and a
-            name that means random weights is refused; `args.random_weights` is False.
+            name that means random weights is refused; the parsed `random_weights` is False.
         default, note: what is taken when no model is named, and what the help says of it.
     """
     add = parser.add_argument
@@ -70,7 +70,7 @@ def add_model_arguments(
     """Add -f/--model, --random-weights, --half and --device.
 
     Args:
-        half: offer --half; otherwise `args.half` is False.
+        half: offer --half; otherwise the parsed `half` is False.
         random, options: of `add_model_name`.
     """
     add_model_name(parser, random=random, **options)
