@@ -254,6 +254,9 @@ def test_pareto_draws_every_method_and_joins_those_not_beaten(theme_name):
     assert list(own.text) == ["c"] and list(others.text) == ["a", "b", "d", "e"]
     places = dict(zip(others.text, others.textposition, strict=True)) | {"c": own.textposition[0]}
     assert places["a"] == "top right" and places["c"] != places["d"], "c and d lie on each other"
+    _, own, anchored, others = pareto_figure(table, ["c", "d"], theme_name, anchored=["d"]).data
+    assert list(own.text) == ["c"] and list(anchored.text) == [""] and list(anchored.customdata) == ["d"]
+    assert anchored.marker.symbol != own.marker.symbol and list(others.text) == ["a", "b", "e"]
 
 
 def test_labels_keep_off_each_other_and_off_points():

@@ -16,16 +16,21 @@ from .theme import AMOUNTS, BAD, EXACT, GREY, PAGED, SEQUENCES, Theme, sequence_
 _LOWEST = 1e-7  # nats that a logarithmic axis still shows
 
 
-def pareto_figure(table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | None = "light") -> go.Figure:
+def pareto_figure(
+    table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | None = "light", *, anchored: Sequence[str] = ()
+) -> go.Figure:
     """Token bits against KL, a point a method; the line joins those that no other beats in both.
 
     Args:
         table: rows with `method`, `token_bits` and `kl` (nats), as `Evaluation.table` gives them; `kl_error` is drawn
             where it is there. Rows without numbers and the exact cache are left out.
         own: methods to mark as pqlab's.
+        anchored: those of them with anchored keys, which have a mark of their own and, as they stand beneath what has
+            the same bits without anchors, their names only where the mouse is.
     """
     rows = table[table.kl > 0].sort_values(["token_bits", "kl"])
     front = rows.kl < rows.kl.shift().cummin().fillna(float("inf"))
+    rows = rows.assign(shown=rows.method.where(~rows.method.isin(anchored), ""))
     rows = rows.assign(place=_places(rows, front))
     best = rows[front]
     sheet = Sheet()
@@ -37,20 +42,25 @@ def pareto_figure(table: pd.DataFrame, own: Sequence[str] = (), theme: Theme | N
         y={"title": {"text": "KL to exact, nats"}, "type": "log", "dtick": 1, "exponentformat": "power"},
     )
     sheet.front(plot, best.token_bits, best.kl)
-    mine = rows.method.isin(own)
-    for name, part, symbol in (("pqlab", rows[mine], "diamond"), ("others", rows[~mine], "circle")):
+    turned = rows.method.isin(anchored)
+    mine = rows.method.isin(own) & ~turned
+    groups = [("pqlab", rows[mine], "diamond", PAGED), ("others", rows[~mine & ~turned], "circle", GREY)]
+    if turned.any():
+        groups.insert(1, ("pqlab, keys anchored", rows[turned], "diamond-open", PAGED))
+    for name, part, symbol, colour in groups:
         sheet.add(
             plot,
             "scatter",
             x=part.token_bits,
             y=part.kl,
             error_y={"type": "data", "array": part["kl_error"].fillna(0)} if "kl_error" in part else {},
-            text=part.method,
+            text=part.shown,
+            customdata=part.method,
             mode="markers+text",
             textposition=part.place,
-            marker={"symbol": symbol, "size": 12, "color": PAGED if symbol == "diamond" else GREY},
+            marker={"symbol": symbol, "size": 12, "color": colour, "line": {"width": 2 * symbol.endswith("open")}},
             name=name,
-            hovertemplate="%{text}<br>%{x:.3g} bits, KL %{y:.3g} nats<extra></extra>",
+            hovertemplate="%{customdata}<br>%{x:.3g} bits, KL %{y:.3g} nats<extra></extra>",
             cliponaxis=False,
         )
     return sheet.figure(theme, min_width=620, height=478, margin={"t": 58, "b": 90, "l": 70, "r": 110})
@@ -62,7 +72,7 @@ def _places(rows: pd.DataFrame, front: pd.Series) -> list[str]:
     x = 820 * bits / max(bits.max(initial=0), 1)
     y = 270 * (kl - kl.min(initial=0)) / max(np.ptp(np.append(kl, kl.min(initial=0))), 1)
     steps = np.stack([x, y], -1)[front.to_numpy()]
-    return label_places(x.tolist(), y.tolist(), rows.method.tolist(), steps.tolist())
+    return label_places(x.tolist(), y.tolist(), rows.shown.tolist(), steps.tolist())
 
 
 def corpora_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure:

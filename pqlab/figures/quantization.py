@@ -119,7 +119,7 @@ def rate_figure(table: pd.DataFrame, theme: Theme | None = "light") -> go.Figure
     plot = sheet.plot(
         0,
         0,
-        "left and low is better",
+        "left and low keeps more of the variance",
         x={"title": {"text": "bits per element"}, "rangemode": "tozero"},
         y={"title": {"text": "share of the variance lost"}, "type": "log", "dtick": 1, "tickformat": ".3~%"},
     )

@@ -76,8 +76,9 @@ class KeyAnchors(Panel):
         pair, d = self._pair(), self._keys().shape[-1]
         turns = float(self._frequencies[pair]) * (self.span - 1) / (2 * pi)
         share = self.spreads.set_index("span").share
+        often = f"{turns:.2g}" if turns < 10 else f"{turns:.0f}"
         return (
-            f"Dimensions {pair} and {pair + d // 2}. Within {self.span} tokens this pair turns {turns:.2g} times "
+            f"Dimensions {pair} and {pair + d // 2}. Within {self.span} tokens this pair turns {often} times "
             f"around, and the whole head spreads {share[self.span]:.0%} as far as it does now. {VIEWS[2].capitalize()} "
             f"it would be {share[1]:.0%}."
         )
