@@ -88,8 +88,7 @@ def test_a_peak_awaits_the_kernels_that_it_needs(make_model):
 
 
 def test_commands(make_model, tiny_tokenizer, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(retrieval, "load_model", lambda name, device: (make_model("llama").to(device), tiny_tokenizer))
-    for module in (calibration_bench, texts_bench, plan_command):
+    for module in (calibration_bench, texts_bench, plan_command, retrieval):
         found = lambda args: (None, make_model("llama").to(args.device), tiny_tokenizer)  # noqa: E731
         monkeypatch.setattr(module, "load", found)
     monkeypatch.setenv("PQLAB_CACHE", str(tmp_path))
