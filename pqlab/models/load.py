@@ -78,7 +78,8 @@ def check_device(device: torch.device | str) -> None:
             raise RuntimeError("its tensors have no values")
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
-        raise ConfigError(f"device = {device} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
+        usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise ConfigError(f"device = {device} cannot be used ({str(error).splitlines()[0]}); use {usable}") from error
 
 
 def model_source(name: str | Path, progress: bool = True) -> str | Path:
