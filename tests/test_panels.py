@@ -514,6 +514,24 @@ def test_M_is_half_the_head_size_until_one_is_chosen():
     panel.close()
 
 
+def test_every_step_of_the_slider_of_M_divides_the_head_size():
+    """Arrow keys go from one to the next: none of them may be refused."""
+    panel = page_settings(ModelShape(4, 6, 3, 96, "mine"))
+    slider = find(panel, "pqlab-M")
+    for model, good in (("mine", (16, 24, 32, 48, 96)), ("SmolLM2-135M", (16, 32, 64)), ("mine", (16, 24, 32, 48, 96))):
+        panel.set(model=model, M=None)
+        assert slider.options == good and slider.value == panel.in_force("M") and panel.M is None
+        for m in good:
+            slider.value = m
+            assert panel.M == m and panel.error is None
+    find(panel, "pqlab-M-entry").value = 50
+    assert "M = 50 does not divide the head size 96; the nearest M that does is 48" in panel.status
+    assert panel.M == slider.value == 96
+    panel.set(model="SmolLM2-135M")
+    assert panel.error is not None and panel.model == "mine" and slider.options == good, "96 is no M of heads of 64"
+    panel.close()
+
+
 def test_presets_leave_M_to_the_model_where_the_report_does():
     panel = page_settings(preset="scenario:memory-saving")
     chooser = find(panel, "pqlab-preset")

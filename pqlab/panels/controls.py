@@ -24,20 +24,21 @@ def number(
     low: int = 0,
     high: int | Callable[[], int] = 0,
     step: int = 1,
-    values: Sequence[int] = (),
+    values: Sequence[int] | Callable[[], Sequence[int]] = (),
     default: str = "",
     tooltip: str = "",
 ) -> widgets.Widget:
     """A slider from `low` to `high` (or over `values`) with a number entry beside it.
 
-    A `high` that depends on other state is a function, asked after every change. The entry takes any number, also one
-    outside the slider: what is wrong with it is for the panel to say. A state that may be None, which leaves it to the
-    panel, has a box beside them that does so; `default` is its label.
+    What depends on other state, `high` or `values`, is a function, asked after every change. The entry takes any
+    number, also one outside the slider: what is wrong with it is for the panel to say. A state that may be None, which
+    leaves it to the panel, has a box beside them that does so; `default` is its label.
     """
     kept: dict[str, Any] = {"description": description, "style": _WORDS, "tooltip": tooltip or description}
     wide = widgets.Layout(width="20em", margin="2px")  # told, since the two kinds of sliders have different ones
     if values:
-        slider = widgets.SelectionSlider(options=list(values), readout=False, layout=wide, **kept)
+        offered = tuple(values() if callable(values) else values)
+        slider = widgets.SelectionSlider(options=offered, readout=False, layout=wide, **kept)
     else:
         top = max(low, high() if callable(high) else high)
         slider = widgets.IntSlider(value=low, min=low, max=top, step=step, readout=False, layout=wide, **kept)
@@ -47,7 +48,9 @@ def number(
     def show() -> None:
         entry.value = panel.in_force(name)
         if values:
-            slider.value = _nearest(values, entry.value)
+            if callable(values) and slider.options != (offered := tuple(values())):
+                slider.options = offered
+            slider.value = _nearest(slider.options, entry.value)
         else:
             if callable(high):
                 slider.max = max(low, high())

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import traitlets
 
-from ..config import REPORT_RANGES, CacheConfig, PQConfig, RangeProblem, check_report_ranges, report_params
+from ..config import (
+    REPORT_RANGES,
+    CacheConfig,
+    PQConfig,
+    RangeProblem,
+    check_report_ranges,
+    good_subspaces,
+    report_params,
+)
 from ..cost import SHAPES, CacheCost, ModelShape
 from ..errors import ConfigError
 from ..figures.settings import cost_frame, range_frame, settings_figure
@@ -127,7 +135,6 @@ class PageSettings(Panel):
         bounds = REPORT_RANGES
         pages, window, bits = bounds["page_size"], bounds["extended_residual"], bounds["nbits"]
         pool = (100, 200, 500, 1000, 2000, 4000, 8000, bounds["max_pages"].high)
-        subspaces = (4, 8, bounds["M"].low, 24, 32, 48, 64, 96, bounds["M"].high)
         contexts = tuple(2**n for n in range(8, 18))
         presets = {f"{preset.name} ({preset.about})": name for name, preset in PRESETS.items()}
         return [
@@ -152,7 +159,12 @@ class PageSettings(Panel):
                 tooltip="newest tokens that are always exact",
             ),
             controls.number(
-                self, "M", "subspaces M", values=subspaces, default="d/2", tooltip="codes per token and kv head"
+                self,
+                "M",
+                "subspaces M",
+                values=lambda: good_subspaces(self.shape.head_dim),
+                default="d/2",
+                tooltip="codes per token and kv head",
             ),
             controls.number(self, "nbits", "bits per code", low=1, high=bits.high, tooltip="2 to this power centroids"),
             controls.number(self, "context", "context", values=contexts, tooltip="tokens of each sequence"),
