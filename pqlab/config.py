@@ -163,7 +163,7 @@ def check_report_ranges(*, head_dim: int | None = None, **params: int | None) ->
 
 
 def good_subspaces(head_dim: int) -> list[int]:
-    """Every M that divides a head of `head_dim` elements and is in the report's range; if none is, all that divide it."""
+    """Every M that divides a head of `head_dim` elements and is in the report's range; if none is, all divisors."""
     divisors = [m for m in range(1, head_dim + 1) if head_dim % m == 0]
     return [m for m in divisors if m in REPORT_RANGES["M"]] or divisors
 
