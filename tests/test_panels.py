@@ -561,7 +561,7 @@ def test_settings_file_is_the_panel(sweep, tmp_path):
 
 
 def test_layout_panel_says_that_codes_are_random():
-    panel = memory_layout()
+    panel = memory_layout(pattern="token")
     assert "random codes" in panel.figure.layout.title.text
     panel.state = {"page_size": 32, "slot": 20}
     assert find(panel, "pqlab-slot").max == 31
@@ -572,6 +572,37 @@ def test_layout_panel_says_that_codes_are_random():
     assert panel.head == find(panel, "pqlab-head").max == 1 and panel.error is None
     panel.set(page_size=0)
     assert "page_size must be a positive multiple of 16" in panel.status and panel.page_size == 16
+    panel.close()
+
+
+def test_layout_panel_begins_with_the_read_of_decode():
+    panel = memory_layout()
+    assert "(decode)" in find(panel, "pqlab-pattern").options[0][0] and find(panel, "pqlab-pattern").value == "tile"
+    share = panel.frame().set_index("order")
+    assert (share.wanted_bytes == 16 * 32).all(), "16 tokens of 32 subspaces"
+    panel.close()
+
+
+@pytest.mark.parametrize("pattern", ["tile", "token", "subspace"])
+def test_layout_panel_disables_the_control_that_the_read_does_not_use(pattern, tmp_path):
+    """The one that is left, which is also the slider of a file, shows something else at every step."""
+    panel = memory_layout(num_subspaces=4, page_size=48)
+    find(panel, "pqlab-pattern").value = pattern
+    acts = {name: not find(panel, f"pqlab-{name}").disabled for name in ("slot", "subspace")}
+    assert acts == {name: not find(panel, f"pqlab-{name}-entry").disabled for name in acts}
+    assert acts == {name: name == panel.sweep for name in acts}
+    before, (other,) = plain(panel.figure), (name for name in acts if not acts[name])
+    panel.set(**{other: 2})
+    assert plain(panel.figure) == before and panel.error is None
+    slider = find(panel, f"pqlab-{panel.sweep}")
+    pictures = []
+    for value in range(slider.min, slider.max + 1, slider.step):
+        slider.value = value
+        assert getattr(panel, panel.sweep) == slider.value == value and panel.error is None
+        pictures.append(json.dumps(plain(panel.figure)))
+    assert len(set(pictures)) == len(pictures) == {"tile": 3, "token": 48, "subspace": 4}[pattern]
+    shown = [frame["label"] for frame in frames_of(panel.to_html(tmp_path / "layout.html"))]
+    assert shown == [str(value) for value in range(0, slider.max + 1, slider.step)]
     panel.close()
 
 

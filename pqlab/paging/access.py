@@ -18,12 +18,15 @@ from .layout import ORDERS, TILE, PageLayout
 if TYPE_CHECKING:
     import pandas as pd
 
-Pattern = Literal["subspace", "token", "tile"]
+Pattern = Literal["tile", "token", "subspace"]
 PATTERNS: dict[str, str] = {
-    "subspace": "one subspace of consecutive tokens",
-    "token": "all subspaces of one token",
     "tile": "all subspaces of a tile of 16 tokens (decode)",
+    "token": "all subspaces of one token",
+    "subspace": "one subspace of consecutive tokens",
 }
+"""Ways of reading; the first is how decode reads."""
+STARTS: dict[str, tuple[str, int]] = {"tile": ("slot", TILE), "token": ("slot", 1), "subspace": ("subspace", 1)}
+"""What says where a pattern starts, and how many of them further the next start is; it does not ask for the other."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def random_codes(page_size: int, num_subspaces: int, nbits: int, head: int = 0, 
 
 
 def access(layout: PageLayout, pattern: str, load: Load, *, head: int = 0, slot: int = 0, subspace: int = 0) -> Access:
-    """What reading a `PATTERNS` way takes in the byte order of `layout`; `slot` and `subspace` say where it starts.
+    """What reading a `PATTERNS` way takes in the byte order of `layout`; `slot` or `subspace` says where it starts.
 
     Lanes take the aligned pieces that hold wanted codes, in the order of their addresses.
     """

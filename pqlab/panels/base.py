@@ -43,7 +43,7 @@ class Panel(Stateful):
     """
 
     title: ClassVar[str] = ""
-    sweep: ClassVar[str] = ""
+    sweep: str = ""
     """Name of the state that gets a slider in the file that `to_html` writes."""
 
     _static: ClassVar[bool] = False
