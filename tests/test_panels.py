@@ -475,6 +475,43 @@ def test_settings_panel_says_what_is_out_of_range_and_why():
     panel.close()
 
 
+def headline(panel: Panel) -> str:
+    return panel.figure.layout.title.text.replace("<b>", "").replace("</b>", "")
+
+
+@pytest.mark.parametrize("context", [1, 100, 400, 8192])
+def test_settings_panel_says_larger_where_it_is_larger(context):
+    panel = page_settings(context=context)
+    times = panel.cost.stored_bytes / panel.cost.baseline_bytes
+    said, word = re.search(r"([\d.,]+)× (smaller|larger) than exact", headline(panel)).groups()
+    assert word == ("larger" if times > 1 else "smaller") and (times > 1) == (context < 400)
+    assert float(said.replace(",", "")) == pytest.approx(max(times, 1 / times), rel=5e-3) and float(said) >= 1
+    bits = re.search(r"coded, (\S+) with", headline(panel)).group(1)
+    assert float(bits.replace(",", "")) == pytest.approx(panel.cost.bits_per_element, rel=5e-3)
+    assert not re.search(r"\de[+-]\d", headline(panel) + " ".join(panel.frame().shown)), "plain digits"
+    panel.set(context=1, residual_length=10**6)
+    assert panel.error is None and not re.search(r"\de[+-]\d", " ".join(panel.frame().shown))
+    panel.close()
+
+
+def test_settings_panel_says_in_words_that_the_pool_is_too_small():
+    panel = page_settings(size_pool=False, max_pages=100)
+    assert panel.widget is not None
+    assert "pqlab-warning" in panel.status and panel.error is None
+    said = "PQC001: context × batch takes 125 pages, and the pool has 100. Raise max pages to 125"
+    assert said in panel.status
+    find(panel, "pqlab-page_size-entry").value = 100
+    assert "100 is out of range" in panel.status and "PQC001" not in panel.status
+    find(panel, "pqlab-page_size-entry").value = 32
+    assert "takes 251 pages" in panel.status and panel.error is None, "the warning is back after an error"
+    most = int(re.search(r"context to at most ([\d,]+)", panel.status).group(1).replace(",", ""))
+    panel.context = most + 1
+    assert "PQC001" in panel.status
+    panel.context = most
+    assert panel.cost.pages_missing == 0 and "PQC001" not in panel.status and "⚠" not in panel.status
+    panel.close()
+
+
 def test_presets_set_everything_they_name():
     panel = page_settings(preset="scenario:batch", model="Llama-3.1-8B")
     assert panel.preset == "scenario:batch"

@@ -188,6 +188,15 @@ class PageSettings(Panel):
         self._ranges.value = table_html(ranges, colour=lambda _, value: BAD if str(value).startswith("✗") else None)
         self._numbers.value = table_html(self.frame()[["quantity", "shown"]], header=False)
 
+    def warning(self) -> str:
+        cost = self.cost
+        if not cost.pages_missing:
+            return ""
+        return (
+            f"PQC001: context × batch takes {cost.pages_used:,} pages, and the pool has {cost.max_pages:,}. Raise max "
+            f"pages to {cost.pages_used:,}, let it be sized, or lower context to at most {cost.max_context:,}."
+        )
+
     def draw(self) -> go.Figure:
         return settings_figure(self.cost, theme=None)
 
