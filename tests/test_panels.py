@@ -512,6 +512,27 @@ def test_settings_panel_says_in_words_that_the_pool_is_too_small():
     panel.close()
 
 
+def test_max_pages_are_in_force_once_they_are_set():
+    panel = page_settings()
+    sized, slider = find(panel, "pqlab-size_pool"), find(panel, "pqlab-max_pages")
+    assert panel.size_pool and sized.value and panel.cost.max_pages == 125
+    slider.value = 2000
+    assert not panel.size_pool and not sized.value and panel.cost.max_pages == 2000
+    sized.value = True
+    assert panel.size_pool and panel.max_pages == slider.value == 2000 and panel.cost.max_pages == 125
+    find(panel, "pqlab-max_pages-entry").value = 0
+    assert panel.error is not None and (panel.size_pool, panel.max_pages) == (True, 2000), "refused as a whole"
+    find(panel, "pqlab-max_pages-entry").value = 130
+    assert not panel.size_pool and panel.cost.max_pages == 130 and panel.error is None
+    panel.state = {"max_pages": 500, "size_pool": True}
+    assert panel.size_pool and panel.max_pages == 500, "what was asked for wins"
+    panel.close()
+    assert page_settings(max_pages=500).cost.max_pages == 500
+    assert page_settings(**panel.state).state == panel.state
+    wide = page_settings(max_pages=500, size_pool=True)
+    assert wide.size_pool and wide.max_pages == 500
+
+
 def test_presets_set_everything_they_name():
     panel = page_settings(preset="scenario:batch", model="Llama-3.1-8B")
     assert panel.preset == "scenario:batch"

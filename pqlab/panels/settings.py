@@ -53,6 +53,7 @@ class PageSettings(Panel):
         self._shapes = {**({shape.name: shape} if shape is not None else {}), **SHAPES}
         self._chosen = ""
         super().__init__(**{"model": next(iter(self._shapes)), **state})
+        self._assign(state)  # a size_pool that was asked for beside max_pages
 
     @property
     def shape(self) -> ModelShape:
@@ -169,7 +170,7 @@ class PageSettings(Panel):
             controls.number(self, "nbits", "bits per code", low=1, high=bits.high, tooltip="2 to this power centroids"),
             controls.number(self, "context", "context", values=contexts, tooltip="tokens of each sequence"),
             controls.number(self, "batch", "batch", values=(1, 2, 4, 8, 16, 32, 64), tooltip="sequences"),
-            controls.number(self, "max_pages", "max pages", values=pool, tooltip="pages of the pool"),
+            controls.number(self, "max_pages", "max pages", values=pool, tooltip="pages of a pool that is not sized"),
             controls.switch(
                 self,
                 "size_pool",
@@ -214,6 +215,10 @@ class PageSettings(Panel):
             "model": list(self._shapes),
         }
 
+    @traitlets.observe("max_pages")
+    def _take_max_pages(self, _: Any) -> None:
+        self.size_pool = False  # or it would have no effect
+
     @traitlets.validate("model")
     def _known_model(self, proposal: Any) -> str:
         if proposal.value not in self._shapes:
@@ -229,7 +234,8 @@ def page_settings(shape: ModelShape | None = None, preset: str | None = None, **
         shape: a model beside the well-known ones, e.g. `ModelShape.from_config(model)`; it is shown first.
         preset: name of a preset of the report (`pqlab.presets.PRESETS`) to start from.
         **state: starting values, e.g. `page_size=32, context=32768, model="Llama-3.1-8B"`; see `.state` of the panel.
-            An M of None is half the head size of whichever model is chosen.
+            An M of None is half the head size of whichever model is chosen; max_pages without size_pool sets that to
+            False, as does moving its slider.
     """
     panel = PageSettings(shape, **state)
     if preset is not None:
