@@ -19,7 +19,7 @@ from tiny_trace import tiny_cache_and_trace
 
 from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig
 from pqlab.cost import ModelShape
-from pqlab.errors import ConfigError
+from pqlab.errors import ConfigError, in_runs
 from pqlab.panels import Panel, controls, decode_stepper, memory_layout, page_allocation, page_settings
 from pqlab.panels.latest import Latest
 from pqlab.panels.view import FigureView, changes, plain
@@ -193,11 +193,11 @@ def test_an_error_is_shown_and_nothing_is_changed(wave):
     entry, slider = find(wave, "pqlab-bits-entry"), find(wave, "pqlab-bits")
     entry.value = 99
     assert isinstance(wave.error, ConfigError)
-    assert 'role="status"' in wave.status and "ConfigError: bits = 99 is too much" in wave.status
+    assert 'role="status"' in wave.status and "⚠ bits = 99 is too much" in wave.status
     assert wave.figure.layout.title.text == "4 bits" and wave.state == {"bits": 4, "shape": "sin"}
     assert (entry.value, slider.value) == (4, 5), "controls show what is in force; 5 is the nearest on the grid"
     find(wave, "pqlab-bits-entry").value = 2
-    assert wave.error is None and "ConfigError" not in wave.status
+    assert wave.error is None and "too much" not in wave.status
     assert wave.figure.layout.title.text == "2 bits"
 
 
@@ -251,7 +251,7 @@ def test_what_was_asked_for_wins_over_what_would_fit():
     """Alone, another page size moves a slot that is outside of it; a slot that was asked for is refused in words."""
     panel = memory_layout(page_size=64, slot=60)
     panel.set(page_size=32, slot=40)
-    assert "slot 40 is outside [0, 32)" in panel.status and (panel.page_size, panel.slot) == (64, 60)
+    assert "slot = 40 is out of range (0 to 31)" in panel.status and (panel.page_size, panel.slot) == (64, 60)
     panel.set(page_size=32)
     assert (panel.page_size, panel.slot) == (32, 31) and panel.error is None
     panel.close()
@@ -269,7 +269,18 @@ def test_errors_of_buttons_are_shown(wave):
 
     button = controls.button(wave, "go", fail)
     button.click()
-    assert "RuntimeError: no such thing" in wave.status
+    assert "⚠ no such thing" in wave.status
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ValueError("that is too much"), "that is too much"), (KeyError("bits"), "KeyError: &#x27;bits&#x27;")]
+    + [(StopIteration(), "StopIteration: ")],
+)
+def test_an_error_is_said_in_its_words_alone_where_it_has_some(wave, error, said):
+    with wave.guarded():
+        raise error
+    assert f"⚠ {said}<" in wave.status and wave.error is error
 
 
 # -- one figure, changed in place ---------------------------------------------------------------------------------
@@ -363,7 +374,7 @@ def test_background_work_is_marked_and_its_errors_are_shown(wave):
         raise MemoryError("no room")
 
     wave.background(fail, shown.append, busy="measuring")
-    assert wave.wait(10) and "MemoryError: no room" in wave.status and shown == ["done"]
+    assert wave.wait(10) and "⚠ no room" in wave.status and shown == ["done"]
 
 
 def test_results_arrive_in_the_event_loop_of_a_kernel(wave):
@@ -671,7 +682,7 @@ def test_layout_panel_shows_codes_of_a_cache(tiny):
     assert np.array_equal(panel.codes, stored[2, :16].numpy())
     assert panel.figure.layout.title.text == f"codes of the cache: layer 0, V, page {cache.table.pages(0)[0]}, head 2"
     find(panel, "pqlab-page-entry").value = 777
-    assert "page 777 is outside [0, 60)" in panel.status
+    assert "page = 777 is out of range (0 to 59)" in panel.status
     panel.close()
 
 
@@ -819,8 +830,25 @@ def test_stepper_text_and_pages_follow_the_step(tiny):
     assert panel.frame().token_id.tolist() and panel.error is None
     for bad in (99, -1):
         panel.step = bad
-        assert f"step {bad} is outside [0, 41)" in panel.status and panel.step == 40
+        assert f"step = {bad} is out of range (0 to 40)" in panel.status and panel.step == 40
     panel.close()
+
+
+def test_stepper_says_which_layers_were_captured(tiny):
+    _, trace = tiny
+    panel = decode_stepper(trace)
+    find(panel, "pqlab-layer-entry").value = 30
+    assert "⚠ layer 30 was not captured; captured are 0, 1<" in panel.status
+    assert panel.layer in trace.layers and panel.error is not None
+    panel.close()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [(range(30), "0 to 29"), ([0, 1], "0, 1"), ([0, 1, 2, 5, 8, 9], "0 to 2, 5, 8, 9"), ([7], "7"), ([], "")],
+)
+def test_numbers_are_said_in_runs(numbers, said):
+    assert in_runs(numbers) == said
 
 
 def test_stepper_opens_a_file(tiny, tmp_path):

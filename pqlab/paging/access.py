@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..errors import out_of_range
 from .layout import ORDERS, TILE, PageLayout
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def access(layout: PageLayout, pattern: str, load: Load, *, head: int = 0, slot:
     """
     for name, value, limit in (("slot", slot, layout.page_size), ("subspace", subspace, layout.num_subspaces)):
         if not 0 <= value < limit:
-            raise IndexError(f"{name} {value} is outside [0, {limit}); this page has {limit} of them")
+            raise IndexError(out_of_range(name, value, limit))
     bits = code_addresses(layout, head)
     numbers = np.broadcast_to(np.arange(layout.num_subspaces), bits.shape)
     if pattern == "subspace":

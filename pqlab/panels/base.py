@@ -201,7 +201,7 @@ class Panel(Stateful):
             yield
         except Exception as error:
             self.error = error
-            self.say(f"{type(error).__name__}: {error}", kind="error")
+            self.say(_message(error), kind="error")
         else:
             if clears and before is not None and self.error is before:  # not one that a redraw inside has just shown
                 self.error = None
@@ -276,6 +276,12 @@ class Panel(Stateful):
             first, Panel._static = not Panel._static, True
             return {"text/plain": repr(self), "text/html": fragment(self, self.sweep, plotlyjs=first)}
         return self.widget._repr_mimebundle_(**kwargs)
+
+
+def _message(error: Exception) -> str:
+    """What an error says; with its class where that is not in words (a KeyError says a key)."""
+    said = str(error)
+    return f"{type(error).__name__}: {said}" if not said or isinstance(error, KeyError) else said
 
 
 def _close_all(widget: widgets.Widget) -> None:

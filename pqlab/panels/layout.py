@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from ..benchmarks.layout_bench import measure_orders
+from ..errors import in_runs
 from ..figures.layout import COLOUR_BY, layout_figure
 from ..paging.access import LOADS, PATTERNS, STARTS, access_frame, compare_orders, random_codes
 from . import controls
@@ -67,7 +68,7 @@ class MemoryLayout(Panel):
         if self._cache is None:
             return {}
         if layer not in self._layouts:
-            there = ", ".join(map(str, self._layouts))
+            there = in_runs(self._layouts)
             raise traitlets.TraitError(f"layer {layer} is not quantized in this cache; quantized are {there}")
         layout = self._layouts[layer][_SIDES[self.side]]
         return {name: getattr(layout, name) for name in _SHAPE}
