@@ -153,15 +153,19 @@ def check_report_ranges(*, head_dim: int | None = None, **params: int | None) ->
         nearest = bounds.nearest(value)
         reason = f"is outside the report's range ({bounds})" if value not in bounds else ""
         if name == "M" and head_dim is not None:
-            divisors = [m for m in range(1, head_dim + 1) if head_dim % m == 0]
-            good = [m for m in divisors if m in bounds] or divisors
-            nearest = min(good, key=lambda m: abs(m - value))
-            if value not in divisors:
+            nearest = min(good_subspaces(head_dim), key=lambda m: abs(m - value))
+            if value < 1 or head_dim % value:
                 reason = f"does not divide the head size {head_dim}" + (f" and {reason}" if reason else "")
         if reason:
             text = f"{name} = {value} {reason}; the nearest good value is {nearest}"
             problems.append(RangeProblem(name, value, bounds.low, bounds.high, nearest, text))
     return problems
+
+
+def good_subspaces(head_dim: int) -> list[int]:
+    """Every M that divides a head of `head_dim` elements and is in the report's range; if none is, all divisors."""
+    divisors = [m for m in range(1, head_dim + 1) if head_dim % m == 0]
+    return [m for m in divisors if m in REPORT_RANGES["M"]] or divisors
 
 
 def report_params(cache: CacheConfig, pq: PQConfig) -> dict[str, int | None]:

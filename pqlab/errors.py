@@ -7,6 +7,7 @@ what happened, with the numbers, and what to set instead. What can be said witho
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,3 +133,20 @@ class UnsupportedModelError(ValueError):
 
 class ConfigError(ValueError):
     """A setting is out of its range; the message names the value, the range and the nearest good value."""
+
+
+def out_of_range(name: str, value: int, count: int) -> str:
+    """What to say of a number that should be one of 0 to `count` - 1: "page = 14 is out of range (0 to 13)"."""
+    there = f"0 to {count - 1}" if count else "there are none"
+    return f"{name} = {value} is out of range ({there})"
+
+
+def in_runs(numbers: Iterable[int]) -> str:
+    """Ascending numbers in few words: "0 to 29", or "0, 2, 5 to 9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

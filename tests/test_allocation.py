@@ -157,6 +157,16 @@ def test_what_is_wrong_is_said_and_the_figure_stays(panel):
     assert "&#x27;nonsense&#x27; is unknown; there are story" in panel.status and panel.scenario == "story"
 
 
+@pytest.mark.parametrize("wrong", [0, -5])
+def test_a_contiguous_reservation_is_of_a_slot_at_least(panel, wrong):
+    assert panel.widget is not None
+    panel.set(reserve=wrong)
+    assert f"reserve = {wrong} is out of range (at least 1); the nearest good value is 1" in panel.status
+    assert panel.reserve == 2048 and panel.error is not None
+    panel.set(reserve=1)
+    assert panel.reserve == 1 and panel.error is None
+
+
 def test_ones_own_events_and_tokens(tiny_tokenizer):
     panel = page_allocation("déjà vu " * 30, tiny_tokenizer, events=[Event("start", 0, 60)], whole_pages=False, event=1)
     assert panel.scenario == "yours" and panel.step.pool.num_tokens == (60,)

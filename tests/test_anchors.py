@@ -292,8 +292,8 @@ def test_the_panel_follows_its_sliders(seen):
     assert (panel.figure.data[1].x != before).any() and "Within 64 tokens" in panel.text()
     assert panel.figure.data[3].text[2] == "chosen"
     for bad, message in (
-        ({"head": 3}, "outside \\[0, 3\\)"),
-        ({"pair": 8}, "outside \\[0, 8\\)"),
+        ({"head": 3}, "head = 3 is out of range \\(0 to 2\\)"),
+        ({"pair": 8}, "pair = 8 is out of range \\(0 to 7\\)"),
         ({"layer": 9}, "no samples"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ from tiny_trace import tiny_cache_and_trace
 
 from pqlab import CacheConfig, Codebooks, PagedPQCache, PQConfig
 from pqlab.cost import ModelShape
-from pqlab.errors import ConfigError
+from pqlab.errors import ConfigError, in_runs
 from pqlab.panels import Panel, controls, decode_stepper, memory_layout, page_allocation, page_settings
 from pqlab.panels.latest import Latest
 from pqlab.panels.view import FigureView, changes, plain
@@ -193,11 +193,11 @@ def test_an_error_is_shown_and_nothing_is_changed(wave):
     entry, slider = find(wave, "pqlab-bits-entry"), find(wave, "pqlab-bits")
     entry.value = 99
     assert isinstance(wave.error, ConfigError)
-    assert 'role="status"' in wave.status and "ConfigError: bits = 99 is too much" in wave.status
+    assert 'role="status"' in wave.status and "⚠ bits = 99 is too much" in wave.status
     assert wave.figure.layout.title.text == "4 bits" and wave.state == {"bits": 4, "shape": "sin"}
     assert (entry.value, slider.value) == (4, 5), "controls show what is in force; 5 is the nearest on the grid"
     find(wave, "pqlab-bits-entry").value = 2
-    assert wave.error is None and "ConfigError" not in wave.status
+    assert wave.error is None and "too much" not in wave.status
     assert wave.figure.layout.title.text == "2 bits"
 
 
@@ -251,7 +251,7 @@ def test_what_was_asked_for_wins_over_what_would_fit():
     """Alone, another page size moves a slot that is outside of it; a slot that was asked for is refused in words."""
     panel = memory_layout(page_size=64, slot=60)
     panel.set(page_size=32, slot=40)
-    assert "slot 40 is outside [0, 32)" in panel.status and (panel.page_size, panel.slot) == (64, 60)
+    assert "slot = 40 is out of range (0 to 31)" in panel.status and (panel.page_size, panel.slot) == (64, 60)
     panel.set(page_size=32)
     assert (panel.page_size, panel.slot) == (32, 31) and panel.error is None
     panel.close()
@@ -269,7 +269,18 @@ def test_errors_of_buttons_are_shown(wave):
 
     button = controls.button(wave, "go", fail)
     button.click()
-    assert "RuntimeError: no such thing" in wave.status
+    assert "⚠ no such thing" in wave.status
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ValueError("that is too much"), "that is too much"), (KeyError("bits"), "KeyError: &#x27;bits&#x27;")]
+    + [(StopIteration(), "StopIteration: ")],
+)
+def test_an_error_is_said_in_its_words_alone_where_it_has_some(wave, error, said):
+    with wave.guarded():
+        raise error
+    assert f"⚠ {said}<" in wave.status and wave.error is error
 
 
 # -- one figure, changed in place ---------------------------------------------------------------------------------
@@ -363,7 +374,7 @@ def test_background_work_is_marked_and_its_errors_are_shown(wave):
         raise MemoryError("no room")
 
     wave.background(fail, shown.append, busy="measuring")
-    assert wave.wait(10) and "MemoryError: no room" in wave.status and shown == ["done"]
+    assert wave.wait(10) and "⚠ no room" in wave.status and shown == ["done"]
 
 
 def test_results_arrive_in_the_event_loop_of_a_kernel(wave):
@@ -475,6 +486,64 @@ def test_settings_panel_says_what_is_out_of_range_and_why():
     panel.close()
 
 
+def headline(panel: Panel) -> str:
+    return panel.figure.layout.title.text.replace("<b>", "").replace("</b>", "")
+
+
+@pytest.mark.parametrize("context", [1, 100, 400, 8192])
+def test_settings_panel_says_larger_where_it_is_larger(context):
+    panel = page_settings(context=context)
+    times = panel.cost.stored_bytes / panel.cost.baseline_bytes
+    said, word = re.search(r"([\d.,]+)× (smaller|larger) than exact", headline(panel)).groups()
+    assert word == ("larger" if times > 1 else "smaller") and (times > 1) == (context < 400)
+    assert float(said.replace(",", "")) == pytest.approx(max(times, 1 / times), rel=5e-3) and float(said) >= 1
+    bits = re.search(r"coded, (\S+) with", headline(panel)).group(1)
+    assert float(bits.replace(",", "")) == pytest.approx(panel.cost.bits_per_element, rel=5e-3)
+    assert not re.search(r"\de[+-]\d", headline(panel) + " ".join(panel.frame().shown)), "plain digits"
+    panel.set(context=1, residual_length=10**6)
+    assert panel.error is None and not re.search(r"\de[+-]\d", " ".join(panel.frame().shown))
+    panel.close()
+
+
+def test_settings_panel_says_in_words_that_the_pool_is_too_small():
+    panel = page_settings(size_pool=False, max_pages=100)
+    assert panel.widget is not None
+    assert "pqlab-warning" in panel.status and panel.error is None
+    said = "PQC001: context × batch takes 125 pages, and the pool has 100. Raise max pages to 125"
+    assert said in panel.status
+    find(panel, "pqlab-page_size-entry").value = 100
+    assert "100 is out of range" in panel.status and "PQC001" not in panel.status
+    find(panel, "pqlab-page_size-entry").value = 32
+    assert "takes 251 pages" in panel.status and panel.error is None, "the warning is back after an error"
+    most = int(re.search(r"context to at most ([\d,]+)", panel.status).group(1).replace(",", ""))
+    panel.context = most + 1
+    assert "PQC001" in panel.status
+    panel.context = most
+    assert panel.cost.pages_missing == 0 and "PQC001" not in panel.status and "⚠" not in panel.status
+    panel.close()
+
+
+def test_max_pages_are_in_force_once_they_are_set():
+    panel = page_settings()
+    sized, slider = find(panel, "pqlab-size_pool"), find(panel, "pqlab-max_pages")
+    assert panel.size_pool and sized.value and panel.cost.max_pages == 125
+    slider.value = 2000
+    assert not panel.size_pool and not sized.value and panel.cost.max_pages == 2000
+    sized.value = True
+    assert panel.size_pool and panel.max_pages == slider.value == 2000 and panel.cost.max_pages == 125
+    find(panel, "pqlab-max_pages-entry").value = 0
+    assert panel.error is not None and (panel.size_pool, panel.max_pages) == (True, 2000), "refused as a whole"
+    find(panel, "pqlab-max_pages-entry").value = 130
+    assert not panel.size_pool and panel.cost.max_pages == 130 and panel.error is None
+    panel.state = {"max_pages": 500, "size_pool": True}
+    assert panel.size_pool and panel.max_pages == 500, "what was asked for wins"
+    panel.close()
+    assert page_settings(max_pages=500).cost.max_pages == 500
+    assert page_settings(**panel.state).state == panel.state
+    wide = page_settings(max_pages=500, size_pool=True)
+    assert wide.size_pool and wide.max_pages == 500
+
+
 def test_presets_set_everything_they_name():
     panel = page_settings(preset="scenario:batch", model="Llama-3.1-8B")
     assert panel.preset == "scenario:batch"
@@ -514,6 +583,24 @@ def test_M_is_half_the_head_size_until_one_is_chosen():
     panel.close()
 
 
+def test_every_step_of_the_slider_of_M_divides_the_head_size():
+    """Arrow keys go from one to the next: none of them may be refused."""
+    panel = page_settings(ModelShape(4, 6, 3, 96, "mine"))
+    slider = find(panel, "pqlab-M")
+    for model, good in (("mine", (16, 24, 32, 48, 96)), ("SmolLM2-135M", (16, 32, 64)), ("mine", (16, 24, 32, 48, 96))):
+        panel.set(model=model, M=None)
+        assert slider.options == good and slider.value == panel.in_force("M") and panel.M is None
+        for m in good:
+            slider.value = m
+            assert panel.M == m and panel.error is None
+    find(panel, "pqlab-M-entry").value = 50
+    assert "M = 50 does not divide the head size 96; the nearest M that does is 48" in panel.status
+    assert panel.M == slider.value == 96
+    panel.set(model="SmolLM2-135M")
+    assert panel.error is not None and panel.model == "mine" and slider.options == good, "96 is no M of heads of 64"
+    panel.close()
+
+
 def test_presets_leave_M_to_the_model_where_the_report_does():
     panel = page_settings(preset="scenario:memory-saving")
     chooser = find(panel, "pqlab-preset")
@@ -543,7 +630,7 @@ def test_settings_file_is_the_panel(sweep, tmp_path):
 
 
 def test_layout_panel_says_that_codes_are_random():
-    panel = memory_layout()
+    panel = memory_layout(pattern="token")
     assert "random codes" in panel.figure.layout.title.text
     panel.state = {"page_size": 32, "slot": 20}
     assert find(panel, "pqlab-slot").max == 31
@@ -557,6 +644,37 @@ def test_layout_panel_says_that_codes_are_random():
     panel.close()
 
 
+def test_layout_panel_begins_with_the_read_of_decode():
+    panel = memory_layout()
+    assert "(decode)" in find(panel, "pqlab-pattern").options[0][0] and find(panel, "pqlab-pattern").value == "tile"
+    share = panel.frame().set_index("order")
+    assert (share.wanted_bytes == 16 * 32).all(), "16 tokens of 32 subspaces"
+    panel.close()
+
+
+@pytest.mark.parametrize("pattern", ["tile", "token", "subspace"])
+def test_layout_panel_disables_the_control_that_the_read_does_not_use(pattern, tmp_path):
+    """The one that is left, which is also the slider of a file, shows something else at every step."""
+    panel = memory_layout(num_subspaces=4, page_size=48)
+    find(panel, "pqlab-pattern").value = pattern
+    acts = {name: not find(panel, f"pqlab-{name}").disabled for name in ("slot", "subspace")}
+    assert acts == {name: not find(panel, f"pqlab-{name}-entry").disabled for name in acts}
+    assert acts == {name: name == panel.sweep for name in acts}
+    before, (other,) = plain(panel.figure), (name for name in acts if not acts[name])
+    panel.set(**{other: 2})
+    assert plain(panel.figure) == before and panel.error is None
+    slider = find(panel, f"pqlab-{panel.sweep}")
+    pictures = []
+    for value in range(slider.min, slider.max + 1, slider.step):
+        slider.value = value
+        assert getattr(panel, panel.sweep) == slider.value == value and panel.error is None
+        pictures.append(json.dumps(plain(panel.figure)))
+    assert len(set(pictures)) == len(pictures) == {"tile": 3, "token": 48, "subspace": 4}[pattern]
+    shown = [frame["label"] for frame in frames_of(panel.to_html(tmp_path / "layout.html"))]
+    assert shown == [str(value) for value in range(0, slider.max + 1, slider.step)]
+    panel.close()
+
+
 def test_layout_panel_shows_codes_of_a_cache(tiny):
     cache, _ = tiny
     panel = memory_layout(cache, side="V", head=2)
@@ -564,7 +682,7 @@ def test_layout_panel_shows_codes_of_a_cache(tiny):
     assert np.array_equal(panel.codes, stored[2, :16].numpy())
     assert panel.figure.layout.title.text == f"codes of the cache: layer 0, V, page {cache.table.pages(0)[0]}, head 2"
     find(panel, "pqlab-page-entry").value = 777
-    assert "page 777 is outside [0, 60)" in panel.status
+    assert "page = 777 is out of range (0 to 59)" in panel.status
     panel.close()
 
 
@@ -712,8 +830,25 @@ def test_stepper_text_and_pages_follow_the_step(tiny):
     assert panel.frame().token_id.tolist() and panel.error is None
     for bad in (99, -1):
         panel.step = bad
-        assert f"step {bad} is outside [0, 41)" in panel.status and panel.step == 40
+        assert f"step = {bad} is out of range (0 to 40)" in panel.status and panel.step == 40
     panel.close()
+
+
+def test_stepper_says_which_layers_were_captured(tiny):
+    _, trace = tiny
+    panel = decode_stepper(trace)
+    find(panel, "pqlab-layer-entry").value = 30
+    assert "⚠ layer 30 was not captured; captured are 0, 1<" in panel.status
+    assert panel.layer in trace.layers and panel.error is not None
+    panel.close()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [(range(30), "0 to 29"), ([0, 1], "0, 1"), ([0, 1, 2, 5, 8, 9], "0 to 2, 5, 8, 9"), ([7], "7"), ([], "")],
+)
+def test_numbers_are_said_in_runs(numbers, said):
+    assert in_runs(numbers) == said
 
 
 def test_stepper_opens_a_file(tiny, tmp_path):

@@ -163,7 +163,7 @@ def test_wrong_arguments_change_nothing():
     for wrong in (-1, 6):
         with pytest.raises(ValueError, match=f"has 5 coded tokens, cannot keep {wrong}"):
             table.truncate(0, wrong)
-    with pytest.raises(IndexError, match="sequence 2"):
+    with pytest.raises(IndexError, match="sequence = 2 is out of range"):
         table.select([0, 2])
     with pytest.raises(ValueError, match="pages of 16 tokens"):
         PageTable(codes_pool(2), 32)

@@ -181,7 +181,7 @@ def test_token_ids_need_no_tokenizer(setting, trace):
 
 def test_a_head_that_is_not_there_is_named(trace):
     for head in (-1, trace.num_heads):
-        with pytest.raises(IndexError, match=f"head {head} is outside"):
+        with pytest.raises(IndexError, match=f"head = {head} is out of range"):
             trace.attention(3, trace.layers[0], head)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 
 from ..config import CacheConfig
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, in_runs, out_of_range
 from ..kernels.backend import EXACT, current_setting
 from ..paging import PagePool
 from ..paging.layout import read_pages
@@ -154,13 +154,13 @@ class PagedPQCache(Cache):
         """
         quantized = [each.index for each in self._quantized]
         if layer not in quantized:
-            raise ValueError(f"layer {layer} is not quantized in this cache; quantized are {quantized}")
+            raise ValueError(f"layer {layer} is not quantized in this cache; quantized are {in_runs(quantized)}")
         position = quantized.index(layer)
         nbits = self.pool.layout.layers[position][side].nbits
         if nbits > 8:
             raise ValueError("this cache stores exact floats (the identity codec); codes need a product quantizer")
         if not 0 <= page < self.pool.max_pages:
-            raise IndexError(f"page {page} is outside [0, {self.pool.max_pages})")
+            raise IndexError(out_of_range("page", page, self.pool.max_pages))
         return read_pages(self.pool.view(position, side), torch.tensor([page]), nbits)[head].cpu()
 
     def nbytes(self) -> dict[str, int]:

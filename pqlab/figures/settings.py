@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
@@ -40,11 +41,11 @@ def cost_frame(cost: CacheCost) -> pd.DataFrame:
         (
             "bits per element, exact tokens included",
             cost.bits_per_element,
-            f"{cost.bits_per_element:.3g} bits",
+            f"{_plain_digits(cost.bits_per_element)} bits",
         ),
         ("exact fp16 cache", cost.baseline_bytes, readable_bytes(cost.baseline_bytes)),
         ("stored by the tokens", cost.stored_bytes, readable_bytes(cost.stored_bytes)),
-        ("times smaller than exact", cost.compression, f"{cost.compression:.2f}×"),
+        ("times smaller than exact", cost.compression, f"{_plain_digits(cost.compression)}×"),
         ("reserved, free pages included", cost.reserved_bytes, readable_bytes(cost.reserved_bytes)),
         ("model constants (codebooks)", cost.constant_bytes, readable_bytes(cost.constant_bytes)),
         ("pages: used", cost.pages_used, f"{cost.pages_used:,} of {cost.max_pages:,}"),
@@ -89,9 +90,10 @@ def settings_figure(cost: CacheCost, *, theme: Theme | None = "light") -> go.Fig
     _draw_memory(sheet, cost)
     _draw_slots(sheet, cost)
     _draw_contexts(sheet, cost)
+    bits = _plain_digits(cost.bits_per_element)
     title = (
-        f"bits per element: <b>{cost.token_bits:g}</b> coded, {cost.bits_per_element:.3g} with exact tokens<br>"
-        f"<b>{cost.compression:.2f}×</b> smaller than exact fp16, model constants aside"
+        f"bits per element: <b>{cost.token_bits:g}</b> coded, {bits} with exact tokens<br>"
+        f"{_beside_exact(cost.compression)} than exact fp16, model constants aside"
     )
     return sheet.figure(
         theme,
@@ -103,6 +105,18 @@ def settings_figure(cost: CacheCost, *, theme: Theme | None = "light") -> go.Fig
         legend={"y": 0.64, "yanchor": "top", "x": 0, "traceorder": "normal"},
         bargap=0.3,
     )
+
+
+def _plain_digits(value: float) -> str:
+    """Three digits that count, without an exponent: 3170 is "3,170", 0.00505 is "0.00505"."""
+    return f"{Decimal(f'{value:.3g}'):,f}"
+
+
+def _beside_exact(compression: float) -> str:
+    """How the cache is beside exact fp16: "3.2× smaller", or "larger", as in short contexts, for the window's sake."""
+    if compression >= 1:
+        return f"<b>{_plain_digits(compression)}×</b> smaller"
+    return f"<b>{_plain_digits(1 / compression)}×</b> larger"
 
 
 def _draw_memory(sheet: Sheet, cost: CacheCost) -> None:
@@ -203,7 +217,7 @@ def _draw_contexts(sheet: Sheet, cost: CacheCost) -> None:
         ("paged PQ, all tokens", curve.bits_per_element, {"color": GREEN, "width": 3}),
     ]
     for name, bits, line in lines:
-        hover = "%{x:,} tokens: %{y:.3g} bits"
+        hover = "%{x:,} tokens: %{y:,.3~r} bits"
         sheet.add(
             plot,
             "scatter",
@@ -221,10 +235,10 @@ def _draw_contexts(sheet: Sheet, cost: CacheCost) -> None:
         x=[cost.context],
         y=[cost.bits_per_element],
         mode="markers+text",
-        text=[f"{cost.bits_per_element:.3g}"],
+        text=[_plain_digits(cost.bits_per_element)],
         textposition="top center",
         marker={"size": 11, "color": GREEN, "symbol": "diamond"},
         name="these settings",
-        hovertemplate="%{x:,} tokens: %{y:.3g} bits",
+        hovertemplate="%{x:,} tokens: %{y:,.3~r} bits",
         showlegend=False,
     )

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..errors import out_of_range
 from .layout import ORDERS, TILE, PageLayout
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Pattern = Literal["subspace", "token", "tile"]
+Pattern = Literal["tile", "token", "subspace"]
 PATTERNS: dict[str, str] = {
-    "subspace": "one subspace of consecutive tokens",
-    "token": "all subspaces of one token",
     "tile": "all subspaces of a tile of 16 tokens (decode)",
+    "token": "all subspaces of one token",
+    "subspace": "one subspace of consecutive tokens",
 }
+"""Ways of reading; the first is how decode reads."""
+STARTS: dict[str, tuple[str, int]] = {"tile": ("slot", TILE), "token": ("slot", 1), "subspace": ("subspace", 1)}
+"""What says where a pattern starts, and how many of them further the next start is; it does not ask for the other."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +132,13 @@ def random_codes(page_size: int, num_subspaces: int, nbits: int, head: int = 0, 
 
 
 def access(layout: PageLayout, pattern: str, load: Load, *, head: int = 0, slot: int = 0, subspace: int = 0) -> Access:
-    """What reading a `PATTERNS` way takes in the byte order of `layout`; `slot` and `subspace` say where it starts.
+    """What reading a `PATTERNS` way takes in the byte order of `layout`; `slot` or `subspace` says where it starts.
 
     Lanes take the aligned pieces that hold wanted codes, in the order of their addresses.
     """
     for name, value, limit in (("slot", slot, layout.page_size), ("subspace", subspace, layout.num_subspaces)):
         if not 0 <= value < limit:
-            raise IndexError(f"{name} {value} is outside [0, {limit}); this page has {limit} of them")
+            raise IndexError(out_of_range(name, value, limit))
     bits = code_addresses(layout, head)
     numbers = np.broadcast_to(np.arange(layout.num_subspaces), bits.shape)
     if pattern == "subspace":

@@ -21,6 +21,8 @@ from typing import Literal
 
 import torch
 
+from ..errors import out_of_range
+
 TILE = 16
 """Tokens per tile: one 16-byte load holds one subspace of a tile at 8 bits."""
 
@@ -98,7 +100,7 @@ class PageLayout:
     @staticmethod
     def _check(name: str, value: int, limit: int) -> None:
         if not 0 <= value < limit:
-            raise IndexError(f"{name} {value} is outside [0, {limit})")
+            raise IndexError(out_of_range(name, value, limit))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ConfigError, PageAllocationError
+from ..errors import ConfigError, PageAllocationError, out_of_range
 from ..memory import require_memory
 from .layout import PoolLayout
 from .policy import make_policy
@@ -183,7 +183,7 @@ class PagePool:
     def refcount(self, page: int) -> int:
         """Holders of a page; 0 is free."""
         if not 0 <= page < self.max_pages:
-            raise ValueError(f"page {page} is outside [0, {self.max_pages})")
+            raise ValueError(out_of_range("page", page, self.max_pages))
         return self._refcounts[page]
 
     def view(self, layer: int, side: int) -> torch.Tensor:

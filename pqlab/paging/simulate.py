@@ -70,6 +70,9 @@ def simulate(
 
     Returns:
         The state before the first event, then one per event.
+
+    Raises:
+        ConfigError: `max_pages` is not set, or `reserve` is below 1.
     """
     run = _Run(cache, whole_pages, reserve, words)
     return [run.step(event) for event in (None, *events)]
@@ -84,6 +87,8 @@ class _Run:
     def __init__(self, cache: CacheConfig, whole_pages: bool, reserve: int, words: Sequence[str]) -> None:
         if cache.max_pages is None:
             raise ConfigError("a simulation needs a pool of fixed size; set max_pages")
+        if reserve < 1:
+            raise ConfigError(f"reserve = {reserve} is out of range (at least 1); the nearest good value is 1")
         self.cache = cache
         self.whole_pages = whole_pages
         self.sinks = cache.num_sinks if whole_pages else 0

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import out_of_range
 from .pool import PagePool, require
 from .rows import NO_PAGE, PageRows
 
@@ -247,7 +248,7 @@ class PageTable:
 
     def _row(self, seq: int) -> int:
         if not 0 <= seq < len(self._pages):
-            raise IndexError(f"sequence {seq} is outside [0, {len(self._pages)})")
+            raise IndexError(out_of_range("sequence", seq, len(self._pages)))
         return seq
 
     def _num_pages(self, tokens: int) -> int:

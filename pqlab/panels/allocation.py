@@ -10,7 +10,7 @@ import traitlets
 
 from ..config import CacheConfig, PQConfig
 from ..cost import SHAPES, CacheCost
-from ..errors import ConfigError
+from ..errors import ConfigError, out_of_range
 from ..figures.pages import allocation_figure
 from ..paging import POLICIES
 from ..paging.scenario import SCENARIOS, Event
@@ -102,7 +102,7 @@ class PageAllocation(Panel):
     def step(self) -> Step:
         """What the figure shows."""
         if not 0 <= self.event < len(self.steps):
-            raise ConfigError(f"event = {self.event} is out of range (0 to {len(self.steps) - 1})")
+            raise ConfigError(out_of_range("event", self.event, len(self.steps)))
         return self.steps[self.event]
 
     @property

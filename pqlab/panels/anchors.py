@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
+from ..errors import in_runs, out_of_range
 from ..figures.anchors import anchors_figure
 from ..quantization.rotary import Rotary
 from ..quantization.turned_keys import SPANS, VIEWS, pair_that_gains_most, spread_by_span, turned_pair
@@ -85,14 +86,13 @@ class KeyAnchors(Panel):
 
     def _heads(self) -> Any:
         if self.layer not in self._samples.keys:
-            layers = ", ".join(map(str, self._samples.keys))
-            raise ValueError(f"layer = {self.layer} has no samples; there are some of {layers}")
+            raise ValueError(f"layer = {self.layer} has no samples; there are some of {in_runs(self._samples.keys)}")
         return self._samples.keys[self.layer]
 
     def _keys(self) -> Any:
         every = self._heads()
         if not 0 <= self.head < len(every):
-            raise ValueError(f"head = {self.head} is outside [0, {len(every)}); set it to at most {len(every) - 1}")
+            raise ValueError(out_of_range("head", self.head, len(every)))
         return every[self.head]
 
     @traitlets.validate("span")
@@ -104,7 +104,7 @@ class KeyAnchors(Panel):
     def _pair(self) -> int:
         pairs = self._keys().shape[-1] // 2
         if not 0 <= self.pair < pairs:
-            raise ValueError(f"pair = {self.pair} is outside [0, {pairs}); set it to at most {pairs - 1}")
+            raise ValueError(out_of_range("pair", self.pair, pairs))
         return self.pair
 
 

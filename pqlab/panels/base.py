@@ -43,7 +43,7 @@ class Panel(Stateful):
     """
 
     title: ClassVar[str] = ""
-    sweep: ClassVar[str] = ""
+    sweep: str = ""
     """Name of the state that gets a slider in the file that `to_html` writes."""
 
     _static: ClassVar[bool] = False
@@ -60,6 +60,7 @@ class Panel(Stateful):
         self._widget: widgets.Widget | None = None
         self._latest = Latest()
         self.error: BaseException | None = None
+        self._warned = ""
         self._status = widgets.HTML(layout=widgets.Layout(min_height="1.6em"))
         self._status.add_class("pqlab-status")
         self._text = widgets.HTML()
@@ -87,6 +88,10 @@ class Panel(Stateful):
 
     def refresh(self) -> None:
         """Called after every change, also one that was refused: bring the widgets of `below()` up to date."""
+
+    def warning(self) -> str:
+        """What the status line warns of while this state lasts, asked for after every change; "" for nothing."""
+        return ""
 
     def click(self, point: dict[str, Any]) -> None:
         """Called when a point of the figure is clicked: trace (its number), x, y, z, customdata."""
@@ -165,6 +170,13 @@ class Panel(Stateful):
             self._text.value = self.text()
             self._text.layout.display = None if self._text.value else "none"
             self.refresh()
+            if self.warning() != self._warned:
+                self._rest()
+
+    def _rest(self) -> None:
+        """The status line when there is no error, and nothing to tell of what has just been done."""
+        self._warned = self.warning()
+        self.say(self._warned, kind="warning" if self._warned else "note")
 
     # callbacks
 
@@ -189,11 +201,11 @@ class Panel(Stateful):
             yield
         except Exception as error:
             self.error = error
-            self.say(f"{type(error).__name__}: {error}", kind="error")
+            self.say(_message(error), kind="error")
         else:
             if clears and before is not None and self.error is before:  # not one that a redraw inside has just shown
                 self.error = None
-                self.say("")
+                self._rest()
 
     def background(self, work: Callable[[], Any], done: Callable[[Any], None], busy: str) -> None:
         """Run `work()` in the background, then `done(result)`; a newer call replaces one that waits."""
@@ -201,7 +213,7 @@ class Panel(Stateful):
         def finish(result: Any, error: BaseException | None) -> None:
             if self._closed:
                 return
-            self.say("")
+            self._rest()
             with self.guarded():
                 if error is not None:
                     raise error
@@ -215,10 +227,11 @@ class Panel(Stateful):
         return self._latest.wait(timeout)
 
     def say(self, text: str, kind: str = "note") -> None:
-        """Write the status line; kind is "note", "busy" or "error"."""
+        """Write the status line; kind is "note", "busy", "warning" or "error"."""
         mark, colour = {
             "note": ("", "inherit"),
             "busy": ("⏳ ", "inherit"),
+            "warning": ("⚠ ", "var(--jp-warn-color0, #b85c00)"),
             "error": ("⚠ ", "var(--jp-error-color1, #c62828)"),
         }[kind]
         self._status.value = (
@@ -263,6 +276,12 @@ class Panel(Stateful):
             first, Panel._static = not Panel._static, True
             return {"text/plain": repr(self), "text/html": fragment(self, self.sweep, plotlyjs=first)}
         return self.widget._repr_mimebundle_(**kwargs)
+
+
+def _message(error: Exception) -> str:
+    """What an error says; with its class where that is not in words (a KeyError says a key)."""
+    said = str(error)
+    return f"{type(error).__name__}: {said}" if not said or isinstance(error, KeyError) else said
 
 
 def _close_all(widget: widgets.Widget) -> None:

@@ -23,35 +23,39 @@ def number(
     *,
     low: int = 0,
     high: int | Callable[[], int] = 0,
-    step: int = 1,
-    values: Sequence[int] = (),
+    step: int | Callable[[], int] = 1,
+    values: Sequence[int] | Callable[[], Sequence[int]] = (),
     default: str = "",
     tooltip: str = "",
+    used: Callable[[], bool] = lambda: True,
 ) -> widgets.Widget:
     """A slider from `low` to `high` (or over `values`) with a number entry beside it.
 
-    A `high` that depends on other state is a function, asked after every change. The entry takes any number, also one
-    outside the slider: what is wrong with it is for the panel to say. A state that may be None, which leaves it to the
-    panel, has a box beside them that does so; `default` is its label.
+    What depends on other state (`high`, `step`, `values`) is a function, asked after every change; so is `used`:
+    whether the state has an effect now, else both are disabled. The entry takes any number, also one outside the
+    slider: what is wrong with it is for the panel to say. A state that may be None, which leaves it to the panel, has a
+    box beside them that does so; `default` is its label.
     """
     kept: dict[str, Any] = {"description": description, "style": _WORDS, "tooltip": tooltip or description}
     wide = widgets.Layout(width="20em", margin="2px")  # told, since the two kinds of sliders have different ones
     if values:
-        slider = widgets.SelectionSlider(options=list(values), readout=False, layout=wide, **kept)
+        slider = widgets.SelectionSlider(options=tuple(_now(values)), readout=False, layout=wide, **kept)
     else:
-        top = max(low, high() if callable(high) else high)
-        slider = widgets.IntSlider(value=low, min=low, max=top, step=step, readout=False, layout=wide, **kept)
+        slider = widgets.IntSlider(value=low, min=low, max=max(low, _now(high)), readout=False, layout=wide, **kept)
     narrow = widgets.Layout(width="6em", flex="0 0 auto")  # on a narrow page the slider gives way
-    entry = widgets.IntText(step=step, tooltip=tooltip or description, layout=narrow)
+    entry = widgets.IntText(tooltip=tooltip or description, layout=narrow)
 
     def show() -> None:
         entry.value = panel.in_force(name)
         if values:
-            slider.value = _nearest(values, entry.value)
+            if slider.options != (offered := tuple(_now(values))):
+                slider.options = offered
+            slider.value = _nearest(offered, entry.value)
         else:
-            if callable(high):
-                slider.max = max(low, high())
-            slider.value = _on_grid(entry.value, low, slider.max, step)
+            slider.max = max(low, _now(high))
+            slider.step = entry.step = _now(step)
+            slider.value = _on_grid(entry.value, low, slider.max, slider.step)
+        slider.disabled = entry.disabled = not used()
 
     def choose(value: int) -> None:
         panel.set(**{name: value})
@@ -178,6 +182,11 @@ def _list(description: str, options: Sequence[Any] | Mapping[str, Any], tooltip:
         style=_WORDS,
         layout=widgets.Layout(width=width, max_width="100%", flex="0 0 auto", margin="0 1em 0 0"),
     )
+
+
+def _now(bound: Any) -> Any:
+    """A bound, or what the function that stands for it says."""
+    return bound() if callable(bound) else bound
 
 
 def _nearest(values: Sequence[int], wanted: int) -> int:

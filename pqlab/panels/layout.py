@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from ..benchmarks.layout_bench import measure_orders
+from ..errors import in_runs
 from ..figures.layout import COLOUR_BY, layout_figure
-from ..paging.access import LOADS, PATTERNS, access_frame, compare_orders, random_codes
+from ..paging.access import LOADS, PATTERNS, STARTS, access_frame, compare_orders, random_codes
 from . import controls
 from .base import Panel
 
@@ -30,8 +31,6 @@ class MemoryLayout(Panel):
     """Bytes of one page and one load over them; see `memory_layout`."""
 
     title = "Memory layout"
-    sweep = "slot"
-
     page_size = traitlets.Int(64).tag(state=True)
     num_subspaces = traitlets.Int(32).tag(state=True)
     nbits = traitlets.Int(8).tag(state=True)
@@ -40,7 +39,7 @@ class MemoryLayout(Panel):
     side = traitlets.Enum(list(_SIDES), "K").tag(state=True)
     page = traitlets.Int(0).tag(state=True)
     head = traitlets.Int(0).tag(state=True)
-    pattern = traitlets.Enum(list(PATTERNS), "subspace").tag(state=True)
+    pattern = traitlets.Enum(list(PATTERNS), next(iter(PATTERNS))).tag(state=True)
     load = traitlets.Enum(list(LOADS), "warp").tag(state=True)
     slot = traitlets.Int(0).tag(state=True)
     subspace = traitlets.Int(0).tag(state=True)
@@ -69,7 +68,7 @@ class MemoryLayout(Panel):
         if self._cache is None:
             return {}
         if layer not in self._layouts:
-            there = ", ".join(map(str, self._layouts))
+            there = in_runs(self._layouts)
             raise traitlets.TraitError(f"layer {layer} is not quantized in this cache; quantized are {there}")
         layout = self._layouts[layer][_SIDES[self.side]]
         return {name: getattr(layout, name) for name in _SHAPE}
@@ -118,13 +117,34 @@ class MemoryLayout(Panel):
             number("head", "kv head", low=0, high=lambda: self.num_heads - 1),
             controls.choice(self, "pattern", "read", {text: name for name, text in PATTERNS.items()}),
             controls.choice(self, "load", "with", {load.name: name for name, load in LOADS.items()}),
-            number("slot", "token slot", low=0, high=lambda: self.page_size - 1),
-            number("subspace", "subspace", low=0, high=lambda: self.num_subspaces - 1),
+            number(
+                "slot",
+                "token slot",
+                high=lambda: self.page_size - self._step("slot"),
+                step=lambda: self._step("slot"),
+                used=lambda: self.sweep == "slot",
+            ),
+            number(
+                "subspace",
+                "subspace",
+                high=lambda: self.num_subspaces - self._step("subspace"),
+                step=lambda: self._step("subspace"),
+                used=lambda: self.sweep == "subspace",
+            ),
             controls.choice(self, "colour_by", "colour by", COLOUR_BY),
             controls.button(
                 self, "Measure", self.measure, icon="tachometer", tooltip="read each order on this machine"
             ),
         ]
+
+    @property
+    def sweep(self) -> str:
+        """Slot or subspace: which of them the present pattern starts at."""
+        return STARTS[self.pattern][0]
+
+    def _step(self, name: str) -> int:
+        """From one start of the present pattern to the next; 1 for what it does not start at."""
+        return dict([STARTS[self.pattern]]).get(name, 1)
 
     @property
     def codes(self) -> np.ndarray:
@@ -177,7 +197,7 @@ class MemoryLayout(Panel):
         of_a_cache = {} if self._cache is None else {"layer": list(self._layouts), "side": list(_SIDES)}
         return {
             **of_a_cache,
-            "slot": list(range(0, self.page_size, 4)),
+            "slot": list(range(0, self.page_size, self._step("slot"))),
             "subspace": list(range(self.num_subspaces)),
             "head": list(range(self.num_heads)),
             "pattern": list(PATTERNS),

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import traitlets
 
-from ..config import REPORT_RANGES, CacheConfig, PQConfig, RangeProblem, check_report_ranges, report_params
+from ..config import (
+    REPORT_RANGES,
+    CacheConfig,
+    PQConfig,
+    RangeProblem,
+    check_report_ranges,
+    good_subspaces,
+    report_params,
+)
 from ..cost import SHAPES, CacheCost, ModelShape
 from ..errors import ConfigError
 from ..figures.settings import cost_frame, range_frame, settings_figure
@@ -45,6 +53,7 @@ class PageSettings(Panel):
         self._shapes = {**({shape.name: shape} if shape is not None else {}), **SHAPES}
         self._chosen = ""
         super().__init__(**{"model": next(iter(self._shapes)), **state})
+        self._assign(state)  # a size_pool that was asked for beside max_pages
 
     @property
     def shape(self) -> ModelShape:
@@ -127,7 +136,6 @@ class PageSettings(Panel):
         bounds = REPORT_RANGES
         pages, window, bits = bounds["page_size"], bounds["extended_residual"], bounds["nbits"]
         pool = (100, 200, 500, 1000, 2000, 4000, 8000, bounds["max_pages"].high)
-        subspaces = (4, 8, bounds["M"].low, 24, 32, 48, 64, 96, bounds["M"].high)
         contexts = tuple(2**n for n in range(8, 18))
         presets = {f"{preset.name} ({preset.about})": name for name, preset in PRESETS.items()}
         return [
@@ -152,12 +160,17 @@ class PageSettings(Panel):
                 tooltip="newest tokens that are always exact",
             ),
             controls.number(
-                self, "M", "subspaces M", values=subspaces, default="d/2", tooltip="codes per token and kv head"
+                self,
+                "M",
+                "subspaces M",
+                values=lambda: good_subspaces(self.shape.head_dim),
+                default="d/2",
+                tooltip="codes per token and kv head",
             ),
             controls.number(self, "nbits", "bits per code", low=1, high=bits.high, tooltip="2 to this power centroids"),
             controls.number(self, "context", "context", values=contexts, tooltip="tokens of each sequence"),
             controls.number(self, "batch", "batch", values=(1, 2, 4, 8, 16, 32, 64), tooltip="sequences"),
-            controls.number(self, "max_pages", "max pages", values=pool, tooltip="pages of the pool"),
+            controls.number(self, "max_pages", "max pages", values=pool, tooltip="pages of a pool that is not sized"),
             controls.switch(
                 self,
                 "size_pool",
@@ -176,6 +189,15 @@ class PageSettings(Panel):
         self._ranges.value = table_html(ranges, colour=lambda _, value: BAD if str(value).startswith("✗") else None)
         self._numbers.value = table_html(self.frame()[["quantity", "shown"]], header=False)
 
+    def warning(self) -> str:
+        cost = self.cost
+        if not cost.pages_missing:
+            return ""
+        return (
+            f"PQC001: context × batch takes {cost.pages_used:,} pages, and the pool has {cost.max_pages:,}. Raise max "
+            f"pages to {cost.pages_used:,}, let it be sized, or lower context to at most {cost.max_context:,}."
+        )
+
     def draw(self) -> go.Figure:
         return settings_figure(self.cost, theme=None)
 
@@ -193,6 +215,10 @@ class PageSettings(Panel):
             "model": list(self._shapes),
         }
 
+    @traitlets.observe("max_pages")
+    def _take_max_pages(self, _: Any) -> None:
+        self.size_pool = False  # or it would have no effect
+
     @traitlets.validate("model")
     def _known_model(self, proposal: Any) -> str:
         if proposal.value not in self._shapes:
@@ -208,7 +234,8 @@ def page_settings(shape: ModelShape | None = None, preset: str | None = None, **
         shape: a model beside the well-known ones, e.g. `ModelShape.from_config(model)`; it is shown first.
         preset: name of a preset of the report (`pqlab.presets.PRESETS`) to start from.
         **state: starting values, e.g. `page_size=32, context=32768, model="Llama-3.1-8B"`; see `.state` of the panel.
-            An M of None is half the head size of whichever model is chosen.
+            An M of None is half the head size of whichever model is chosen; max_pages without size_pool sets that to
+            False, as does moving its slider.
     """
     panel = PageSettings(shape, **state)
     if preset is not None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..errors import in_runs, out_of_range
 from ..kernels.reference import dequantize
 from ..quantization import Anchors
 
@@ -125,7 +126,7 @@ class DecodeTrace:
         if kind not in KINDS:
             raise ValueError(f"kind = {kind!r} is unknown; one of {KINDS}")
         if not 0 <= head < self.num_heads:
-            raise IndexError(f"head {head} is outside [0, {self.num_heads}), the model's query heads")
+            raise IndexError(f"{out_of_range('head', head, self.num_heads)}, the model's query heads")
         i = self._layer(layer)
         n = int(self.steps.num_tokens[self._step(step)])
         kv_head = head // (self.num_heads // self.tensors["k"].shape[1])
@@ -237,13 +238,13 @@ class DecodeTrace:
 
     def _step(self, step: int) -> int:
         if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} is outside [0, {self.num_steps})")
+            raise IndexError(out_of_range("step", step, self.num_steps))
         return step
 
     def _layer(self, layer: int) -> int:
         self._need_capture()
         if layer not in self.layers:
-            raise KeyError(f"layer {layer} was not captured; captured are {self.layers}")
+            raise ValueError(f"layer {layer} was not captured; captured are {in_runs(self.layers)}")
         return self.layers.index(layer)
 
     def _need_capture(self) -> None:
