@@ -353,6 +353,21 @@ def test_models_that_are_not_there_say_what_is(tmp_path, monkeypatch):
         load_model("pqlab-tests/none")
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
+    import huggingface_hub.constants as constants
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("pqlab.models.hub.hub_answers", lambda: False)
+    seen, plain = [], AutoTokenizer.from_pretrained
+    ask = lambda source: [seen.append(constants.HF_HUB_OFFLINE), plain(source)][1]  # noqa: E731
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", ask)
+    with pytest.raises(models.ModelLoadError, match="could not be loaded from the Hugging Face hub"):
+        load_model("pqlab-tests/none")
+    assert seen == [True] and constants.HF_HUB_OFFLINE is False
+
+
 # --- the real ones ---------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ConfigError
+from .hub import offline_unless_hub_answers
 from .packaged import PACKAGED
 from .quiet import quiet_transformers
 
@@ -52,7 +54,8 @@ def load_model(
 
     check_device(device or "cpu")
     source = model_source(name, progress)
-    with quiet_transformers():
+    far = not Path(source).is_dir()
+    with quiet_transformers(), offline_unless_hub_answers() if far else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -95,7 +98,7 @@ def _folder_or_id(name: str | Path) -> str:
     text = str(name)
     if isinstance(name, Path) or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
         raise ModelLoadError(f"there is no model folder {path}; embedded models: {', '.join(PACKAGED)}")
-    # A hub that cannot be reached takes a minute to say so: catch a slip of the pen before it is asked.
+    # Catch a slip of the pen before the hub is asked.
     if close := get_close_matches(text, PACKAGED, n=1, cutoff=0.8):
         raise ModelLoadError(f'there is no model "{text}"; did you mean "{close[0]}"?')
     return text
