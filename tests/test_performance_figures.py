@@ -13,7 +13,7 @@ from pqlab.results.shipped import decode_frame, measured_with, model_frame, ship
 
 @pytest.mark.parametrize(
     "name",
-    ["decode-h200", "decode-h100", "cpu-2cores", "cpu-2cores-avx2", "cpu-2cores-intel", "cpu-2cores-intel-avx2"],
+    ["decode-h200", "decode-h100", *(f"cpu-2cores{of}" for of in ("", "-zen4", "-avx2", "-intel", "-intel-avx2"))],
 )
 def test_decode_results_have_one_form(name):
     result = shipped(name)
