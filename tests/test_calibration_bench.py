@@ -10,6 +10,7 @@ from pqlab import CacheConfig, PQConfig
 from pqlab.evaluation import calibration_bench, texts_bench
 from pqlab.evaluation.calibration_bench import calibrations
 from pqlab.evaluation.texts_bench import texts, transfer
+from pqlab.models import CODE_OPENINGS
 from pqlab.results.provenance import device_name
 
 SMALL = CacheConfig(page_size=16, residual_length=20, num_sinks=3)
@@ -71,6 +72,19 @@ def test_commands(make_model, tiny_tokenizer, monkeypatch, capsys):
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [(row["calibration"], row["text"]) for row in record["records"]] == [("words", "digits"), ("words", "words")]
     assert record["device"] == device_name("cpu")
+    monkeypatch.setattr(texts_bench, "load_text", lambda name: WORDS)
+    more = ["--own-code", "2", "--bits", "2"]
+    written = []
+
+    def sampled(*pair, count, openings):
+        written.append((count, openings))
+        return [DIGITS] * count
+
+    monkeypatch.setattr(texts_bench, "sampled_text", sampled)
+    assert main(["bench", "texts", "--tokens", "600", *more, *options]) == 0
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [row["calibration"] for row in record["records"]] == ["words", "novel, own code"] * 2
+    assert written == [(2, CODE_OPENINGS)] and record["bits"] == 2 and record["own_code"] == 2
     assert main(["bench", "texts", "--tokens", "600", "--windows", "99"]) == 2
     assert "not 99" in capsys.readouterr().err
     for bench in ("texts", "calibration"):

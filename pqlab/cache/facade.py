@@ -182,7 +182,8 @@ class PagedPQCache(Cache):
     @property
     def stored_bytes(self) -> int:
         """What the tokens take: all of `nbytes()` but free pages and model constants."""
-        return self.reserved_bytes - self.nbytes()["free_pages"]
+        parts = self.nbytes()
+        return sum(parts.values()) - parts["free_pages"] - parts["model_constants"]
 
     @property
     def reserved_bytes(self) -> int:

@@ -84,11 +84,26 @@ def calibrations(
     return made.merge(table[["variant", "kl", "kl_error", "ratio", "change", "agreement"]], on="variant")
 
 
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    """Add --bits, for `pq_of`."""
+    parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4), help="bits per element, by codes of 8 bits")
+
+
+def pq_of(model, bits: int) -> PQConfig:
+    """Codes of 8 bits for as many bits per element; raises `ConfigError` where heads differ in size and so in M."""
+    if bits == 4:  # the default, whatever the head
+        return PQConfig()
+    heads = {head_dim for _, head_dim in attention_geometry(model).values()}
+    if len(heads) > 1:
+        raise ConfigError(f"heads of {sorted(heads)} elements have no common M; take a model with one head size")
+    return PQConfig(M=heads.pop() * bits // 8)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_arguments(parser, random=False)
     add("--variants", nargs="+", metavar="NAME", help="of (in quotes): " + "; ".join(VARIANTS) + " (default: all)")
-    add("--bits", type=int, default=4, choices=(1, 2, 4), help="bits per element, by codes of 8 bits")
+    add_bits(parser)
     add_text(parser, CALIBRATION_TEXT, "text to calibrate on", "--calibration")
     add_text(parser)
     add("--windows", type=whole(), default=2, metavar="COUNT", help="windows of the text, one behind the other")
@@ -102,10 +117,7 @@ def run(args: argparse.Namespace) -> int:
     if unknown := [name for name in chosen if name not in VARIANTS]:
         raise ConfigError(f"there is no variant {unknown[0]!r}; there are {'; '.join(VARIANTS)}")
     _, model, tokenizer = load(args)
-    heads = {head_dim for _, head_dim in attention_geometry(model).values()}
-    if len(heads) > 1:
-        raise ConfigError(f"heads of {sorted(heads)} elements have no common M; take a model with one head size")
-    pq = PQConfig(M=heads.pop() * args.bits // 8)
+    pq = pq_of(model, args.bits)
     texts = calibration_text(args.calibration), load_text(args.text)
     options = {"windows": args.windows, "length": args.length, "progress": True}
     frame = calibrations(model, tokenizer, *texts, {name: VARIANTS[name] for name in chosen}, pq, **options)

@@ -15,13 +15,14 @@ import pandas as pd
 
 from ..arguments import add_codebooks, add_json, add_model_arguments, add_span, load, whole
 from ..config import CacheConfig, PQConfig
-from ..models import calibration_text, fingerprint, load_text
+from ..models import CODE_OPENINGS, calibration_text, fingerprint, load_text, sampled_text
 from ..models.texts import STDLIB
 from ..quantization import Codebooks, calibrate
 from ..quantization.defaults import CALIBRATION_TEXT
 from ..quantization.samples import NUM_TOKENS
 from ..results.provenance import commit, device_name, text_record, today, versions
 from . import fidelity
+from .calibration_bench import add_bits, pq_of
 from .evaluate import check_window
 from .plan_file import planned_configs
 from .teacher_forced import from_codebooks
@@ -107,6 +108,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--length", type=whole(), default=2048, metavar="TOKENS", help="tokens of a window")
     add_span(parser)
     add("--tokens", type=whole(), default=NUM_TOKENS, help="tokens of every text to calibrate on")
+    add_bits(parser)
+    add("--own-code", type=whole(0), default=0, metavar="COUNT", help="one more row, the novel beside as many texts of "
+        "source code that the model writes by itself (default: 0, no such row)")  # fmt: skip
     add_json(parser)
 
 
@@ -116,7 +120,11 @@ def run(args: argparse.Namespace) -> int:
     _, model, tokenizer = load(args)
     options["codebooks"] = {path.stem: Codebooks.load(path, model) for path in args.codebooks}
     options["own_configs"] = planned_configs(args.codebooks)
-    frame = transfer(model, tokenizer, *texts(), progress=True, **options)
+    calibration, measured = texts()
+    if args.own_code:
+        own = "\n\n".join(sampled_text(model, tokenizer, count=args.own_code, openings=CODE_OPENINGS))
+        calibration = {**calibration, "novel, own code": [load_text(NOVEL), own]}
+    frame = transfer(model, tokenizer, calibration, measured, pq_of(model, args.bits), progress=True, **options)
     wide = frame.pivot(index="calibration", columns="text", values="kl")
     print("KL, nats: a row what was calibrated on, a column what was measured on")
     print(wide.loc[frame.calibration.unique(), frame.text.unique()].round(5).to_string())
@@ -128,5 +136,6 @@ def run(args: argparse.Namespace) -> int:
             "texts": [text_record(name) for name in (NOVEL, OTHER_NOVEL, STDLIB, SPANISH, SAMPLED, CALIBRATION_TEXT)]
         }
         about |= {"windows": args.windows, "length": args.length, "tokens": args.tokens, "span": args.span}
+        about |= {"bits": args.bits, "own_code": args.own_code}
         print(json.dumps({**about, "records": frame.round(6).to_dict("records")}))
     return 0
